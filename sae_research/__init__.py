@@ -1,0 +1,1 @@
+"""Reproducible research on language models through sparse autoencoders."""

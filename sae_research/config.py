@@ -1,0 +1,158 @@
+"""Typed settings: defaults are the papers' values, and a profile lists only the ways in which it departs from them."""
+
+import difflib
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+
+from sae_research.errors import ResearchError
+from sae_research.paths import PARAMS
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a profile runs, whatever the study."""
+
+    device: str = "cuda"
+    """Where models and SAEs live: `cpu` or `cuda`."""
+    dtype: str = "bfloat16"
+    """Number format of the model's weights; labels and letters are always read in float32."""
+    threads: int = 8
+    """CPU threads of torch; two threads on a tiny loop can be slower than one."""
+    n_jobs: int = 1
+    """Independent shards that run at once (joblib); 1 stays in one process."""
+    seeds: int = 5
+    """Seeds of every headline number."""
+    hub: bool = True
+    """Whether models and SAEs come from the hub; the embedded world needs no network."""
+
+
+@dataclass(frozen=True)
+class OpinionQA:
+    """Study 1: survey answers of demographic groups through a sparse shift in SAE space."""
+
+    subjects: tuple[str, ...] = ("gemma-2-2b",)
+    """Models with their SAEs, by their name in the catalogue (abstract: Gemma-2-2B)."""
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """Study 2: predict steering side effects before steering."""
+
+    subjects: tuple[str, ...] = ("gpt2-small", "pythia-70m", "gemma-2-2b", "llama-3.1-8b", "llama-3.1-8b-32x")
+    """Models with their SAEs, by their name in the catalogue (abstract and App. G)."""
+
+
+@dataclass(frozen=True)
+class SpecializedSAEs:
+    """Study 3: SAEs tuned on a retrieved subdomain with a tilted loss."""
+
+    subjects: tuple[str, ...] = ("gpt2-small", "pythia-70m")
+    """Models with their SAEs: the language model of Figs 1 to 14 is not known to us; Table 1 uses Pythia-70M."""
+
+
+@dataclass(frozen=True)
+class MetaSAEs:
+    """Study 4: joint training with a decomposability penalty."""
+
+    subjects: tuple[str, ...] = ("gpt2-large", "gemma-2-9b")
+    """Models whose residual stream the SAEs are trained on (sections 4 and 6)."""
+
+
+@dataclass(frozen=True)
+class SafetySubspace:
+    """Study 5: fine-tuning inside a subspace that SAE features span."""
+
+    subjects: tuple[str, ...] = ("gemma-2-2b", "gemma-2-9b", "llama-3.1-8b")
+    """Models with their SAEs, by their name in the catalogue (abstract)."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Everything that a run needs to know; one block a study."""
+
+    name: str
+    runtime: Runtime = field(default_factory=Runtime)
+    opinion_qa: OpinionQA = field(default_factory=OpinionQA)
+    side_effects: SideEffects = field(default_factory=SideEffects)
+    specialized_saes: SpecializedSAEs = field(default_factory=SpecializedSAEs)
+    meta_saes: MetaSAEs = field(default_factory=MetaSAEs)
+    safety_subspace: SafetySubspace = field(default_factory=SafetySubspace)
+
+
+STUDIES = tuple(f.name for f in fields(Profile) if f.name not in {"name", "runtime"})
+
+
+def _unknown(kind: str, given: str, valid: typing.Iterable[str], where: str) -> ResearchError:
+    valid = sorted(valid)
+    near = difflib.get_close_matches(given, valid, n=1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(valid)}."
+    return ResearchError(f"unknown {kind} '{given}' in {where}; {hint}")
+
+
+def _convert(value: object, expected: object, where: str) -> object:
+    """`value` from YAML as the type that the setting declares, or one clear sentence."""
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(a for a in args if a is not type(None)), where)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) == len(value):
+            return tuple(_convert(v, k, where) for v, k in zip(value, kinds, strict=True))
+    elif origin is dict and isinstance(value, dict):
+        return {_convert(k, args[0], where): _convert(v, args[1], where) for k, v in value.items()}
+    elif is_dataclass(expected) and isinstance(value, dict):
+        return build(expected, value, where)
+    elif expected is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(expected, type) and type(value) is expected:
+        return value
+    name = getattr(expected, "__name__", str(expected))
+    raise ResearchError(f"setting '{where}' must be {name}, not {value!r}; correct it in params.yaml.")
+
+
+def build(cls: type, overrides: dict, where: str, **given: object):
+    """A settings object from its defaults and `overrides`; an unknown key names the nearest valid one."""
+    if not isinstance(overrides, dict):
+        raise ResearchError(f"'{where}' in params.yaml must be a block of settings, not {overrides!r}.")
+    kinds = typing.get_type_hints(cls)
+    valid = {f.name for f in fields(cls)} - set(given)
+    for key in overrides:
+        if key not in valid:
+            raise _unknown("setting", str(key), valid, where)
+    return cls(**given, **{k: _convert(v, kinds[k], f"{where}.{k}") for k, v in overrides.items()})
+
+
+def read_params() -> dict:
+    """The content of `params.yaml`."""
+    import yaml
+
+    try:
+        params = yaml.safe_load(PARAMS.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ResearchError(f"params.yaml cannot be read ({error}); restore it from the repository.") from error
+    if not isinstance(params, dict) or not isinstance(params.get("profiles"), dict):
+        raise ResearchError("params.yaml must hold `profile` and `profiles`; restore it from the repository.")
+    return params
+
+
+def profiles() -> tuple[str, ...]:
+    """Names of the profiles in `params.yaml`."""
+    return tuple(read_params()["profiles"])
+
+
+def load(profile: str | None = None) -> Profile:
+    """The settings of `profile`, or of the one that `params.yaml` names."""
+    params = read_params()
+    name = profile or params.get("profile")
+    if name not in params["profiles"]:
+        raise _unknown("profile", str(name), params["profiles"], "params.yaml")
+    return build(Profile, params["profiles"][name] or {}, f"profiles.{name}", name=name)
+
+
+def default_of(cls: type, name: str) -> object:
+    """The default (the paper's value) of one setting."""
+    f = next(f for f in fields(cls) if f.name == name)
+    return f.default_factory() if f.default is MISSING else f.default

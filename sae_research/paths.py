@@ -1,0 +1,42 @@
+"""The repository root and where things live; every path is absolute, so the working folder never matters."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMS = ROOT / "params.yaml"
+CLAIMS = ROOT / "claims.yaml"
+CONSTRAINTS = ROOT / "constraints.txt"
+NOTEBOOKS = ROOT / "notebooks"
+DATA = ROOT / "data"
+EMBEDDED = DATA / "embedded"
+
+
+def study_data(profile: str, study: str) -> Path:
+    """Folder of a study's results in a profile; large artefacts go to its `artefacts` subfolder."""
+    return DATA / profile / study
+
+
+def artefacts(profile: str, study: str) -> Path:
+    """Folder of a study's artefacts, cached by DVC and not by git."""
+    return study_data(profile, study) / "artefacts"
+
+
+def figures(profile: str, study: str) -> Path:
+    """Folder of a study's figures in a profile."""
+    return ROOT / "figures" / profile / study
+
+
+def executed(profile: str) -> Path:
+    """Folder of the executed notebooks of a profile."""
+    return NOTEBOOKS / "executed" / profile
+
+
+def scratch(profile: str, name: str) -> Path:
+    """Folder where the notebook `name` keeps resumable intermediate work; emptied when the notebook succeeds."""
+    return DATA / "scratch" / profile / name
+
+
+def relative(path: Path) -> str:
+    """`path` as shown to readers: relative to the repository root where it lies below it, else its last part."""
+    path = Path(path)
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
