@@ -83,7 +83,9 @@ def verified(folder: Path) -> Path:
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResearchError(f"{relative(folder / CHECKSUMS)} is damaged; delete {relative(folder)} and run again.") from error
+        raise ResearchError(
+            f"{relative(folder / CHECKSUMS)} is damaged; delete {relative(folder)} and run again."
+        ) from error
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():

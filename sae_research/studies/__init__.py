@@ -1,0 +1,1 @@
+"""One module per paper: settings and pure functions; no plotting, no paths."""

@@ -1,0 +1,1 @@
+"""The embedded world: small language models whose texts, and so whose concepts, are known exactly."""

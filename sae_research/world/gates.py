@@ -1,0 +1,30 @@
+"""What the world must show before a study may stand on it: one measured number beside its two bars."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One demand on a specimen."""
+
+    name: str
+    """What is measured, in words that a reader of notebook 00 understands."""
+    value: float
+    """The measured number."""
+    safe: float
+    """The bar that must be met."""
+    stretch: float | None = None
+    """The bar that would be good to meet; reported only."""
+    at_most: bool = False
+    """Whether the bars are upper bounds."""
+    n: int | None = None
+    """How many items the number rests on."""
+
+    def meets(self, bar: float, slack: float = 0.0) -> bool:
+        """Whether the value is on the right side of `bar`, with `slack` allowed."""
+        return self.value <= bar + slack if self.at_most else self.value >= bar - slack
+
+    @property
+    def passed(self) -> bool:
+        """Whether the safe bar is met."""
+        return self.meets(self.safe)
