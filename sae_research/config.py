@@ -28,6 +28,16 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class World:
+    """The embedded world, as notebook 00 looks at it."""
+
+    rebuilds: tuple[int, ...] = ()
+    """Further seeds that the whole world is built with, to show that its gates do not hold by luck."""
+    passages: int = 2000
+    """Documents of each kind on which gates and latents are measured."""
+
+
+@dataclass(frozen=True)
 class OpinionQA:
     """Study 1: survey answers of demographic groups through a sparse shift in SAE space."""
 
@@ -73,6 +83,7 @@ class Profile:
 
     name: str
     runtime: Runtime = field(default_factory=Runtime)
+    world: World = field(default_factory=World)
     opinion_qa: OpinionQA = field(default_factory=OpinionQA)
     side_effects: SideEffects = field(default_factory=SideEffects)
     specialized_saes: SpecializedSAEs = field(default_factory=SpecializedSAEs)
@@ -80,7 +91,7 @@ class Profile:
     safety_subspace: SafetySubspace = field(default_factory=SafetySubspace)
 
 
-STUDIES = tuple(f.name for f in fields(Profile) if f.name not in {"name", "runtime"})
+STUDIES = tuple(f.name for f in fields(Profile) if f.name not in {"name", "runtime", "world"})
 
 
 def _unknown(kind: str, given: str, valid: typing.Iterable[str], where: str) -> ResearchError:
