@@ -1,0 +1,255 @@
+"""The last-token engine: exact effects of edits to a context's final token, for many edits at once.
+
+An edit of the last position leaves the keys and values of every earlier position as they were. So each context runs
+in full once, and each edit afterwards costs one token: the edited copies of the final token lie side by side on the
+query axis, all at position T-1, and a mask lets each see the prefix and itself but no sibling. This is ordinary
+attention, so the blocks of the model run unchanged, whatever the architecture.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sae_research.errors import ResearchError
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+_RESIDUAL = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_in|hook_resid_post|hook_out)")
+
+
+def boundary(bridge: "TransformerBridge", hook: str) -> int:
+    """The block that the residual stream at `hook` enters; the number of blocks means the output of the last one."""
+    match, blocks = _RESIDUAL.fullmatch(hook), len(bridge.blocks)
+    if match is None:
+        raise ResearchError(
+            f"hook '{hook}' is not a residual stream between blocks; use blocks.<layer>.hook_resid_pre or _post."
+        )
+    layer, after = int(match[1]), match[2] in ("hook_resid_post", "hook_out")
+    if layer >= blocks:
+        raise ResearchError(f"hook '{hook}' is not in this model, which has blocks 0 to {blocks - 1}.")
+    return layer + after
+
+
+@dataclass
+class State:
+    """The final token of some rows: residuals at the reads, and the state after the final norm."""
+
+    reads: tuple[torch.Tensor, ...]
+    """One [rows, d] tensor for each read, in the order in which the engine was given them."""
+    final: torch.Tensor
+    """[rows, d], after the final norm: `LastToken.logits` unembeds it."""
+
+    def take(self, rows: torch.Tensor) -> "State":
+        """The same for some rows."""
+        return State(tuple(r[rows] for r in self.reads), self.final[rows])
+
+
+@dataclass
+class Record:
+    """What one clean pass over a batch of contexts leaves behind for edits of their final tokens."""
+
+    last: torch.Tensor
+    """[contexts, d]: the residual of the final token at the edited hook."""
+    keys: list[torch.Tensor]
+    """One [contexts, heads, T-1, d_head] tensor for each block above the hook."""
+    values: list[torch.Tensor]
+    """As `keys`."""
+    clean: State
+    """The unedited final tokens."""
+
+
+class LastToken:
+    """Runs a model's upper part on edited final tokens, in float32 even if the part below the hook is not."""
+
+    def __init__(self, bridge: "TransformerBridge", hook: str, reads: tuple[str, ...] = (), dtype=torch.float32):
+        """Edit at `hook`, read at `reads`; casts the blocks above the hook and the final norm to `dtype` in place."""
+        self.bridge, self.dtype = bridge, dtype
+        self.start = boundary(bridge, hook)
+        self.reads = tuple(boundary(bridge, read) for read in reads)
+        for read, layer in zip(reads, self.reads, strict=True):
+            if layer < self.start:
+                raise ResearchError(f"read '{read}' lies below the edit at '{hook}' and would never change.")
+        self.blocks = list(bridge.blocks)[self.start :]
+        for module in (*self.blocks, bridge.ln_final):
+            module.to(dtype)
+        model = bridge.original_model
+        config = model.config.get_text_config()
+        self.rotary = getattr(model.base_model, "rotary_emb", None)
+        self.window = getattr(config, "sliding_window", None)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.W_U = bridge.W_U.detach().to(dtype)
+        b_U = getattr(bridge, "b_U", None)
+        self.b_U = None if b_U is None else b_U.detach().to(dtype)
+
+    def _upper(self, h: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache) -> tuple[list, torch.Tensor]:
+        rotary = None if self.rotary is None else self.rotary(h, positions)
+        below = {}
+        for layer, block in enumerate(self.blocks, start=self.start):
+            below[layer] = h
+            h = block(
+                h,
+                attention_mask=mask,
+                position_ids=positions,
+                position_embeddings=rotary,
+                past_key_values=cache,
+                layer_past=cache,  # GPT-NeoX's name for it
+                use_cache=True,
+            )
+            h = h[0] if isinstance(h, tuple) else h
+        below[self.start + len(self.blocks)] = h
+        return [below[layer] for layer in self.reads], self.bridge.ln_final(h)
+
+    def _residual(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.start < len(self.bridge.blocks):
+            return self.bridge(tokens, stop_at_layer=self.start)
+        kept = []
+        self.bridge.run_with_hooks(
+            tokens, return_type=None, fwd_hooks=[(f"blocks.{self.start - 1}.hook_out", lambda h, hook: kept.append(h))]
+        )
+        return kept[0]
+
+    def _check(self, tokens: torch.Tensor) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] < 2:
+            raise ResearchError(
+                f"contexts must have at least two tokens (the last is edited), not shape {tuple(tokens.shape)}."
+            )
+        if self.window is not None and tokens.shape[1] > self.window:
+            raise ResearchError(
+                f"contexts of {tokens.shape[1]} tokens exceed the sliding window of {self.window}; shorten them."
+            )
+
+    @torch.no_grad()
+    def record(self, tokens: torch.Tensor) -> Record:
+        """One clean pass over contexts [B, T] of equal length without padding."""
+        from transformers import DynamicCache
+
+        self._check(tokens)
+        h, length, cache = self._residual(tokens).to(self.dtype), tokens.shape[1], DynamicCache()
+        positions = torch.arange(length, device=h.device).expand(len(h), length)
+        hidden = torch.full((length, length), torch.finfo(self.dtype).min, dtype=self.dtype, device=h.device).triu(1)
+        reads, final = self._upper(h, positions, hidden.expand(len(h), 1, length, length), cache)
+        layers = cache.layers[self.start :]
+        return Record(
+            last=h[:, -1].clone(),
+            keys=[layer.keys[:, :, :-1].clone() for layer in layers],
+            values=[layer.values[:, :, :-1].clone() for layer in layers],
+            clean=State(tuple(r[:, -1].clone() for r in reads), final[:, -1].clone()),
+        )
+
+    @torch.no_grad()
+    def steer(
+        self,
+        record: Record,
+        contexts: torch.Tensor,
+        which: torch.Tensor,
+        directions: torch.Tensor,
+        *,
+        pack: int = 8,
+        rows: int = 768,
+    ) -> Iterator[tuple[torch.Tensor, State]]:
+        """Yield (row numbers, edited states): row r adds `directions[which[r]]` to the final token of `contexts[r]`."""
+        from transformers import DynamicCache
+
+        owner, slots = _chunks(contexts, pack)
+        prefix = record.keys[0].shape[2] if record.keys else 0
+        mask = torch.full((pack, prefix + pack), torch.finfo(self.dtype).min, dtype=self.dtype, device=slots.device)
+        mask[:, :prefix] = 0
+        mask[:, prefix:].fill_diagonal_(0)
+        for part in torch.arange(len(owner), device=slots.device).split(max(1, rows // pack)):
+            context, slot = owner[part], slots[part]
+            h = record.last[context][:, None] + directions[which[slot.clamp(min=0)]].to(self.dtype)
+            cache = DynamicCache()
+            for layer, (keys, values) in enumerate(zip(record.keys, record.values, strict=True), start=self.start):
+                cache.update(keys[context], values[context], layer)
+            reads, final = self._upper(h, torch.full_like(slot, prefix), mask.expand(len(part), 1, *mask.shape), cache)
+            real = slot >= 0
+            yield slot[real], State(tuple(r[real] for r in reads), final[real])
+
+    def sweep(
+        self,
+        tokens: torch.Tensor,
+        contexts: torch.Tensor,
+        which: torch.Tensor,
+        directions: torch.Tensor,
+        *,
+        batch: int = 64,
+        pack: int | None = None,
+        rows: int = 768,
+    ) -> Iterator[tuple[torch.Tensor, State, State]]:
+        """Yield (row numbers, clean states, edited states) for every pair of a context and a direction, each once.
+
+        Contexts are recorded `batch` at a time and forgotten when all their rows are done, so memory does not grow with
+        the pool. Doses are simply further directions.
+        """
+        self._check(tokens)
+        _in_range("context", contexts, len(tokens))
+        _in_range("direction", which, len(directions))
+        used = torch.unique(contexts)
+        if pack is None:
+            pack = 8 if len(contexts) < 48 * len(used) else 32
+        for some in used.split(batch):
+            record = self.record(tokens[some])
+            mine = torch.isin(contexts, some).nonzero()[:, 0]
+            local = torch.searchsorted(some, contexts[mine])
+            for r, edited in self.steer(record, local, which[mine], directions, pack=pack, rows=rows):
+                yield mine[r], record.clean.take(local[r]), edited
+
+    def logits(self, final: torch.Tensor) -> torch.Tensor:
+        """Logits of final states; for the difference of two use both, since a softcap is not linear."""
+        logits = final @ self.W_U
+        logits = logits if self.b_U is None else logits + self.b_U
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def gram(self) -> torch.Tensor | None:
+        """G = W_U W_U^T, so that logit differences D = dz W_U have D D^T = dz G dz^T; None if a softcap forbids it."""
+        return None if self.softcap is not None else self.W_U @ self.W_U.T
+
+
+def _chunks(contexts: torch.Tensor, pack: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows grouped by context in chunks of `pack`: the context of each chunk, and its row numbers (-1 pads)."""
+    order = torch.argsort(contexts, stable=True)
+    sorted_contexts = contexts[order]
+    _, counts = torch.unique_consecutive(sorted_contexts, return_counts=True)
+    rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    first = rank % pack == 0
+    chunk = first.cumsum(0) - 1
+    slots = order.new_full((int(first.sum()), pack), -1)
+    slots[chunk, rank % pack] = order
+    return sorted_contexts[first], slots
+
+
+def _in_range(noun: str, index: torch.Tensor, size: int) -> None:
+    wrong = index[(index < 0) | (index >= size)]
+    if len(wrong):
+        raise ResearchError(f"{noun} index {int(wrong[0])} is out of range; there are {size}.")
+
+
+@torch.no_grad()
+def naive(
+    bridge: "TransformerBridge",
+    hook: str,
+    reads: tuple[str, ...],
+    tokens: torch.Tensor,
+    direction: torch.Tensor,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Last-token logits and reads by a full forward under hooks: the loop that the engine replaces, and its judge."""
+    kept = {}
+
+    def add(residual: torch.Tensor, hook) -> torch.Tensor:
+        edited = residual.clone()
+        edited[:, -1] += direction.to(residual.dtype)
+        return edited
+
+    def keep(read: str):
+        def look(residual: torch.Tensor, hook) -> None:
+            kept[read] = residual[:, -1].clone()
+
+        return look
+
+    hooks = [(hook, add), *((read, keep(read)) for read in reads)]
+    logits = bridge.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1]
+    return logits, tuple(kept[read] for read in reads)
