@@ -1,11 +1,10 @@
 """Typed settings: defaults are the papers' values, and a profile lists only the ways in which it departs from them."""
 
-import difflib
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 
-from sae_research.errors import ResearchError
+from sae_research.errors import ResearchError, unknown
 from sae_research.paths import PARAMS
 
 
@@ -94,13 +93,6 @@ class Profile:
 STUDIES = tuple(f.name for f in fields(Profile) if f.name not in {"name", "runtime", "world"})
 
 
-def _unknown(kind: str, given: str, valid: typing.Iterable[str], where: str) -> ResearchError:
-    valid = sorted(valid)
-    near = difflib.get_close_matches(given, valid, n=1, cutoff=0.4)
-    hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(valid)}."
-    return ResearchError(f"unknown {kind} '{given}' in {where}; {hint}")
-
-
 def _convert(value: object, expected: object, where: str) -> object:
     """`value` from YAML as the type that the setting declares, or one clear sentence."""
     origin, args = typing.get_origin(expected), typing.get_args(expected)
@@ -132,7 +124,7 @@ def build(cls: type, overrides: dict, where: str, **given: object):
     valid = {f.name for f in fields(cls)} - set(given)
     for key in overrides:
         if key not in valid:
-            raise _unknown("setting", str(key), valid, where)
+            raise unknown("setting", str(key), valid, where)
     return cls(**given, **{k: _convert(v, kinds[k], f"{where}.{k}") for k, v in overrides.items()})
 
 
@@ -159,7 +151,7 @@ def load(profile: str | None = None) -> Profile:
     params = read_params()
     name = profile or params.get("profile")
     if name not in params["profiles"]:
-        raise _unknown("profile", str(name), params["profiles"], "params.yaml")
+        raise unknown("profile", str(name), params["profiles"], "params.yaml")
     return build(Profile, params["profiles"][name] or {}, f"profiles.{name}", name=name)
 
 

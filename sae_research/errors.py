@@ -1,5 +1,16 @@
 """The one exception that is meant for the reader of a notebook or a terminal."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class ResearchError(Exception):
     """One sentence that says what is wrong and what to do; the command line prints it and exits with 1."""
+
+
+def unknown(kind: str, given: str, valid: Iterable[str], where: str) -> ResearchError:
+    """The error for a name that does not exist: it offers the nearest valid one."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(given, valid, n=1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(valid) or 'none'}."
+    return ResearchError(f"unknown {kind} '{given}' in {where}; {hint}")
