@@ -4,14 +4,16 @@ An artefact is a folder. `writing` fills a temporary sibling, adds `checksums.js
 reader never meets a half-written one; `verified` recomputes the checksums and names the file that does not match.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from sae_research.errors import ResearchError
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 CHECKSUMS = "checksums.json"
 _PARTIAL = ".partial-"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def sha256(path: Path) -> str:
@@ -31,58 +34,126 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(settings: object) -> str:
-    """Short hash of settings (dataclasses, dicts, lists, numbers, strings), the same in every process."""
-    plain = asdict(settings) if is_dataclass(settings) else settings
-    text = json.dumps(plain, sort_keys=True, default=lambda o: asdict(o) if is_dataclass(o) else str(o))
+    """Short hash of settings (dataclasses, dicts, lists, sets, paths, numbers, strings), the same in every process."""
+    text = json.dumps(settings, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, PurePath):
+        return value.as_posix()
+    # the text of an object may differ between processes, and that of a long array leaves its middle out
+    raise TypeError(f"{type(value).__name__} has no stable fingerprint; pass settings, names and checksums only")
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
 
 
-def _explain(error: OSError, path: Path) -> ResearchError:
+def _explain(reason: str, path: Path) -> ResearchError:
     return ResearchError(
-        f"cannot write {relative(path)}: {error.strerror or error}; free disk space or make the folder writable, "
+        f"cannot write {relative(path)}: {reason}; free disk space or make the folder writable, "
         "then run the same command again (finished work is kept)."
     )
+
+
+def _partial(path: Path) -> Path:
+    """This process's temporary sibling of `path`, after removing those that killed processes left."""
+    for stale in path.parent.glob(f"{_PARTIAL}*"):
+        match = re.fullmatch(rf"{re.escape(_PARTIAL + path.name)}\.(\d+)", stale.name)
+        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+            _remove(stale)
+    return path.with_name(f"{_PARTIAL}{path.name}.{os.getpid()}")
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _replaced(folder: Path) -> Path:
+    """Where the old artefact waits while the new one takes its place."""
+    return folder.with_name(f"{_PARTIAL}{folder.name}.old")
+
+
+def _recover(folder: Path) -> None:
+    """Put the old artefact back if a writer was killed between the two renames."""
+    with suppress(OSError):
+        if not folder.exists():
+            _replaced(folder).rename(folder)
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it becomes `folder`, on failure nothing changes."""
     folder = Path(folder)
-    partial = folder.with_name(f"{_PARTIAL}{folder.name}-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for stale in folder.parent.glob(f"{_PARTIAL}{folder.name}-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        _recover(folder)
+        partial = _partial(folder)
         partial.mkdir()
+    except OSError as error:
+        raise _explain(error.strerror or str(error), folder) from error
+    try:
         yield partial
         sums = {p.relative_to(partial).as_posix(): sha256(p) for p in _files(partial)}
         (partial / CHECKSUMS).write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n")
-        if folder.exists():
-            old = folder.with_name(f"{_PARTIAL}{folder.name}-old")
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            partial.rename(folder)
-            shutil.rmtree(old)
-        else:
-            partial.rename(folder)
+        _replace(partial, folder)
     except OSError as error:
-        raise _explain(error, folder) from error
+        # the block may also read files or the network: only what went wrong in writing is explained here
+        if error.errno in _FULL or str(error.filename or "").startswith(str(partial)):
+            raise _explain(error.strerror or str(error), folder) from error
+        raise
+    except Exception as error:
+        code = re.search(r"os error (\d+)", str(error))  # how safetensors hands the system's error on
+        if code and int(code[1]) in _FULL:
+            raise _explain(os.strerror(int(code[1])), folder) from error
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    old = _replaced(folder)
+    _remove(old)
+    folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        _recover(folder)
+        raise
+    _remove(old)
 
 
 def verified(folder: Path) -> Path:
     """Return `folder` after checking every file against its checksum; name the first that is missing or altered."""
     folder = Path(folder)
+    _recover(folder)
     if not (folder / CHECKSUMS).is_file():
         raise ResearchError(f"{relative(folder)} is missing or incomplete; run `make reproduce` to make it.")
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        sums = dict(json.loads((folder / CHECKSUMS).read_text()))
+    except (TypeError, ValueError) as error:
         raise ResearchError(
             f"{relative(folder / CHECKSUMS)} is damaged; delete {relative(folder)} and run again."
         ) from error
@@ -99,13 +170,14 @@ def verified(folder: Path) -> Path:
 
 
 def resumed(folder: Path, key: object, build: Callable[[Path], None]) -> Path:
-    """Return the artefact `folder` made with settings `key`, building it (into the folder that `build` gets) if needed."""
-    mark = fingerprint(key)
-    if (folder / CHECKSUMS).is_file() and (folder / "key").is_file() and (folder / "key").read_text() == mark:
+    """Return the artefact `folder` made with settings `key`; if it is not there, `build` fills it."""
+    mark = fingerprint(key).encode()
+    _recover(folder)
+    if (folder / CHECKSUMS).is_file() and (folder / "key").is_file() and (folder / "key").read_bytes() == mark:
         return verified(folder)
     with writing(folder) as partial:
         build(partial)
-        (partial / "key").write_text(mark)
+        (partial / "key").write_bytes(mark)
     return folder
 
 
@@ -117,15 +189,16 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file at once: a reader sees the old bytes or the new ones."""
     path = Path(path)
-    partial = path.with_name(f"{_PARTIAL}{path.name}-{os.getpid()}")
+    partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial(path)
         partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
-        raise _explain(error, path) from error
-    finally:
-        partial.unlink(missing_ok=True)
+        if partial:
+            _remove(partial)
+        raise _explain(error.strerror or str(error), path) from error
 
 
 def write_json(path: Path, value: object) -> None:
