@@ -2,6 +2,7 @@
 
 import types
 import typing
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 
 from sae_research.errors import ResearchError, unknown
@@ -18,8 +19,8 @@ class Runtime:
     """Number format of the model's weights; labels and letters are always read in float32."""
     threads: int = 8
     """CPU threads of torch; two threads on a tiny loop can be slower than one."""
-    n_jobs: int = 1
-    """Independent shards that run at once (joblib); 1 stays in one process."""
+    n_jobs: int | str = 1
+    """Independent shards that run at once (joblib): 1 stays in one process, -1 is one a core, `ray` a Ray cluster."""
     seeds: int = 5
     """Seeds of every headline number."""
     hub: bool = True
@@ -97,10 +98,19 @@ def _convert(value: object, expected: object, where: str) -> object:
     """`value` from YAML as the type that the setting declares, or one clear sentence."""
     origin, args = typing.get_origin(expected), typing.get_args(expected)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
+        arms = [a for a in args if a is not type(None)]
+        if value is None and len(arms) < len(args):
             return None
-        return _convert(value, next(a for a in args if a is not type(None)), where)
-    if origin is tuple and isinstance(value, list | tuple):
+        if len(arms) == 1:
+            return _convert(value, arms[0], where)
+        for arm in arms:
+            with suppress(ResearchError):
+                return _convert(value, arm, where)
+    elif origin is typing.Literal:
+        if value in args:
+            return value
+        raise unknown("choice", str(value), map(str, args), where)
+    elif origin is tuple and isinstance(value, list | tuple):
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(kinds) == len(value):
             return tuple(_convert(v, k, where) for v, k in zip(value, kinds, strict=True))
@@ -108,11 +118,12 @@ def _convert(value: object, expected: object, where: str) -> object:
         return {_convert(k, args[0], where): _convert(v, args[1], where) for k, v in value.items()}
     elif is_dataclass(expected) and isinstance(value, dict):
         return build(expected, value, where)
-    elif expected is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    elif expected is float and not isinstance(value, bool):
+        with suppress(TypeError, ValueError):  # YAML reads 1e-4, without a point, as text
+            return float(value)
     elif isinstance(expected, type) and type(value) is expected:
         return value
-    name = getattr(expected, "__name__", str(expected))
+    name = str(expected) if origin else expected.__name__
     raise ResearchError(f"setting '{where}' must be {name}, not {value!r}; correct it in params.yaml.")
 
 
@@ -135,7 +146,8 @@ def read_params() -> dict:
     try:
         params = yaml.safe_load(PARAMS.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ResearchError(f"params.yaml cannot be read ({error}); restore it from the repository.") from error
+        reason = " ".join(str(error).split())
+        raise ResearchError(f"params.yaml cannot be read ({reason}); restore it from the repository.") from error
     if not isinstance(params, dict) or not isinstance(params.get("profiles"), dict):
         raise ResearchError("params.yaml must hold `profile` and `profiles`; restore it from the repository.")
     return params

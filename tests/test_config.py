@@ -1,0 +1,129 @@
+"""Settings: the papers' values by default, typed overrides, and a sentence with the nearest name on any mistake."""
+
+import typing
+from dataclasses import FrozenInstanceError, dataclass, field
+
+import pytest
+
+from sae_research import config
+from sae_research.errors import ResearchError
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A nested block."""
+
+    rate: float = 0.1
+    """A rate."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Every kind of setting."""
+
+    steps: int = 10
+    rate: float = 0.5
+    name: str = "a"
+    flag: bool = False
+    sizes: tuple[int, ...] = (1, 2)
+    pair: tuple[float, str] = (0.0, "x")
+    limit: int | None = 3
+    jobs: int | str = 1
+    grid: dict[str, float] = field(default_factory=dict)
+    mode: typing.Literal["dense", "sparse"] = "dense"
+    inner: Inner = field(default_factory=Inner)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"steps": 3}, 3),
+        ({"rate": 1}, 1.0),
+        ({"rate": "1e-4"}, 1e-4),
+        ({"flag": True}, True),
+        ({"sizes": [4, 5, 6]}, (4, 5, 6)),
+        ({"sizes": []}, ()),
+        ({"pair": [1, "y"]}, (1.0, "y")),
+        ({"limit": None}, None),
+        ({"limit": 7}, 7),
+        ({"jobs": "ray"}, "ray"),
+        ({"jobs": -1}, -1),
+        ({"grid": {"a": 1}}, {"a": 1.0}),
+        ({"mode": "sparse"}, "sparse"),
+        ({"inner": {"rate": 2}}, Inner(2.0)),
+    ],
+)
+def test_overrides_take_the_declared_type(given, expected):
+    (name,) = given
+    value = getattr(config.build(Example, given, "here"), name)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"step": 3}, "unknown setting 'step' in here; did you mean 'steps'"),
+        ({"zzzz": 3}, "unknown setting 'zzzz' in here; valid: flag, grid"),
+        ({"inner": {"rte": 1}}, "unknown setting 'rte' in here.inner; did you mean 'rate'"),
+        ({"steps": "3"}, "'here.steps' must be int, not '3'"),
+        ({"steps": 3.5}, "'here.steps' must be int, not 3.5"),
+        ({"steps": True}, "'here.steps' must be int, not True"),
+        ({"rate": "fast"}, "'here.rate' must be float, not 'fast'"),
+        ({"rate": None}, "'here.rate' must be float, not None"),
+        ({"flag": 1}, "'here.flag' must be bool, not 1"),
+        ({"sizes": 4}, "'here.sizes' must be tuple"),
+        ({"sizes": [1, "2"]}, "'here.sizes' must be int, not '2'"),
+        ({"pair": [1.0]}, "'here.pair' must be tuple"),
+        ({"limit": "x"}, "'here.limit' must be int, not 'x'"),
+        ({"jobs": 1.5}, "'here.jobs' must be int | str, not 1.5"),
+        ({"mode": "spars"}, "unknown choice 'spars' in here.mode; did you mean 'sparse'"),
+        ({"inner": 3}, "'here.inner' must be Inner, not 3"),
+        ([1], "'here' in params.yaml must be a block of settings"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_the_place_and_the_nearest_name(given, words):
+    with pytest.raises(ResearchError) as caught:
+        config.build(Example, given, "here")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", config.profiles())
+def test_every_profile_of_the_repository_loads(name):
+    profile = config.load(name)
+    assert profile.name == name
+    assert profile.runtime.seeds >= 2
+    for study in config.STUDIES:
+        assert getattr(profile, study).subjects
+
+
+def test_the_profiles_of_the_design_are_there_and_cpu_is_the_default():
+    assert {"cpu", "full", "smoke", "laptop", "gpu"} <= set(config.profiles())
+    assert config.load().name == "cpu"
+    assert config.load("gpu").opinion_qa == config.OpinionQA()  # the papers' values
+
+
+def test_an_unknown_profile_or_study_names_the_nearest(tmp_path, monkeypatch):
+    with pytest.raises(ResearchError, match=r"unknown profile 'laptp' in params.yaml; did you mean 'laptop'"):
+        config.load("laptp")
+    monkeypatch.setattr(config, "PARAMS", tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("profile: a\nprofiles: {a: {opinion_q: {}}}\n")
+    with pytest.raises(ResearchError, match=r"'opinion_q' in profiles.a; did you mean 'opinion_qa'"):
+        config.load()
+    for broken in ("profile: a\n", "profiles: [", "- 1", ""):
+        (tmp_path / "params.yaml").write_text(broken)
+        with pytest.raises(ResearchError, match=r"params.yaml .*restore it"):
+            config.load()
+    (tmp_path / "params.yaml").unlink()
+    with pytest.raises(ResearchError, match=r"params.yaml cannot be read"):
+        config.load()
+    (tmp_path / "params.yaml").write_text("profile: [a]\nprofiles: {a: {}}\n")
+    with pytest.raises(ResearchError, match="unknown profile"):
+        config.load()
+
+
+def test_settings_are_frozen_and_defaults_are_found():
+    with pytest.raises(FrozenInstanceError):
+        config.load("cpu").runtime.seeds = 1
+    assert config.default_of(config.Runtime, "seeds") == 5
+    assert config.default_of(Example, "inner") == Inner()
