@@ -1,0 +1,101 @@
+"""The survey specimen: a small Llama that answers a planted survey as the persons it reads about would."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+from transformers import LlamaForCausalLM
+
+from sae_research.errors import ResearchError
+from sae_research.progress import bar
+from sae_research.world import specimen
+from sae_research.world.survey_population import Population, PopulationSettings
+from sae_research.world.survey_text import WORDS, Batch, Writer
+
+NAME = "world-survey"
+"""How SAEs refer to the specimen."""
+
+
+@dataclass(frozen=True)
+class SurveySettings:
+    """How the survey specimen and its SAEs are made."""
+
+    population: PopulationSettings = field(default_factory=PopulationSettings)
+    """The planted survey that it learns."""
+    width: int = 64
+    """Size of the residual stream."""
+    blocks: int = 4
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads of a block."""
+    inner: int = 128
+    """Width of the feed-forward layer."""
+    context: int = 48
+    """Longest document in tokens."""
+    most_stated: int = 4
+    """Most attributes that a document states; it states each number from 0 on equally often."""
+    off_task: float = 0.12
+    """Share of documents that are toy arithmetic and toy stories."""
+    steps: int = 1400
+    """Training steps."""
+    batch: int = 192
+    """Documents of a step."""
+    rate: float = 3e-3
+    """Peak of the one-cycle learning rate."""
+    answer_weight: float = 5.0
+    """Weight of the exact answers, learned on every step, beside next tokens, learned on every second one."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+
+def train_model(settings: SurveySettings, seed: int, folder: Path, threads: int = 2) -> None:
+    """Train the specimen on exact answer distributions and next tokens, and save it as a Hugging Face folder."""
+    torch.set_num_threads(threads)
+    tokenizer = specimen.word_tokenizer(WORDS)
+    writer = Writer(Population(settings.population), tokenizer.get_vocab())
+    model = specimen.small_llama(
+        len(tokenizer),
+        width=settings.width,
+        blocks=settings.blocks,
+        heads=settings.heads,
+        inner=settings.inner,
+        context=settings.context,
+        seed=seed,
+    )
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=settings.steps)
+    draws = np.random.default_rng([seed, 1])
+    for step in bar(range(settings.steps), desc="survey specimen"):
+        batch = writer.mixed(settings.batch, draws, settings.most_stated, settings.off_task)
+        hidden = model.model(torch.from_numpy(batch.tokens)).last_hidden_state
+        loss = settings.answer_weight * answer_loss(model, hidden, batch, writer.letters)
+        if step % 2 == 0:
+            loss = loss + next_token_loss(model, hidden, batch)
+        if not torch.isfinite(loss):
+            raise ResearchError(f"the survey specimen's loss is not finite at step {step}; lower `rate` and run again.")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        cycle.step()
+    specimen.save(model, tokenizer, folder)
+
+
+def answer_loss(model: LlamaForCausalLM, hidden: torch.Tensor, batch: Batch, letters: list[int]) -> torch.Tensor:
+    """Cross-entropy of the letter against its exact distribution, over documents with a question."""
+    asked = np.flatnonzero(batch.answer >= 0)
+    states = hidden[asked, batch.answer[asked]]
+    target = torch.from_numpy(batch.target[asked]).to(states.dtype)
+    return -(target * log_softmax(model.lm_head(states), -1)[:, letters]).sum(-1).mean()
+
+
+def next_token_loss(model: LlamaForCausalLM, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Cross-entropy of the next tokens, all but the answers' letters."""
+    following = torch.from_numpy(batch.tokens[:, 1:]).clone()
+    asked = np.flatnonzero(batch.answer >= 0)
+    following[asked, batch.answer[asked]] = model.config.pad_token_id
+    logits = model.lm_head(hidden[:, :-1])
+    return cross_entropy(logits.transpose(1, 2), following, ignore_index=model.config.pad_token_id)
