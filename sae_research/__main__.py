@@ -1,0 +1,109 @@
+"""Command line: `python -m sae_research COMMAND`."""
+
+import argparse
+import sys
+
+from sae_research.errors import ResearchError
+
+
+def _run(given: argparse.Namespace) -> int:
+    from sae_research import notebooks
+
+    notebooks.run(given.notebook, given.profile)
+    return 0
+
+
+def _reproduce(given: argparse.Namespace) -> int:
+    from sae_research import pipeline
+
+    print(pipeline.reproduce(given.profile, given.force))
+    return 0
+
+
+def _world(given: argparse.Namespace) -> int:
+    from sae_research.world import build
+
+    if not given.build:
+        raise ResearchError("say `world --build` to build the embedded world anew (15 minutes on two cores).")
+    build.build()
+    return 0
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    from sae_research import doctor
+
+    return doctor.main(given.profile)
+
+
+def _profiles(given: argparse.Namespace) -> int:
+    from sae_research import settings
+
+    print(settings.text())
+    return 0
+
+
+def _claims(given: argparse.Namespace) -> int:
+    from sae_research import claims
+
+    ledger = claims.read(given.profile)
+    print(claims.markdown(ledger) if given.markdown else claims.text(ledger))
+    return 0
+
+
+def _clear(given: argparse.Namespace) -> int:
+    from sae_research import notebooks
+
+    changed = notebooks.clear()
+    print(f"cleared: {', '.join(changed)}" if changed else "all notebook sources were clear")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sae_research", description="Reproduce the studies and their claims."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, do: object, help: str, profile: str | None = "cpu") -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help)
+        made.set_defaults(do=do)
+        if profile is not None:
+            made.add_argument("--profile", default=profile, help=f"profile of params.yaml (default {profile})")
+        return made
+
+    command("run", _run, "execute one notebook for the record").add_argument("notebook", help="name without .ipynb")
+    command("reproduce", _reproduce, "run what is missing or changed, then compare and report").add_argument(
+        "--force", action="store_true", help="run every stage, the embedded world included"
+    )
+    command("world", _world, "the embedded world", profile=None).add_argument(
+        "--build", action="store_true", help="build data/embedded anew; a killed build goes on where it stopped"
+    )
+    command("doctor", _doctor, "whether this machine can run each profile, and what is missing", profile="")
+    command("profiles", _profiles, "settings of each profile against the papers' values", profile=None)
+    command("claims", _claims, "the verdict table of a profile").add_argument("--markdown", action="store_true")
+    command("clear", _clear, "clear the outputs of all notebook sources before a commit", profile=None)
+    return parser
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command; a mistake of the user's or the machine's is told in one sentence."""
+    given = _parser().parse_args(words)
+    try:
+        return given.do(given)
+    except ResearchError as error:
+        print(error, file=sys.stderr)
+    except OSError as error:
+        from sae_research.paths import relative
+
+        where = relative(error.filename) if error.filename else "a file"
+        print(
+            f"{where}: {error.strerror or error}; free disk space or mend the permissions, then run again.",
+            file=sys.stderr,
+        )
+    except KeyboardInterrupt:
+        print("stopped; finished work is kept, run the same command again to go on.", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

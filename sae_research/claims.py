@@ -1,0 +1,356 @@
+"""Claims stated before any run, and verdicts computed from what was measured, never written by hand.
+
+`claims.yaml` maps each study to its claims. A notebook measures them and calls `record`; the verdict follows from
+value, interval, control and rule alone.
+"""
+
+import math
+import typing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_research import notebooks, paths, store
+from sae_research.errors import ResearchError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sae_research.stats import Interval
+
+REPRODUCED = "reproduced"
+DIRECTION = "direction only"
+CONFOUNDED = "confounded"
+NOT_REPRODUCED = "not reproduced"
+NOT_TESTABLE = "not testable here"
+VERDICTS = (REPRODUCED, DIRECTION, CONFOUNDED, NOT_REPRODUCED, NOT_TESTABLE)
+
+_SIDES = {
+    "above": lambda x, bar: x > bar,
+    "below": lambda x, bar: x < bar,
+    "at least": lambda x, bar: x >= bar,
+    "at most": lambda x, bar: x <= bar,
+    "between": lambda x, bar: bar[0] <= x <= bar[1],
+}
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Where a number has to lie."""
+
+    expect: str
+    """`above`, `below`, `at least`, `at most` or `between`."""
+    threshold: float | tuple[float, float]
+    """The bar; two numbers for `between`."""
+    interval: bool = True
+    """Whether the whole interval has to lie there, not the value alone."""
+
+    def admits(self, x: float) -> bool:
+        """Whether one number lies where it is expected."""
+        return _SIDES[self.expect](x, self.threshold)
+
+    def met_by(self, m: "Measurement") -> bool:
+        """Whether the value, and where the rule asks for it the interval, lies where it is expected."""
+        return self.admits(m.value) and (not self.interval or (self.admits(m.low) and self.admits(m.high)))
+
+
+@dataclass(frozen=True)
+class Control(Expectation):
+    """What the same measurement has to show under a control for the claim to stand."""
+
+    name: str = ""
+    """The control, in words that a reader understands."""
+
+
+@dataclass(frozen=True)
+class Rule(Expectation):
+    """When a claim counts as reproduced."""
+
+    direction: float | None = None
+    """The value of no effect: beyond it, on the claimed side, the direction holds (without it: the threshold)."""
+    control: Control | None = None
+    """A control whose expectation must be met too; otherwise the claim is confounded."""
+
+    def leans(self, x: float) -> bool:
+        """Whether the value lies at least in the claimed direction."""
+        if self.direction is None:
+            return self.admits(x)
+        return x > self.direction if self.expect in ("above", "at least") else x < self.direction
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of a paper, and how we decide it."""
+
+    id: str
+    """`study.topic.detail`."""
+    statement: str
+    """What the paper says, in one sentence."""
+    measure: str
+    """The number that we compute, with its unit and what its interval covers."""
+    rule: Rule
+    """When the claim counts as reproduced."""
+    paper: str = ""
+    """The paper and where in it."""
+    paper_value: str | float = ""
+    """The paper's number; empty when unknown."""
+    evidence: str = ""
+    """Where the paper's number comes from (abstract, table, figure, code); empty when unknown."""
+    needs: str = ""
+    """What some profiles lack to test the claim; only a claim that names it may go unmeasured."""
+    study: str = ""
+    """The study; given by the claim's place in claims.yaml."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a run found."""
+
+    value: float
+    """The point estimate, in the unit that the claim's `measure` names."""
+    low: float | None = None
+    """Lower end of its interval."""
+    high: float | None = None
+    """Upper end of its interval."""
+    n: int | None = None
+    """How many independent items (seeds, features, persons) the number rests on."""
+    control: "Measurement | None" = None
+    """The same measurement under the control that the rule names."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("value", float), ("low", float), ("high", float), ("n", int)):
+            given = getattr(self, name)
+            object.__setattr__(self, name, given if given is None else kind(given))
+
+    @classmethod
+    def of(cls, found: "Interval", control: "Interval | None" = None) -> "Measurement":
+        """From an estimate with its interval (and the same under the control)."""
+        inner = None if control is None else cls.of(control)
+        return cls(found.value, found.low, found.high, found.n, inner)
+
+
+def _number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _fill(cls: type, given: object, where: str, **extra: object):
+    """A dataclass from a block of claims.yaml; a key that does not exist names the nearest one that does."""
+    if not isinstance(given, dict):
+        raise ResearchError(f"{where} in claims.yaml must be a block of settings, not {given!r}.")
+    known = {f.name: f for f in fields(cls)}
+    for key in given:
+        if key not in known or key in extra:
+            raise unknown("field", str(key), set(known) - set(extra), f"{where} of claims.yaml")
+    missing = {n for n, f in known.items() if f.default is f.default_factory} - set(given) - set(extra)
+    if missing:
+        raise ResearchError(f"{where} in claims.yaml lacks {', '.join(sorted(missing))}; state it before any run.")
+    return cls(**{**given, **extra})
+
+
+def _expectation(cls: type, given: object, where: str, **extra: object) -> Expectation:
+    made = _fill(cls, given, where, **extra)
+    if made.expect not in _SIDES:
+        raise unknown("expectation", str(made.expect), _SIDES, f"{where} of claims.yaml")
+    if made.expect == "between":
+        pair = made.threshold
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_number, pair)) and pair[0] <= pair[1]):
+            raise ResearchError(f"{where} in claims.yaml: `between` needs two numbers, the smaller first.")
+        made = cls(**{**{f.name: getattr(made, f.name) for f in fields(cls)}, "threshold": tuple(pair)})
+    elif not _number(made.threshold):
+        raise ResearchError(f"{where} in claims.yaml: the threshold of `{made.expect}` must be one number.")
+    if not isinstance(made.interval, bool):
+        raise ResearchError(f"{where} in claims.yaml: `interval` must be true or false.")
+    return made
+
+
+def parse(study: str, given: dict) -> Claim:
+    """One claim from its block in claims.yaml, checked."""
+    name = f"claim '{given.get('id', '?')}'" if isinstance(given, dict) else f"a claim of {study}"
+    block = _fill(Claim, given, name, study=study)
+    if not isinstance(block.id, str) or not block.id.startswith(f"{study}."):
+        raise ResearchError(f"{name} in claims.yaml must have an id that starts with '{study}.'.")
+    stated = dict(given["rule"]) if isinstance(given["rule"], dict) else given["rule"]
+    control = stated.pop("control", None) if isinstance(stated, dict) else None
+    if control is not None:
+        control = _expectation(Control, control, f"the control of {name}")
+    rule = _expectation(Rule, stated, f"the rule of {name}", control=control)
+    if rule.direction is not None and (rule.expect == "between" or not _number(rule.direction)):
+        raise ResearchError(f"the rule of {name} in claims.yaml: `direction` must be a number, and `between` has none.")
+    beyond = rule.direction is not None and not Expectation(rule.expect, rule.direction).admits(rule.threshold)
+    if beyond and rule.direction != rule.threshold:
+        raise ResearchError(f"the rule of {name} in claims.yaml: `direction` lies beyond the threshold.")
+    return Claim(**{**{f.name: getattr(block, f.name) for f in fields(Claim)}, "rule": rule})
+
+
+def stated(study: str | None = None) -> dict[str, Claim]:
+    """The claims of claims.yaml by id, of one study or of all."""
+    import yaml
+
+    try:
+        book = yaml.safe_load(paths.CLAIMS.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ResearchError(f"claims.yaml cannot be read ({error}); restore it from the repository.") from error
+    if not isinstance(book, dict) or not all(isinstance(block, list) for block in book.values()):
+        raise ResearchError("claims.yaml must map each study to a list of claims; restore it from the repository.")
+    if study is not None and study not in book:
+        raise unknown("study", study, book, "claims.yaml")
+    claims: dict[str, Claim] = {}
+    for name, block in book.items():
+        for given in block:
+            claim = parse(name, given)
+            if claim.id in claims:
+                raise ResearchError(f"claim '{claim.id}' is stated twice in claims.yaml; give each claim its own id.")
+            claims[claim.id] = claim
+    return {i: c for i, c in claims.items() if study in (None, c.study)}
+
+
+def _check(m: Measurement, wanted: Expectation, what: str) -> None:
+    """Refuse a measurement that no verdict can rest on."""
+    if not _number(m.value):
+        raise ResearchError(f"{what} was measured as {m.value}; a verdict needs a finite number.")
+    if (m.low is None) != (m.high is None):
+        raise ResearchError(f"{what} has one end of its interval only; give `low` and `high`, or neither.")
+    if m.low is None:
+        if wanted.interval:
+            raise ResearchError(f"{what} has no interval, but its rule asks for one; measure `low` and `high`.")
+        return
+    if not (_number(m.low) and _number(m.high)):
+        raise ResearchError(f"{what} has the interval [{m.low}, {m.high}]; both ends must be finite numbers.")
+    slack = 1e-9 * max(1.0, abs(m.value))
+    if not m.low - slack <= m.value <= m.high + slack:
+        raise ResearchError(f"{what} has a value of {m.value} outside its interval [{m.low}, {m.high}].")
+
+
+def judge(claim: Claim, measurement: Measurement | None) -> str:
+    """The verdict that follows from value, interval, control and rule."""
+    rule = claim.rule
+    if measurement is None:
+        if not claim.needs:
+            raise ResearchError(f"claim '{claim.id}' was not measured; only one with `needs` may be left out.")
+        return NOT_TESTABLE
+    _check(measurement, rule, f"claim '{claim.id}'")
+    if (rule.control is None) != (measurement.control is None):
+        raise ResearchError(
+            f"claim '{claim.id}' states {'a' if rule.control else 'no'} control, "
+            f"but {'none' if rule.control else 'one'} was measured; make rule and measurement agree."
+        )
+    stands = True
+    if rule.control is not None:
+        _check(measurement.control, rule.control, f"the control of claim '{claim.id}'")
+        stands = rule.control.met_by(measurement.control)
+    if rule.met_by(measurement):
+        return REPRODUCED if stands else CONFOUNDED
+    return DIRECTION if rule.leans(measurement.value) and stands else NOT_REPRODUCED
+
+
+def _plain(x: object) -> object:
+    return {k: _plain(v) for k, v in x.items()} if isinstance(x, dict) else list(x) if isinstance(x, tuple) else x
+
+
+def entry(claim: Claim, measurement: Measurement | None, notebook: str) -> dict:
+    """The ledger's line for one claim."""
+    m = asdict(measurement) if measurement else {"value": None, "low": None, "high": None, "n": None, "control": None}
+    if m["control"] is not None:
+        m["control"] = {k: v for k, v in m["control"].items() if k != "control"}
+    line = {key: getattr(claim, key) for key in ("id", "study", "statement", "paper_value", "evidence")}
+    rule = _plain(asdict(claim.rule))
+    return {**line, **m, "rule": rule, "verdict": judge(claim, measurement), "notebook": notebook}
+
+
+def _file(profile: str, study: str) -> Path:
+    return paths.study_data(profile, study) / "claims.json"
+
+
+def record(profile: str, study: str, notebook: str, measurements: dict[str, Measurement | None]) -> "pd.DataFrame":
+    """Judge every claim of a study and write `data/<profile>/<study>/claims.json`; returns the table to show."""
+    claims = stated(study)
+    for given in measurements:
+        if given not in claims:
+            raise unknown("claim", given, claims, f"the measurements of {notebook}")
+    missing = sorted(set(claims) - set(measurements))
+    if missing:
+        raise ResearchError(f"{notebook} did not measure {', '.join(missing)}; every claim of {study} needs one.")
+    lines = [entry(claim, measurements[i], notebook) for i, claim in claims.items()]
+    store.write_json(_file(profile, study), lines)
+    return table(lines)
+
+
+def read(profile: str) -> list[dict]:
+    """The ledger of a whole profile as it was last put together."""
+    return typing.cast(list, store.read_json(paths.DATA / profile / "claims.json"))
+
+
+def union(profile: str) -> list[dict]:
+    """Put the ledgers of all studies with notebooks together; `metrics.json` repeats them for `dvc metrics diff`."""
+    written = {out for outs in notebooks.stages(profile).values() for out in outs}
+    lines = []
+    for claim in stated().values():
+        ledger = _file(profile, claim.study)
+        if ledger not in written:
+            continue
+        found = {line["id"]: line for line in typing.cast(list, store.read_json(ledger))}
+        if claim.id not in found or found[claim.id]["rule"] != _plain(asdict(claim.rule)):
+            raise ResearchError(
+                f"{paths.relative(ledger)} does not hold claim '{claim.id}' as claims.yaml states it; "
+                "run `make reproduce` to measure it again."
+            )
+        lines.append(found[claim.id])
+    store.write_json(paths.DATA / profile / "claims.json", lines)
+    metrics = {line["id"]: {"value": line["value"], "verdict": line["verdict"]} for line in lines}
+    store.write_json(paths.DATA / profile / "metrics.json", metrics)
+    return lines
+
+
+def _show(x: float | None) -> str:
+    return "" if x is None else f"{x:.3g}"
+
+
+def _interval(m: dict) -> str:
+    return _show(m["value"]) + (f" [{_show(m['low'])}, {_show(m['high'])}]" if m["low"] is not None else "")
+
+
+def rule_text(rule: dict) -> str:
+    """A rule in words: `interval above 0.1; control (shuffled labels): below 0.6`."""
+    bar = rule["threshold"]
+    words = f"{rule['expect']} {_show(bar) if _number(bar) else ' and '.join(map(_show, bar))}"
+    words = f"interval {words}" if rule["interval"] else words
+    control = rule.get("control")
+    return f"{words}; control ({control['name']}): {rule_text(control)}" if control else words
+
+
+def table(lines: list[dict]) -> "pd.DataFrame":
+    """The verdict table: one row a claim."""
+    import pandas as pd
+
+    rows = [
+        {
+            "claim": e["id"],
+            "paper": e["paper_value"] if isinstance(e["paper_value"], str) else _show(e["paper_value"]),
+            "measured": _interval(e),
+            "n": "" if e["n"] is None else str(e["n"]),
+            "control": _interval(e["control"]) if e["control"] else "",
+            "rule": rule_text(e["rule"]),
+            "verdict": e["verdict"],
+        }
+        for e in lines
+    ]
+    return pd.DataFrame(rows, columns=["claim", "paper", "measured", "n", "control", "rule", "verdict"])
+
+
+def text(lines: list[dict]) -> str:
+    """The verdict table for a terminal."""
+    return table(lines).drop(columns="rule").to_string(index=False)
+
+
+def markdown(lines: list[dict]) -> str:
+    """The verdict table for a page."""
+    frame = table(lines)
+    rows = [frame.columns, ["---"] * frame.shape[1], *frame.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def agreement(lines: list[dict], published: list[dict]) -> tuple[int, list[tuple[str, str, str]]]:
+    """How many verdicts are the same in two ledgers, and (id, ours, theirs) of those that differ."""
+    theirs = {e["id"]: e["verdict"] for e in published}
+    both = [(e["id"], e["verdict"], theirs[e["id"]]) for e in lines if e["id"] in theirs]
+    return sum(a == b for _, a, b in both), [line for line in both if line[1] != line[2]]

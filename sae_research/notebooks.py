@@ -1,0 +1,277 @@
+"""Run a notebook for the record: papermill executes it, a normaliser makes two runs give the same bytes."""
+
+import fcntl
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_research import config, paths, store
+from sae_research.errors import ResearchError, unknown
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+PARAMETERS = 'profile = "{}"'
+_ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
+_STYLER = re.compile(r"\bT_[0-9a-f]{5}(?=_|\b)")
+_WIDGET = "application/vnd.jupyter.widget-"
+
+
+def names() -> list[str]:
+    """All notebooks, in the order in which they are read and run."""
+    return sorted(path.stem for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def source(name: str) -> Path:
+    """The source of a notebook."""
+    if name not in names():
+        raise unknown("notebook", name, names(), "notebooks")
+    return paths.NOTEBOOKS / f"{name}.ipynb"
+
+
+def stamp(profile: str, name: str) -> Path:
+    """The file that proves that a notebook ran here; it is never committed, so that a fresh clone runs everything."""
+    return paths.DATA / profile / "runs" / f"{name}.json"
+
+
+def stages(profile: str) -> dict[str, list[Path]]:
+    """The stages of dvc.yaml with what each declares to write in a profile."""
+    import yaml
+
+    found = {}
+    for name, stage in yaml.safe_load((paths.ROOT / "dvc.yaml").read_text())["stages"].items():
+        declared = [*stage.get("outs", []), *stage.get("metrics", [])]
+        given = [out if isinstance(out, str) else next(iter(out)) for out in declared]
+        found[name] = [paths.ROOT / out.replace("${profile}", profile) for out in given]
+    return found
+
+
+def environment(profile: config.Profile, folder: Path) -> dict[str, str]:
+    """Environment of the kernel: fixed seeds and threads, no bars, no user configuration, no network unless wanted."""
+    threads = str(profile.runtime.threads)
+    return {
+        "SAE_RESEARCH_PROGRESS": "0",
+        "TQDM_DISABLE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "IPYTHONDIR": str(folder / "ipython"),
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "JUPYTER_PLATFORM_DIRS": "1",
+        **{name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")},
+        **({} if profile.runtime.hub else {"HF_HUB_OFFLINE": "1"}),
+    }
+
+
+@contextmanager
+def _environ(values: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def alone(lock: Path, what: str, patience: float = 15) -> Iterator[None]:
+    """Hold a lock that dies with the process; if another process keeps it, say which."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a+") as file:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    file.seek(0)
+                    raise ResearchError(
+                        f"{what} is already running (process {file.read().strip()}); wait for it or stop it."
+                    ) from error
+                time.sleep(0.2)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _die_with_pipeline() -> None:
+    """End this process and its kernel soon after the pipeline that started it was killed; by hand, do nothing."""
+    if "DVC_STAGE" not in os.environ:
+        return
+    import psutil
+
+    me = psutil.Process()
+    pipeline = next((p for p in me.parents() if "sae_research run" not in " ".join(p.cmdline())), None)
+    if pipeline is None:
+        os._exit(1)
+
+    def watch() -> None:
+        while pipeline.is_running() and pipeline.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.5)
+        for child in me.children(recursive=True):
+            child.kill()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _relative(text: str) -> str:
+    """Text without what differs between machines and runs: folders, memory addresses, table ids."""
+    for folder, short in ((str(paths.ROOT), ""), (str(Path.home()), "~")):
+        if len(folder) > 1:
+            text = text.replace(f"{folder}/", f"{short}/".lstrip("/")).replace(folder, short or ".")
+    return _STYLER.sub("T_0", _ADDRESS.sub("0x0", text))
+
+
+def _outputs(outputs: "list[NotebookNode]") -> "list[NotebookNode]":
+    """Outputs that two runs share: streams joined, bars and library warnings (stderr) and widgets dropped."""
+    kept: list[NotebookNode] = []
+    for out in outputs:
+        if out.output_type == "stream":
+            if out.name == "stderr":
+                continue
+            if kept and kept[-1].output_type == "stream":
+                kept[-1].text += _relative(out.text)
+                continue
+            out.text = _relative(out.text)
+        elif out.output_type in ("display_data", "execute_result"):
+            if any(kind.startswith(_WIDGET) for kind in out.data):
+                continue
+            out.data = {k: _relative(v) if isinstance(v, str) and k != "image/png" else v for k, v in out.data.items()}
+            out.metadata = {}
+        kept.append(out)
+    return kept
+
+
+def cleared(notebook: "NotebookNode") -> "NotebookNode":
+    """A notebook source as it is committed: no outputs, no counts, steady ids."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return _steady(notebook)
+
+
+def clear() -> list[str]:
+    """Clear the sources of all notebooks; returns the names of those that changed."""
+    import nbformat
+
+    changed = []
+    for name in names():
+        before = source(name).read_text()
+        after = nbformat.writes(cleared(nbformat.reads(before, as_version=4))) + "\n"
+        if after != before:
+            store.write_text(source(name), after)
+            changed.append(name)
+    return changed
+
+
+def _steady(notebook: "NotebookNode") -> "NotebookNode":
+    """Metadata, cell ids and format that do not depend on the tool that saved the notebook."""
+    for index, cell in enumerate(notebook.cells):
+        tags = [tag for tag in cell.metadata.get("tags", []) if not tag.startswith("papermill")]
+        cell.metadata = {"tags": tags} if tags else {}
+        cell.id = f"cell-{index:02d}"
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return notebook
+
+
+def normalised(notebook: "NotebookNode", profile: str) -> "NotebookNode":
+    """The executed notebook with everything removed that would differ in a second run."""
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    count = 0
+    for cell in _steady(notebook).cells:
+        if cell.cell_type != "code":
+            continue
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = PARAMETERS.format(profile)
+        count += 1
+        cell.execution_count = count
+        cell.outputs = _outputs(cell.outputs)
+        for out in cell.outputs:
+            if "execution_count" in out:
+                out.execution_count = count
+    return notebook
+
+
+def _execute(name: str, profile: config.Profile, folder: Path) -> "NotebookNode":
+    """Execute a notebook into `folder`; on failure the part that ran stays there for reading."""
+    import logging
+
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from traitlets.config import Config
+
+    part = folder / f"{name}.ipynb"
+    read = f"what ran is in {paths.relative(part)}."
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    try:
+        return papermill.execute_notebook(
+            str(source(name)),
+            str(part),
+            parameters={"profile": profile.name},
+            kernel_name="python3",
+            progress_bar={"desc": name, "leave": False, "bar_format": "{desc} |{bar}| {n_fmt}/{total_fmt} {elapsed}"}
+            if sys.stderr.isatty()
+            else False,
+            cwd=str(paths.NOTEBOOKS),
+            config=Config(KernelManager={"transport": "ipc"}),  # no port that others on the machine could reach
+        )
+    except papermill.PapermillExecutionError as error:
+        fault = error.evalue if error.ename == "ResearchError" else f"{error.ename}: {error.evalue}"
+        cell = f"cell [{error.exec_count}]"
+        raise ResearchError(f"notebook {name} failed in {cell}: {fault.strip()} ({read})") from error
+    except DeadKernelError as error:
+        raise ResearchError(
+            f"the kernel of notebook {name} died, most likely for want of memory; close other programs and run again "
+            f"({read})"
+        ) from error
+
+
+def run(name: str, profile: str) -> Path:
+    """Execute one notebook of a profile, publish its normalised copy and stamp what it wrote."""
+    import nbformat
+
+    settings = config.load(profile)
+    source(name)
+    declared = stages(profile).get(name)
+    if declared is None:
+        raise ResearchError(f"notebook {name} has no stage in dvc.yaml; add one with the files that it uses.")
+    scratch = paths.scratch(profile, name)
+    published = paths.executed(profile) / f"{name}.ipynb"
+    _die_with_pipeline()
+    started = time.monotonic()
+    with alone(scratch.with_name(f"{name}.lock"), f"notebook {name} ({profile})"):
+        scratch.mkdir(parents=True, exist_ok=True)
+        with _environ(environment(settings, scratch)):
+            notebook = normalised(_execute(name, settings, scratch), profile)
+        store.write_text(published, nbformat.writes(notebook) + "\n")
+        _stamp(profile, name, [out for out in declared if out != stamp(profile, name)])
+        shutil.rmtree(scratch, ignore_errors=True)
+    order = names()
+    print(f"[{order.index(name) + 1}/{len(order)}] {name} ({profile}): {time.monotonic() - started:.0f} s", flush=True)
+    return published
+
+
+def _stamp(profile: str, name: str, outputs: list[Path]) -> None:
+    """Write the checksum of every output, after making sure that all of them are there."""
+    for out in outputs:
+        if not out.exists():
+            raise ResearchError(f"notebook {name} did not write {paths.relative(out)}, which its stage declares.")
+    files = [f for out in outputs for f in (sorted(out.rglob("*")) if out.is_dir() else [out]) if f.is_file()]
+    store.write_json(stamp(profile, name), {paths.relative(f): store.sha256(f) for f in files})

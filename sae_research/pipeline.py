@@ -1,0 +1,250 @@
+"""The whole chain of a profile: DVC runs what is missing or changed, then the results are compared with known ones."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sae_research import claims, config, notebooks, paths, store
+from sae_research.errors import ResearchError
+
+STATE = paths.ROOT / ".reproduce"
+LOCK = paths.ROOT / "dvc.lock"
+PUBLISHED = "full"
+WORLD = "world"
+
+
+def _git(*words: str) -> bytes | None:
+    """What git says about this folder's own repository; nothing without git."""
+    try:
+        found = subprocess.run(["git", "-C", str(paths.ROOT), *words], capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    return found.stdout if found.returncode == 0 else None
+
+
+def has_git() -> bool:
+    """Whether this folder is a git checkout; a folder unpacked from a zip is not."""
+    top = _git("rev-parse", "--show-toplevel")
+    return top is not None and Path(top.decode().strip()).resolve() == paths.ROOT
+
+
+# --- the profile that DVC sees -----------------------------------------------------------------------------------
+
+
+def _profile_lock(profile: str) -> Path:
+    return paths.DATA / profile / "dvc.lock"
+
+
+def _read_lock(path: Path) -> dict | None:
+    """The stages of a lock file; nothing if it is missing or was cut short."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError):
+        return None
+    return content["stages"] if isinstance(content, dict) and isinstance(content.get("stages"), dict) else None
+
+
+def _write_lock(path: Path, stages: dict) -> None:
+    import yaml
+
+    store.write_text(path, yaml.safe_dump({"schema": "2.0", "stages": stages}, sort_keys=False, width=10_000))
+
+
+def _set_profile(profile: str) -> None:
+    text, found = re.subn(r"(?m)^profile:.*$", f"profile: {profile}", paths.PARAMS.read_text(), count=1)
+    if not found:
+        raise ResearchError("params.yaml must hold a line `profile: ...`; restore it from the repository.")
+    store.write_text(paths.PARAMS, text)
+
+
+def _restore(state: dict) -> None:
+    """Put back the profile and the lock that were there before another profile ran."""
+    stages = _read_lock(LOCK) or {}
+    store.write_bytes(_profile_lock(state["running"]), LOCK.read_bytes() if LOCK.exists() else b"")
+    kept = STATE / "dvc.lock"
+    if kept.exists():
+        before = _read_lock(kept) or {}
+        if WORLD in stages and before.get(WORLD) != stages[WORLD]:
+            _write_lock(LOCK, {WORLD: stages[WORLD], **{k: v for k, v in before.items() if k != WORLD}})
+        else:
+            store.write_bytes(LOCK, kept.read_bytes())
+    else:
+        LOCK.unlink(missing_ok=True)
+    _set_profile(state["before"])
+    (STATE / "state.json").unlink()
+
+
+@contextmanager
+def selected(profile: str) -> Iterator[None]:
+    """Make `profile` the one that DVC runs, with its own lock; the former one comes back even after a kill."""
+    marker = STATE / "state.json"
+    if marker.exists():
+        _restore(store.read_json(marker))
+    before = config.read_params()["profile"]
+    if before == profile:
+        _heal(LOCK)
+        yield
+        return
+    kept = STATE / "dvc.lock"
+    _heal(LOCK)
+    if LOCK.exists():
+        store.write_bytes(kept, LOCK.read_bytes())
+    else:
+        kept.unlink(missing_ok=True)
+    store.write_json(marker, {"before": before, "running": profile})
+    stages = _read_lock(_profile_lock(profile)) or {}
+    world = (_read_lock(kept) or {}).get(WORLD)  # the embedded world is the same in every profile
+    _write_lock(LOCK, {**({WORLD: world} if world else {}), **{k: v for k, v in stages.items() if k != WORLD}})
+    _set_profile(profile)
+    try:
+        yield
+    finally:
+        _restore({"before": before, "running": profile})
+
+
+def _heal(lock: Path) -> None:
+    """Bring back the last whole lock if DVC was killed while it wrote; keep a copy of a whole one."""
+    good = STATE / "last-good" / lock.name
+    if _read_lock(lock) is not None:
+        store.write_bytes(good, lock.read_bytes())
+    elif lock.exists():
+        committed = _git("show", f"HEAD:{lock.name}")
+        content = good.read_bytes() if good.exists() else committed
+        if content:
+            store.write_bytes(lock, content)
+        else:
+            lock.unlink()
+
+
+def _forget_dead_readers() -> None:
+    """Remove DVC's list of readers and writers if it is damaged or names only processes that ended."""
+    import psutil
+
+    path = paths.ROOT / ".dvc" / "tmp" / "rwlock"
+    try:
+        listed = store.read_json(path) if path.exists() else {}
+        writers = list(listed.get("write", {}).values())
+        readers = [reader for each in listed.get("read", {}).values() for reader in each]
+        alive = [p["pid"] for p in writers + readers if psutil.pid_exists(p["pid"]) and _is_pipeline(p["pid"])]
+    except (ResearchError, AttributeError, KeyError, TypeError):
+        alive = []
+    if not alive:
+        path.unlink(missing_ok=True)
+
+
+def _is_pipeline(process: int) -> bool:
+    import psutil
+
+    try:
+        command = " ".join(psutil.Process(process).cmdline())
+    except psutil.Error:
+        return False
+    return "dvc" in command or "sae_research" in command
+
+
+def _dvc(force: bool) -> int:
+    """Run what is missing or changed; returns how many stages ran."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if not has_git() and _git("rev-parse") is None:
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        local = paths.ROOT / ".dvc" / "config.local"
+        if not local.exists():
+            store.write_text(local, "[core]\n    no_scm = true\n")
+    import logging
+
+    from dvc.exceptions import DvcException, ReproductionError
+    from dvc.repo import Repo
+
+    logging.getLogger("dvc").setLevel(logging.WARNING)
+    try:
+        with Repo(str(paths.ROOT)) as repo:
+            return len(repo.reproduce(force=force))
+    except ReproductionError as error:
+        raise ResearchError(f"the chain stopped: {error}; finished stages are kept.") from error
+    except DvcException as error:
+        raise ResearchError(f"DVC stopped: {error}") from error
+
+
+# --- what was known before -----------------------------------------------------------------------------------
+
+
+def _results(profile: str) -> list[str]:
+    """What a profile publishes: claims, figures and executed notebooks, as paths in the repository."""
+    ledgers = (paths.DATA / profile).glob("**/claims.json")
+    drawn = (paths.ROOT / "figures" / profile).glob("**/*.*")
+    return sorted(paths.relative(p) for p in (*ledgers, *drawn, *paths.executed(profile).glob("*.ipynb")))
+
+
+def _known(profile: str) -> Path | None:
+    """Where the results lie that came with the repository if there is no git: a copy made before the first run."""
+    return None if has_git() else STATE / "as-delivered" / profile
+
+
+def _keep_delivered(profile: str) -> None:
+    known = _known(profile)
+    if known is not None and not known.exists():
+        for name in _results(profile):
+            store.write_bytes(known / name, (paths.ROOT / name).read_bytes())
+        known.mkdir(parents=True, exist_ok=True)
+
+
+def compared(profile: str) -> list[str]:
+    """One line each for claims, figures and notebooks: how many are the same as those that came with the repository."""
+    known = _known(profile)
+
+    def before(name: str) -> bytes | None:
+        if known is None:
+            return _git("show", f"HEAD:{name}")
+        return (known / name).read_bytes() if (known / name).exists() else None
+
+    lines = []
+    for kind, end in (("claims", "claims.json"), ("figures", (".png", ".svg")), ("notebooks", ".ipynb")):
+        now = [name for name in _results(profile) if name.endswith(end)]
+        old = {name: before(name) for name in now}
+        changed = [name for name in now if old[name] is not None and old[name] != (paths.ROOT / name).read_bytes()]
+        new = [name for name in now if old[name] is None]
+        same = len(now) - len(changed) - len(new)
+        words = [f"{same} as committed"]
+        words += [f"{len(changed)} differ ({', '.join(changed)})"] if changed else []
+        words += [f"{len(new)} with nothing to compare to"] if new else []
+        lines.append(f"{kind}: {'; '.join(words)}")
+    return lines
+
+
+def report(profile: str) -> str:
+    """The last lines of a run: the verdicts, how they compare, and where to look."""
+    ledger = claims.read(profile)
+    lines = ["", claims.text(ledger), "", *compared(profile)]
+    published = paths.DATA / PUBLISHED / "claims.json"
+    if profile != PUBLISHED and published.exists():
+        agree, differ = claims.agreement(ledger, claims.read(PUBLISHED))
+        total = agree + len(differ)
+        lines.append(f"{agree} of {total} verdicts agree with the published ones ({paths.relative(published)})")
+        lines += [f"  {i}: {ours} here, {theirs} published" for i, ours, theirs in differ]
+    elif profile != PUBLISHED:
+        lines.append("no published verdicts to agree with yet (they come from the profile `full`)")
+    lines += [
+        f"read: {paths.relative(paths.executed(profile))}/ (start with {notebooks.names()[0]}.ipynb)",
+        f"figures: figures/{profile}/",
+        f"claims: data/{profile}/claims.json",
+    ]
+    return "\n".join(lines)
+
+
+def reproduce(profile: str, force: bool = False) -> str:
+    """Bring every result of a profile up to date and return the closing report."""
+    config.load(profile)
+    STATE.mkdir(exist_ok=True)
+    with notebooks.alone(STATE / "lock", "`reproduce`", patience=3):
+        _keep_delivered(profile)
+        _forget_dead_readers()
+        with selected(profile):
+            ran = _dvc(force)
+    note = f"\n{ran} stages ran, the others were up to date" if ran else "\neverything was up to date, nothing ran"
+    return note + "\n" + report(profile)
