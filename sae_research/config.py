@@ -161,9 +161,9 @@ def profiles() -> tuple[str, ...]:
 def load(profile: str | None = None) -> Profile:
     """The settings of `profile`, or of the one that `params.yaml` names."""
     params = read_params()
-    name = profile or params.get("profile")
+    name = str(profile or params.get("profile"))
     if name not in params["profiles"]:
-        raise unknown("profile", str(name), params["profiles"], "params.yaml")
+        raise unknown("profile", name, params["profiles"], "params.yaml")
     return build(Profile, params["profiles"][name] or {}, f"profiles.{name}", name=name)
 
 
