@@ -6,7 +6,6 @@ query axis, all at position T-1, and a mask lets each see the prefix and itself 
 attention, so the blocks of the model run unchanged, whatever the architecture.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,22 +15,7 @@ import torch
 from sae_research.errors import ResearchError
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
-_RESIDUAL = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_in|hook_resid_post|hook_out)")
-
-
-def boundary(bridge: "TransformerBridge", hook: str) -> int:
-    """The block that the residual stream at `hook` enters; the number of blocks means the output of the last one."""
-    match, blocks = _RESIDUAL.fullmatch(hook), len(bridge.blocks)
-    if match is None:
-        raise ResearchError(
-            f"hook '{hook}' is not a residual stream between blocks; use blocks.<layer>.hook_resid_pre or _post."
-        )
-    layer, after = int(match[1]), match[2] in ("hook_resid_post", "hook_out")
-    if layer >= blocks:
-        raise ResearchError(f"hook '{hook}' is not in this model, which has blocks 0 to {blocks - 1}.")
-    return layer + after
+    from sae_research.lens import Lens
 
 
 @dataclass
@@ -65,11 +49,12 @@ class Record:
 class LastToken:
     """Runs a model's upper part on edited final tokens, in float32 even if the part below the hook is not."""
 
-    def __init__(self, bridge: "TransformerBridge", hook: str, reads: tuple[str, ...] = (), dtype=torch.float32):
+    def __init__(self, lens: "Lens", hook: str, reads: tuple[str, ...] = (), dtype: torch.dtype = torch.float32):
         """Edit at `hook`, read at `reads`; casts the blocks above the hook and the final norm to `dtype` in place."""
-        self.bridge, self.dtype = bridge, dtype
-        self.start = boundary(bridge, hook)
-        self.reads = tuple(boundary(bridge, read) for read in reads)
+        self.bridge = bridge = lens.bridge
+        self.dtype = dtype
+        self.start = lens.depth(hook)
+        self.reads = tuple(lens.depth(read) for read in reads)
         for read, layer in zip(reads, self.reads, strict=True):
             if layer < self.start:
                 raise ResearchError(f"read '{read}' lies below the edit at '{hook}' and would never change.")
@@ -230,26 +215,22 @@ def _in_range(noun: str, index: torch.Tensor, size: int) -> None:
 
 @torch.no_grad()
 def naive(
-    bridge: "TransformerBridge",
-    hook: str,
-    reads: tuple[str, ...],
-    tokens: torch.Tensor,
-    direction: torch.Tensor,
+    lens: "Lens", hook: str, reads: tuple[str, ...], tokens: torch.Tensor, direction: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Last-token logits and reads by a full forward under hooks: the loop that the engine replaces, and its judge."""
     kept = {}
 
-    def add(residual: torch.Tensor, hook) -> torch.Tensor:
+    def add(residual: torch.Tensor) -> torch.Tensor:
         edited = residual.clone()
         edited[:, -1] += direction.to(residual.dtype)
         return edited
 
     def keep(read: str):
-        def look(residual: torch.Tensor, hook) -> None:
+        def look(residual: torch.Tensor) -> torch.Tensor:
             kept[read] = residual[:, -1].clone()
+            return residual
 
         return look
 
-    hooks = [(hook, add), *((read, keep(read)) for read in reads)]
-    logits = bridge.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1]
+    logits = lens.logits(tokens, {hook: add} | {read: keep(read) for read in reads})[:, -1]
     return logits, tuple(kept[read] for read in reads)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sae_research.errors import ResearchError
-from sae_research.last_token import LastToken, _chunks, boundary, naive
+from sae_research.last_token import LastToken, _chunks, naive
+from sae_research.lens import Lens, load
 from sae_research.paths import ROOT
 
 ARCHITECTURES = ("gpt2", "neox", "gemma2", "llama")
@@ -52,24 +53,25 @@ def tiny(architecture: str, dtype: torch.dtype = torch.float32, window: int = 32
         for name, p in model.named_parameters():
             if p.ndim == 2:
                 p.mul_(4 if "embed" not in name and "wte" not in name else 2)
-    return TransformerBridge.boot_transformers(
+    bridge = TransformerBridge.boot_transformers(
         NAMES[architecture], hf_model=model.to(dtype), tokenizer=words(101), device="cpu", dtype=dtype
     )
+    return Lens(bridge, architecture)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def bridge(request):
+def lens(request):
     return tiny(request.param)
 
 
-def compare(bridge, hook, reads, tokens, directions, **settings):
+def compare(lens, hook, reads, tokens, directions, **settings):
     """Largest error of the engine's logits and reads over all pairs, and the largest effect."""
     contexts = torch.arange(len(tokens)).repeat(len(directions))
     which = torch.arange(len(directions)).repeat_interleave(len(tokens))
-    truth = [naive(bridge, hook, reads, tokens, d) for d in directions]
+    truth = [naive(lens, hook, reads, tokens, d) for d in directions]
     logits = torch.cat([t[0] for t in truth])
     read = [torch.cat([t[1][i] for t in truth]) for i in range(len(reads))]
-    engine, error, effect, seen = LastToken(bridge, hook, reads), 0.0, 0.0, []
+    engine, error, effect, seen = LastToken(lens, hook, reads), 0.0, 0.0, []
     for rows, clean, edited in engine.sweep(tokens, contexts, which, directions, **settings):
         got = engine.logits(edited.final)
         effect = max(effect, float((got - engine.logits(clean.final)).abs().max()))
@@ -81,19 +83,19 @@ def compare(bridge, hook, reads, tokens, directions, **settings):
 
 
 @pytest.mark.parametrize("pack", [1, 3, 8])
-def test_equals_full_forward(bridge, pack):
+def test_equals_full_forward(lens, pack):
     torch.manual_seed(1)
     tokens, directions = torch.randint(3, 101, (10, 12)), torch.randn(5, 32)
-    error, effect = compare(bridge, HOOK, READS, tokens, directions, batch=4, pack=pack, rows=9)
+    error, effect = compare(lens, HOOK, READS, tokens, directions, batch=4, pack=pack, rows=9)
     assert error < 1e-5
     assert effect > 0.1
 
 
 @pytest.mark.parametrize("hook", ["blocks.0.hook_resid_pre", "blocks.0.hook_out", "blocks.3.hook_resid_post"])
-def test_every_depth(bridge, hook):
+def test_every_depth(lens, hook):
     torch.manual_seed(2)
     tokens, directions = torch.randint(3, 101, (5, 7)), torch.randn(3, 32)
-    error, _ = compare(bridge, hook, ("blocks.3.hook_out",), tokens, directions)
+    error, _ = compare(lens, hook, ("blocks.3.hook_out",), tokens, directions)
     assert error < 1e-5
 
 
@@ -102,21 +104,18 @@ def test_float32_above_a_bfloat16_lower_part(architecture):
     """Against a float32 twin of the model that is given the same residual at the hook."""
     torch.manual_seed(3)
     tokens, directions = torch.randint(3, 101, (6, 9)), 0.05 * torch.randn(3, 32)
-    low, twin = (
-        tiny(architecture, torch.bfloat16),
-        tiny(architecture, torch.bfloat16).to(torch.float32, print_details=False),
-    )
+    low, twin = tiny(architecture, torch.bfloat16), tiny(architecture, torch.bfloat16)
+    twin.bridge.to(torch.float32, print_details=False)
     engine = LastToken(low, HOOK, READS)
     assert engine.record(tokens).last.dtype == torch.float32
-    residual = low(tokens, stop_at_layer=2).float()
+    residual = low.residual(tokens, HOOK).float()
     contexts, which = torch.arange(6).repeat(3), torch.arange(3).repeat_interleave(6)
     error = 0.0
     for rows, _, edited in engine.sweep(tokens, contexts, which, directions):
         for r, logits in zip(rows, engine.logits(edited.final), strict=True):
             put = residual[contexts[r]][None].clone()
             put[:, -1] += directions[which[r]]
-            with torch.no_grad():
-                truth = twin.run_with_hooks(tokens[contexts[r]][None], fwd_hooks=[(HOOK, lambda h, hook, put=put: put)])
+            truth = twin.logits(tokens[contexts[r]][None], {HOOK: lambda h, put=put: put})
             error = max(error, float((truth[0, -1] - logits).abs().max()))
     assert error < 1e-4
 
@@ -124,18 +123,16 @@ def test_float32_above_a_bfloat16_lower_part(architecture):
 def test_real_model_with_grouped_queries():
     if not STORIES.exists():
         pytest.skip(f"needs {STORIES}, which is not here")
-    from transformer_lens.model_bridge import TransformerBridge
-
-    bridge = TransformerBridge.boot_transformers(str(STORIES), device="cpu", dtype=torch.float32)
+    lens = load(STORIES)
     torch.manual_seed(4)
     tokens, directions = torch.randint(3, 512, (6, 32)), torch.randn(4, 64)
-    error, effect = compare(bridge, "blocks.1.hook_resid_post", ("blocks.3.hook_out",), tokens, directions)
+    error, effect = compare(lens, "blocks.1.hook_resid_post", ("blocks.3.hook_out",), tokens, directions)
     assert error < 1e-4
     assert effect > 0.1
 
 
-def test_gram_is_the_unembedding_squared(bridge):
-    engine = LastToken(bridge, HOOK)
+def test_gram_is_the_unembedding_squared(lens):
+    engine = LastToken(lens, HOOK)
     torch.manual_seed(5)
     record = engine.record(torch.randint(3, 101, (6, 8)))
     dz = torch.randn(6, 32)
@@ -156,23 +153,16 @@ def test_chunks_hold_each_row_once_with_its_own_context():
     assert torch.equal(contexts[rows], owner[:, None].expand_as(slots)[slots >= 0])
 
 
-@pytest.mark.parametrize(
-    ("hook", "layer"), [("blocks.2.hook_resid_pre", 2), ("blocks.2.hook_resid_post", 3), ("blocks.3.hook_out", 4)]
-)
-def test_boundaries(hook, layer):
-    assert boundary(tiny("llama"), hook) == layer
-
-
 def test_bad_input_is_one_sentence():
-    bridge = tiny("llama")
+    lens = tiny("llama")
     tokens, zero, directions = torch.zeros(2, 6, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1, 32)
-    engine = LastToken(bridge, HOOK)
-    with pytest.raises(ResearchError, match="not in this model, which has blocks 0 to 3"):
-        LastToken(bridge, "blocks.9.hook_resid_post")
-    with pytest.raises(ResearchError, match="not a residual stream"):
-        LastToken(bridge, "blocks.1.attn.hook_z")
+    engine = LastToken(lens, HOOK)
+    with pytest.raises(ResearchError, match="has no hook"):
+        LastToken(lens, "blocks.9.hook_resid_post")
+    with pytest.raises(ResearchError, match="place of the residual stream"):
+        LastToken(lens, "blocks.1.attn.hook_z")
     with pytest.raises(ResearchError, match="below the edit"):
-        LastToken(bridge, HOOK, ("blocks.0.hook_out",))
+        LastToken(lens, HOOK, ("blocks.0.hook_out",))
     with pytest.raises(ResearchError, match="at least two tokens"):
         engine.record(tokens[:, :1])
     with pytest.raises(ResearchError, match="direction index 3 is out of range; there are 1"):
