@@ -1,0 +1,95 @@
+"""Edits of the residual stream: in SAE space with the error term kept, or along a direction; never at BOS.
+
+Every edit is a function of the residual [batch, positions, d_model] for `Lens.logits`, `losses` or `generate`.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sae_research.errors import ResearchError
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+    from torch import Tensor
+
+    from sae_research.lens import Edit
+
+Change = Callable[["Tensor"], "Tensor"]
+"""Takes codes [tokens, latents] and returns the codes to have instead."""
+
+
+def edit(sae: "SAE", change: Change, positions: "str | Tensor" = "all") -> "Edit":
+    """x + dec(change(enc x)) - dec(enc x): what the SAE leaves unexplained stays, and codes left alone leave x alone.
+
+    `positions` is `all`, `last` or a boolean mask [batch, positions]; the first position, BOS, is never edited.
+    """
+    rows = directions(sae)
+
+    def apply(residual: "Tensor") -> "Tensor":
+        mask = _mask(residual, positions)
+        codes = sae.encode(residual[mask].to(sae.device, sae.dtype))
+        return _added(residual, mask, (change(codes) - codes) @ rows)
+
+    return apply
+
+
+def add_direction(direction: "Tensor", strength: float = 1.0, positions: "str | Tensor" = "all") -> "Edit":
+    """x + strength * direction at `positions`; the direction keeps its length."""
+
+    def apply(residual: "Tensor") -> "Tensor":
+        mask = _mask(residual, positions)
+        return _added(residual, mask, strength * direction.to(residual.device).expand(int(mask.sum()), -1))
+
+    return apply
+
+
+def clamp(latents: list[int], value: float) -> Change:
+    """Give the latents one value whatever they were; 0 ablates them."""
+    import torch
+
+    def change(codes: "Tensor") -> "Tensor":
+        return codes.index_fill(-1, torch.as_tensor(latents, device=codes.device), value)
+
+    return change
+
+
+def directions(sae: "SAE") -> "Tensor":
+    """What one unit of each latent adds to the residual [latents, d_model]."""
+    if sae.cfg.normalize_activations not in ("none", None):
+        raise ResearchError(
+            f"this SAE normalises each token ('{sae.cfg.normalize_activations}'), so a latent has no fixed direction; "
+            "edit with an SAE that reads raw residuals."
+        )
+    rows = sae.W_dec.detach()
+    return rows / rows.norm(dim=-1, keepdim=True) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else rows
+
+
+def _mask(residual: "Tensor", positions: "str | Tensor") -> "Tensor":
+    """Where to edit, as a boolean mask [batch, positions] without the first position."""
+    import torch
+
+    mask = torch.zeros(residual.shape[:2], dtype=torch.bool, device=residual.device)
+    if not isinstance(positions, str):
+        if positions.shape[-1] != mask.shape[-1]:
+            raise ResearchError(
+                f"the mask has {positions.shape[-1]} positions and the text {mask.shape[-1]}; give one a position."
+            )
+        mask |= positions.to(mask)
+    elif positions == "all":
+        mask[:] = True
+    elif positions == "last":
+        mask[:, -1] = True
+    else:
+        raise ResearchError(f"positions must be 'all', 'last' or a mask, not '{positions}'.")
+    mask[:, 0] = False
+    return mask
+
+
+def _added(residual: "Tensor", mask: "Tensor", difference: "Tensor") -> "Tensor":
+    """`residual` plus `difference` at the masked positions, summed in the wider of the two number formats."""
+    import torch
+
+    wide = torch.promote_types(residual.dtype, difference.dtype)
+    edited = residual.clone()
+    edited[mask] = (residual[mask].to(wide) + difference.to(residual.device, wide)).to(residual.dtype)
+    return edited
