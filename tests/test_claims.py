@@ -1,0 +1,216 @@
+"""Verdicts follow from value, interval, control and rule, and from nothing else."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from sae_research import claims, notebooks, paths
+from sae_research.claims import CONFOUNDED, DIRECTION, NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, Measurement
+from sae_research.errors import ResearchError
+
+
+def claim(needs="", **rule):
+    given = {"id": "s.a", "statement": "It holds.", "measure": "a number", "rule": rule}
+    return claims.parse("s", {**given, "needs": needs} if needs else given)
+
+
+def m(value, low=None, high=None, control=None):
+    return Measurement(value, low, high, n=5, control=control)
+
+
+ABOVE = {"expect": "above", "threshold": 0.2, "direction": 0}
+BELOW = {"expect": "below", "threshold": -0.2, "direction": 0}
+
+
+@pytest.mark.parametrize(
+    ("rule", "measured", "verdict"),
+    [
+        (ABOVE, m(0.5, 0.3, 0.7), REPRODUCED),
+        (ABOVE, m(0.5, 0.2, 0.7), DIRECTION),  # `above` is strict: an interval that touches the bar does not clear it
+        (ABOVE, m(0.5, 0.1, 0.7), DIRECTION),
+        (ABOVE, m(0.1, 0.05, 0.2), DIRECTION),
+        (ABOVE, m(0.1, -0.1, 0.3), DIRECTION),
+        (ABOVE, m(0.0, -0.1, 0.1), NOT_REPRODUCED),
+        (ABOVE, m(-0.5, -0.7, -0.3), NOT_REPRODUCED),
+        (BELOW, m(-0.5, -0.7, -0.3), REPRODUCED),
+        (BELOW, m(-0.5, -0.7, -0.1), DIRECTION),
+        (BELOW, m(-0.1, -0.2, 0.1), DIRECTION),
+        (BELOW, m(0.0, -0.2, 0.1), NOT_REPRODUCED),
+        (BELOW, m(0.5, 0.3, 0.7), NOT_REPRODUCED),
+        # without a value of no effect, the threshold itself is the direction
+        ({"expect": "above", "threshold": 0.2}, m(0.5, 0.1, 0.7), DIRECTION),
+        ({"expect": "above", "threshold": 0.2}, m(0.1, 0.05, 0.3), NOT_REPRODUCED),
+        # without an interval in the rule, the value alone decides, whatever interval is given
+        ({**ABOVE, "interval": False}, m(0.5), REPRODUCED),
+        ({**ABOVE, "interval": False}, m(0.5, -1, 1), REPRODUCED),
+        ({**ABOVE, "interval": False}, m(0.2), DIRECTION),
+        # inclusive bars
+        ({"expect": "at least", "threshold": 1.0}, m(1.0, 1.0, 1.0), REPRODUCED),
+        ({"expect": "at least", "threshold": 1.0}, m(0.99, 0.98, 1.0), NOT_REPRODUCED),
+        ({"expect": "at most", "threshold": 0.0}, m(0.0, 0.0, 0.0), REPRODUCED),
+        ({"expect": "at most", "threshold": 0.0}, m(0.0, 0.0, 0.1), DIRECTION),
+        ({"expect": "at least", "threshold": 0.2, "direction": 0}, m(0.0, 0.0, 0.0), NOT_REPRODUCED),
+        # bands
+        ({"expect": "between", "threshold": [0.4, 0.6]}, m(0.5, 0.4, 0.6), REPRODUCED),
+        ({"expect": "between", "threshold": [0.4, 0.6]}, m(0.5, 0.3, 0.6), DIRECTION),
+        ({"expect": "between", "threshold": [0.4, 0.6]}, m(0.7, 0.5, 0.9), NOT_REPRODUCED),
+    ],
+)
+def test_verdict(rule, measured, verdict):
+    assert claims.judge(claim(**rule), measured) == verdict
+
+
+PLACEBO = {**ABOVE, "control": {"name": "shuffled labels", "expect": "below", "threshold": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("measured", "control", "verdict"),
+    [
+        (m(0.5, 0.3, 0.7), m(0.0, -0.05, 0.05), REPRODUCED),
+        (m(0.5, 0.3, 0.7), m(0.4, 0.3, 0.5), CONFOUNDED),
+        (m(0.5, 0.3, 0.7), m(0.05, 0.0, 0.2), CONFOUNDED),  # a control that cannot be told from an effect
+        (m(0.1, 0.05, 0.2), m(0.0, -0.05, 0.05), DIRECTION),
+        (m(0.1, 0.05, 0.2), m(0.4, 0.3, 0.5), NOT_REPRODUCED),  # the little that is there, the control has too
+        (m(-0.5, -0.7, -0.3), m(0.0, -0.05, 0.05), NOT_REPRODUCED),
+    ],
+)
+def test_verdict_under_control(measured, control, verdict):
+    assert claims.judge(claim(**PLACEBO), Measurement(**{**vars(measured), "control": control})) == verdict
+
+
+def test_verdict_never_rises_when_the_evidence_gets_worse():
+    order = [REPRODUCED, DIRECTION, NOT_REPRODUCED]
+    for expect, sign in (("above", 1), ("below", -1)):
+        rule = claim(expect=expect, threshold=0.2 * sign, direction=0)
+        ranks = []
+        for value in np.linspace(1, -1, 81) * sign:
+            ranks.append(order.index(claims.judge(rule, m(value, value - 0.1, value + 0.1))))
+        assert ranks == sorted(ranks)
+        assert set(ranks) == {0, 1, 2}
+        widths = [order.index(claims.judge(rule, m(0.5 * sign, 0.5 * sign - w, 0.5 * sign + w))) for w in (0.1, 0.4, 2)]
+        assert widths == sorted(widths)
+
+
+@pytest.mark.parametrize(
+    ("measured", "says"),
+    [
+        (m(math.nan, 0, 1), "finite"),
+        (m(math.inf, 0, math.inf), "finite"),
+        (m(0.5, math.nan, 1), "finite"),
+        (m(0.5, 0, math.inf), "finite"),
+        (m(0.5, 0.6, 0.7), "outside its interval"),
+        (m(0.5, 0.1, 0.4), "outside its interval"),
+        (m(0.5, 0.7, 0.3), "outside its interval"),
+        (m(0.5), "no interval"),
+        (m(0.5, low=0.3), "one end"),
+        (m(0.5, 0.3, 0.7, control=m(0.0, 0.0, 0.0)), "control"),
+        (None, "not measured"),
+    ],
+)
+def test_a_measurement_that_no_verdict_can_rest_on_is_refused(measured, says):
+    with pytest.raises(ResearchError, match=says):
+        claims.judge(claim(**ABOVE), measured)
+
+
+@pytest.mark.parametrize("control", [None, m(math.nan, 0, 1), m(0.0), m(0.5, 0.6, 0.7)])
+def test_a_bad_control_is_refused(control):
+    with pytest.raises(ResearchError, match="control"):
+        claims.judge(claim(**PLACEBO), m(0.5, 0.3, 0.7, control=control))
+
+
+def test_rounding_may_put_the_value_on_the_rim_of_its_interval():
+    assert claims.judge(claim(**ABOVE), m(0.3, 0.3 + 1e-12, 0.7)) == REPRODUCED
+
+
+def test_only_a_claim_that_says_what_it_needs_may_go_unmeasured():
+    assert claims.judge(claim(**ABOVE, needs="real weights"), None) == NOT_TESTABLE
+    assert claims.judge(claim(**ABOVE, needs="real weights"), m(0.5, 0.3, 0.7)) == REPRODUCED
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    made = Measurement(np.float32(0.5), np.float64(0.25), np.float32(0.75), np.int64(3))
+    assert (type(made.value), type(made.low), type(made.n)) == (float, float, int)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"statment": "x"}, "did you mean 'statement'"),
+        ({"id": "other.a"}, "starts with 's.'"),
+        ({"rule": {"expect": "abov", "threshold": 0}}, "did you mean 'above'"),
+        ({"rule": {"expect": "above"}}, "lacks threshold"),
+        ({"rule": {"expect": "above", "threshold": "high"}}, "one number"),
+        ({"rule": {"expect": "above", "threshold": True}}, "one number"),
+        ({"rule": {"expect": "above", "threshold": [1, 2]}}, "one number"),
+        ({"rule": {"expect": "between", "threshold": [2, 1]}}, "smaller first"),
+        ({"rule": {"expect": "between", "threshold": 1}}, "two numbers"),
+        ({"rule": {"expect": "between", "threshold": [1, 2], "direction": 0}}, "direction"),
+        ({"rule": {"expect": "above", "threshold": 0.2, "direction": 0.5}}, "beyond"),
+        ({"rule": {"expect": "above", "threshold": 0, "interval": "yes"}}, "true or false"),
+        ({"rule": {"expect": "above", "threshold": 0, "control": {"expect": "below"}}}, "control.*lacks threshold"),
+        ({"rule": "above 0"}, "block"),
+    ],
+)
+def test_a_mistake_in_a_stated_claim_is_named(change, says):
+    given = {"id": "s.a", "statement": "x", "measure": "y", "rule": {"expect": "above", "threshold": 0}}
+    with pytest.raises(ResearchError, match=says):
+        claims.parse("s", {**given, **change})
+
+
+def test_every_claim_of_the_repository_is_stated_well_and_once():
+    stated = claims.stated()
+    assert len(stated) == len(re.findall(r"(?m)^\s*(?:- )?id:", paths.CLAIMS.read_text()))
+    for c in stated.values():
+        assert c.statement.endswith(".")
+        assert c.measure
+        assert c.paper_value == "" or c.evidence, f"{c.id} gives the paper's value without saying where it stands"
+
+
+@pytest.fixture
+def ledger(tmp_path, monkeypatch):
+    book = """
+one:
+  - {id: one.a, statement: A., measure: a, rule: {expect: above, threshold: 0}, paper_value: .58, evidence: Table 2}
+  - {id: one.b, statement: B., measure: b, rule: {expect: below, threshold: 1, interval: false}, needs: real weights}
+two:
+  - {id: two.a, statement: C., measure: c, rule: {expect: above, threshold: 0}}
+"""
+    (tmp_path / "claims.yaml").write_text(book)
+    monkeypatch.setattr(paths, "CLAIMS", tmp_path / "claims.yaml")
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    monkeypatch.setattr(notebooks, "stages", lambda profile: {"10_one": [tmp_path / profile / "one" / "claims.json"]})
+    return tmp_path
+
+
+def test_record_and_union(ledger):
+    frame = claims.record("cpu", "one", "10_one", {"one.a": m(0.5, 0.3, 0.7), "one.b": None})
+    assert list(frame["verdict"]) == [REPRODUCED, NOT_TESTABLE]
+    lines = claims.union("cpu")
+    assert claims.read("cpu") == lines
+    keys = "id study statement paper_value evidence value low high n control rule verdict notebook"
+    assert set(lines[0]) == set(keys.split())
+    assert lines[0]["paper_value"] == 0.58
+    assert lines[0]["notebook"] == "10_one"
+    assert "0.5 [0.3, 0.7]" in claims.markdown(lines)
+    assert claims.agreement(lines, lines) == (2, [])
+    other = [{**lines[0], "verdict": NOT_REPRODUCED}, lines[1]]
+    assert claims.agreement(lines, other) == (1, [("one.a", REPRODUCED, NOT_REPRODUCED)])
+
+
+def test_unknown_and_missing_claims_are_refused(ledger):
+    with pytest.raises(ResearchError, match=r"did you mean 'one.b'"):
+        claims.record("cpu", "one", "10_one", {"one.a": m(0.5, 0.3, 0.7), "one.bb": None})
+    with pytest.raises(ResearchError, match=r"one.b"):
+        claims.record("cpu", "one", "10_one", {"one.a": m(0.5, 0.3, 0.7)})
+    with pytest.raises(ResearchError, match="did you mean 'one'"):
+        claims.record("cpu", "onee", "10_one", {})
+    assert not (ledger / "cpu").exists()
+
+
+def test_a_ledger_that_was_judged_by_another_rule_is_refused(ledger):
+    claims.record("cpu", "one", "10_one", {"one.a": m(0.5, 0.3, 0.7), "one.b": None})
+    paths.CLAIMS.write_text(paths.CLAIMS.read_text().replace("threshold: 0}, paper", "threshold: .1}, paper"))
+    with pytest.raises(ResearchError, match=r"one.a.*as claims.yaml states it"):
+        claims.union("cpu")
