@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_research.errors import ResearchError
-from sae_research.paths import EMBEDDED, relative
+from sae_research.paths import relative
 
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor
@@ -125,11 +125,9 @@ def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", nam
 
 
 def _folder_name(folder: Path) -> str:
-    """`world-text` for data/embedded/text/model, else the folder's own name."""
+    """`world-text` for a specimen's folder text/model, else the folder's own name."""
     folder = folder.resolve()
-    if folder.is_relative_to(EMBEDDED) and folder != EMBEDDED:
-        return f"world-{folder.relative_to(EMBEDDED).parts[0]}"
-    return folder.name
+    return f"world-{folder.parent.name}" if folder.name == "model" else folder.name
 
 
 class _Reached(Exception):
