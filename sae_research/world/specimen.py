@@ -22,9 +22,9 @@ def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
 
 
 def small_llama(
-    vocabulary: int, *, width: int, blocks: int, heads: int, inner: int, context: int, seed: int
+    vocabulary: int, *, width: int, blocks: int, heads: int, inner: int, context: int, seed: int, scale: float = 0.02
 ) -> LlamaForCausalLM:
-    """A randomly initialised Llama with tied embeddings and separate q, k, v and o projections."""
+    """A Llama with tied embeddings, separate q, k, v and o projections, and normal initial weights of size `scale`."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -35,6 +35,7 @@ def small_llama(
         intermediate_size=inner,
         max_position_embeddings=context,
         tie_word_embeddings=True,
+        initializer_range=scale,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

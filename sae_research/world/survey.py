@@ -34,6 +34,8 @@ class SurveySettings:
     """Width of the feed-forward layer."""
     context: int = 48
     """Longest document in tokens."""
+    scale: float = 0.1
+    """Standard deviation of the initial weights; at 0.02 the answers are not learned in this budget."""
     most_stated: int = 4
     """Most attributes that a document states; it states each number from 0 on equally often."""
     off_task: float = 0.12
@@ -44,6 +46,8 @@ class SurveySettings:
     """Documents of a step."""
     rate: float = 3e-3
     """Peak of the one-cycle learning rate."""
+    warm_up: float = 0.15
+    """Share of the steps until that peak."""
     answer_weight: float = 5.0
     """Weight of the exact answers, learned on every step, beside next tokens, learned on every second one."""
     clip: float = 1.0
@@ -63,10 +67,11 @@ def train_model(settings: SurveySettings, seed: int, folder: Path, threads: int 
         inner=settings.inner,
         context=settings.context,
         seed=seed,
+        scale=settings.scale,
     )
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=settings.steps)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=settings.steps, pct_start=settings.warm_up)
     draws = np.random.default_rng([seed, 1])
     for step in bar(range(settings.steps), desc="survey specimen"):
         batch = writer.mixed(settings.batch, draws, settings.most_stated, settings.off_task)

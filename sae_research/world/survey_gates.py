@@ -1,6 +1,6 @@
 """What the survey specimen must show before study 1 may stand on it, measured against the planted truth."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,26 +8,21 @@ import torch
 
 from sae_research import lens as lenses
 from sae_research.lens import Lens
-from sae_research.survey import Question, Survey, divergence, group_part, total_variation, wasserstein
+from sae_research.survey import Question, divergence, group_part, total_variation, wasserstein
 from sae_research.world.gates import Gate
 from sae_research.world.survey import NAME, SurveySettings
 from sae_research.world.survey_population import ATTRIBUTES, Population
 from sae_research.world.survey_text import LETTERS, Batch, Writer, by_letter, prompt
 
 
-def answers(lens: Lens, questions: Iterable[Question], stated: Iterable[str] = (), reverse: bool = False) -> np.ndarray:
-    """Next-token probability of each option's letter, [questions, 4]; what goes to other words is missing."""
-    questions = list(questions)
+def answers(lens: Lens, questions: Sequence[Question], personas: Sequence[Sequence[str]], reverse: bool) -> np.ndarray:
+    """Next-token probability of each option's letter, [personas, questions, 4]; what goes to other words is missing."""
     letters = lens.tokenizer.convert_tokens_to_ids(list(LETTERS))
-    found = np.zeros((len(questions), len(LETTERS)))
-    ladders = np.array([q.ladder for q in questions])
-    for ladder in np.unique(ladders):
-        rows = np.flatnonzero(ladders == ladder)
-        tokens = lens.tokens([prompt(questions[i], stated, reverse) for i in rows])
-        with torch.no_grad():
-            last = lens.logits(tokens)[:, -1].softmax(-1)[:, letters]
-        found[rows] = by_letter(last.double().cpu().numpy(), ladder, reverse)
-    return found
+    ladders = np.tile([q.ladder for q in questions], len(personas))
+    tokens = lens.tokens([prompt(question, stated, reverse) for stated in personas for question in questions])
+    at = lens.content(tokens).sum(-1)
+    found = _next_words(lens, tokens, at)[:, letters]
+    return by_letter(found, ladders, reverse).reshape(len(personas), len(questions), len(LETTERS))
 
 
 def measure(model_folder: Path, saes_folder: Path, settings: SurveySettings, seed: int) -> list[Gate]:
@@ -64,9 +59,9 @@ def model_gates(lens: Lens, population: Population, settings: SurveySettings, se
     writer = Writer(population, lens.tokenizer.get_vocab())
     asked = writer.survey(4096, draws, settings.most_stated)
     aside = writer.off_task(512, draws)
-    both = persona_answers(lens, survey)
-    persona = both.mean(0)
-    unsteered = np.mean([answers(lens, survey.questions, (), reverse) for reverse in (False, True)], axis=0)
+    personas = [[], *([group.name] for group in survey.groups)]
+    both = np.stack([answers(lens, survey.questions, personas, reverse) for reverse in (False, True)])
+    unsteered, persona = both.mean(0)[0], both.mean(0)[1:]
     part = group_part(persona, survey.distributions, survey.weights, survey.mask)
     wd = wasserstein(persona, survey.distributions, survey.gaps)
     web = wasserstein(unsteered, survey.web, survey.gaps)
@@ -81,19 +76,11 @@ def model_gates(lens: Lens, population: Population, settings: SurveySettings, se
     ]
 
 
-def persona_answers(lens: Lens, survey: Survey) -> np.ndarray:
-    """Answers after `i am <group> .`, for both option orders, [2, groups, questions, 4]."""
-    return np.array(
-        [[answers(lens, survey.questions, [g.name], reverse) for g in survey.groups] for reverse in (False, True)]
-    )
-
-
 def answer_kl(lens: Lens, batch: Batch) -> float:
     """Mean KL of the model's letters (of the whole vocabulary) to the exact ones, over documents with a question."""
     letters = lens.tokenizer.convert_tokens_to_ids(list(LETTERS))
-    logits = _logits(lens, batch.tokens)[np.arange(len(batch.tokens)), batch.answer]
-    probabilities = logits.softmax(-1)[:, letters].double().numpy()
-    return float(divergence(batch.target, probabilities).mean())
+    predicted = _next_words(lens, torch.from_numpy(batch.tokens), torch.from_numpy(batch.answer))
+    return float(divergence(batch.target, predicted[:, letters]).mean())
 
 
 def off_task_excess(lens: Lens, batch: Batch) -> float:
@@ -104,6 +91,9 @@ def off_task_excess(lens: Lens, batch: Batch) -> float:
     return float(np.nanmean(losses - batch.surprisal[:, 1:]))
 
 
-def _logits(lens: Lens, tokens: np.ndarray) -> torch.Tensor:
+def _next_words(lens: Lens, tokens: torch.Tensor, at: torch.Tensor) -> np.ndarray:
+    """Probability of each word after position `at` of each row."""
+    rows = zip(tokens.split(512), at.split(512), strict=True)
     with torch.no_grad():
-        return torch.cat([lens.logits(rows) for rows in torch.from_numpy(tokens).split(256)])
+        found = [lens.logits(t)[torch.arange(len(t)), a].softmax(-1) for t, a in rows]
+    return torch.cat(found).double().cpu().numpy()
