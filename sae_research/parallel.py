@@ -1,6 +1,5 @@
 """Independent shards of work: in one process, in local processes, or on a Ray cluster, with the same results."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -62,18 +61,16 @@ def _shard(function: Callable, index: int, item: object, seed: int | None, threa
 
 @contextmanager
 def _limited(threads: int) -> Iterator[None]:
+    import torch  # before the limit is set: a library loaded later would take every core
     from threadpoolctl import threadpool_limits
 
-    torch = sys.modules.get("torch")
-    before = torch.get_num_threads() if torch else None
+    before = torch.get_num_threads()
     try:
         with threadpool_limits(threads):
-            if torch:
-                torch.set_num_threads(threads)
+            torch.set_num_threads(threads)
             yield
     finally:
-        if torch:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
 
 
 @contextmanager

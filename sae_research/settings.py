@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from sae_research import config, store
 from sae_research.errors import ResearchError
 from sae_research.paths import ROOT
+from sae_research.tables import aligned
 
 README = ROOT / "README.md"
 PUBLISHED = ("cpu", "full")
@@ -38,7 +39,9 @@ def departures(profiles: tuple[str, ...]) -> list[dict]:
 def text(profiles: tuple[str, ...] | None = None) -> str:
     """Every profile's settings against the papers' values, as a table for the terminal."""
     rows = departures(profiles or config.profiles())
-    return _aligned(_table(rows, profiles or config.profiles(), meaning=False)) if rows else "No profile departs."
+    if not rows:
+        return "No profile departs."
+    return aligned(_table(rows, profiles or config.profiles(), meaning=False), widest=26)
 
 
 def markdown(profiles: tuple[str, ...] = PUBLISHED) -> str:
@@ -104,17 +107,3 @@ def _show(value: object) -> str:
     if is_dataclass(value):
         return ", ".join(f"{f.name} {_show(getattr(value, f.name))}" for f in fields(value))
     return "none" if value is None else str(value)
-
-
-def _aligned(table: list[list[str]], widest: int = 26) -> str:
-    """Columns side by side; long cells go on in further lines."""
-    folded = [[textwrap.wrap(cell, widest) or [""] for cell in line] for line in table]
-    widths = [max(len(part) for line in folded for part in line[i]) for i in range(len(table[0]))]
-    out = []
-    for number, line in enumerate(folded):
-        for level in range(max(map(len, line))):
-            cells = [cell[level] if level < len(cell) else "" for cell in line]
-            out.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
-        if number == 0:
-            out.append("  ".join("-" * width for width in widths))
-    return "\n".join(out)

@@ -1,0 +1,47 @@
+"""Importing the package is cheap: what is heavy is imported where it is used."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "transformer_lens", "sae_lens", "sklearn", "matplotlib", "pandas", "scipy", "peft")
+MODULES = (
+    *("paths", "config", "errors", "store", "progress", "stats", "figures", "claims", "notebooks", "parallel"),
+    *("doctor", "settings", "tables", "catalogue", "pipeline", "lens", "dictionaries", "activations", "steering"),
+)
+
+
+def imported_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_light_modules_import_nothing_heavy(module):
+    assert not imported_by(f"import sae_research.{module}") & set(HEAVY)
+
+
+def test_the_package_imports_in_a_moment():
+    code = "import time; t = time.perf_counter(); import sae_research; print(time.perf_counter() - t)"
+    took = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(5)
+    ]
+    assert min(took) < 0.3
+    assert not imported_by("import sae_research") & set(HEAVY)
+
+
+def test_all_light_modules_together_import_in_a_moment():
+    names = ", ".join(f"sae_research.{name}" for name in MODULES)
+    code = f"import time; t = time.perf_counter(); import {names}; print(time.perf_counter() - t)"
+    took = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(5)
+    ]
+    assert min(took) < 0.3, took
+
+
+def test_the_measure_sees_a_heavy_import():
+    assert {"scipy", "numpy"} <= imported_by("import scipy.stats")
