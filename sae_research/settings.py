@@ -12,7 +12,7 @@ from sae_research.tables import aligned
 
 README = ROOT / "README.md"
 PUBLISHED = ("cpu", "full")
-_BEGIN, _END = "<!-- scaled-down: begin -->", "<!-- scaled-down: end -->"
+_BEGIN, _END = "<!-- scaled down: begin -->", "<!-- scaled down: end -->"
 
 
 def explanations(cls: type) -> dict[str, str]:

@@ -88,7 +88,7 @@ def test_values_are_shown_as_people_write_them():
 
 @pytest.mark.usefixtures("toy")
 def test_refreshing_replaces_what_is_between_the_markers_and_nothing_else():
-    text = "# Title\n<!-- scaled-down: begin -->\nold\n<!-- scaled-down: end -->\nafter\n"
+    text = "# Title\n<!-- scaled down: begin -->\nold\n<!-- scaled down: end -->\nafter\n"
     new = settings.refreshed(text)
     assert new == text.replace("old", settings.markdown())
     assert settings.refreshed(new) == new
