@@ -37,6 +37,8 @@ class Question:
     """What the item proposes to do about its topic; planted surveys only."""
     split: str = ""
     """`train`, `validation` or `test`; empty where the study has still to choose."""
+    ordered: bool = True
+    """Whether the options form a scale; answers to nominal questions differ by total variation."""
 
     @property
     def ladder(self) -> int:
@@ -107,6 +109,11 @@ class Survey:
     def rows(self, split: str) -> np.ndarray:
         """Indices of the questions of `split`."""
         return np.array([i for i, q in enumerate(self.questions) if q.split == split])
+
+    def distance(self, p: np.ndarray, q: np.ndarray, questions: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """WD of ordered questions and total variation of nominal ones, for answers [..., questions, options]."""
+        ordered = np.array([q.ordered for q in self.questions])[questions]
+        return np.where(ordered, wasserstein(p, q, self.gaps[questions]), total_variation(p, q))
 
     def sampled(self, n: int | np.ndarray, seed: int) -> "Survey":
         """The same survey as a poll of `n` respondents per group (and question) would see it."""

@@ -1,0 +1,244 @@
+"""Training a shift in two stages: the calibration Delta_0 on the population, then U and c on the groups (section 3.4)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from sae_research.errors import ResearchError
+from sae_research.studies.opinion_qa import objective
+from sae_research.studies.opinion_qa.bench import Bench
+from sae_research.studies.opinion_qa.shift import Basis, Shift, canonical
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a shift is trained."""
+
+    kind: str = "multiplicative"
+    """How the shift acts on codes (section 3.3): additive, multiplicative, gated or literal."""
+    positions: str = "all"
+    """Where it acts (section 3.3): answer, question or all."""
+    rank: int | None = 4
+    """r of Delta_g = Delta_0 + U c_g; None gives every group its own free vector (section 3.4)."""
+    calibrate: bool = True
+    """Whether Delta_0 is trained, on the population's answers and before the groups; else it is zero."""
+    movement: float = 0.0
+    """lam_rec: weight of the relative squared movement of the residual (section 3.5)."""
+    keep: float = 1.0
+    """lam_keep: weight of KL(base || steered) on other text (section 3.5)."""
+    sparsity: float = 0.0
+    """lam_sp: weight of the group lasso, a proximal step after each step of Adam (section 3.5)."""
+    rate: float = 0.03
+    """Learning rate of shifts and axes; scores take `score_rate` times it."""
+    score_rate: float = 3.0
+    """Learning rate of c as a multiple of that of U (section 3.5: 1e-2 against 3e-3)."""
+    calibration_steps: int = 80
+    """Steps of the first stage."""
+    steps: int = 160
+    """Steps of the second stage."""
+    batch: int = 16
+    """Prompts of a step; each is asked of every group."""
+    documents: int = 6
+    """Documents of other text of a step, each under `kept_groups` groups' shifts."""
+    kept_groups: int = 3
+    """Groups drawn for the documents of a step."""
+    look: int = 20
+    """Steps between looks at the validation questions; the best look is kept."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A trained shift and how the training went."""
+
+    shift: Shift
+    """The shift at its best look."""
+    validation: float
+    """Objective on validation questions and documents at that look: KL + lam_keep KL of other text."""
+    looks: tuple[float, ...]
+    """The objective at each look of the second stage."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Whose answers to learn, and on which questions."""
+
+    groups: tuple[str, ...]
+    """Names of the groups."""
+    attributes: tuple[str, ...]
+    """The attribute of each group: scores have mean zero within each."""
+    weights: np.ndarray
+    """Share of each group; within an attribute they give the mean."""
+    answers: np.ndarray
+    """pi~, [groups, questions, options]."""
+    overall: np.ndarray
+    """The population's answers, [questions, options]."""
+    train: np.ndarray
+    """Training questions."""
+    validation: np.ndarray
+    """Validation questions, which alone choose."""
+
+    def centring(self) -> torch.Tensor:
+        """The matrix that takes the weighted mean of each attribute out of the groups' scores."""
+        attributes = np.array(self.attributes)
+        same = (attributes[:, None] == attributes) * self.weights
+        return torch.tensor(np.eye(len(attributes)) - same / same.sum(1, keepdims=True), dtype=torch.float32)
+
+
+class _Stage:
+    """One run of proximal Adam on the tables that make up the shifts of some targets."""
+
+    def __init__(
+        self, bench: Bench, basis: Basis, training: Training, targets: Targets, answers: np.ndarray, seed: int
+    ):
+        self.bench, self.basis, self.training = bench, basis, training
+        self.answers = torch.tensor(answers, dtype=torch.float32)
+        self.rows = bench.prompts.rows(targets.train)
+        self.validation = bench.prompts.rows(targets.validation)
+        self.random = torch.Generator().manual_seed(seed)
+        block = bench.block
+        self.variance = (block - block.mean(0)).square().sum(-1).mean()
+
+    def loss(self, deltas: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean forward KL over prompts and groups, and the relative movement."""
+        x, moved = self.bench.steered(self.basis, self.training.kind, deltas, rows, self.training.positions)
+        logs = self.bench.log_probs(x.flatten(0, 1), rows.repeat_interleave(len(deltas)))
+        target = self.answers[:, self.bench.prompts.question[rows]].transpose(0, 1).flatten(0, 1)
+        count = int(self.bench.prompts.editable(self.training.positions)[rows].sum()) * len(deltas)
+        return (
+            objective.forward_divergence(target, logs).mean(),
+            objective.relative_movement(moved, self.variance, count),
+        )
+
+    def keep(self, deltas: torch.Tensor, split: str, docs: torch.Tensor) -> torch.Tensor:
+        """KL(base || steered) on documents under each shift."""
+        from sae_research.studies.opinion_qa.shift import displacement
+
+        x, content = self.bench.text_residual[split][docs], self.bench.text_content[split][docs]
+        moved = (
+            displacement(self.basis, self.training.kind, x, self.basis.encode(x), deltas) * content[:, None, :, None]
+        )
+        with torch.no_grad():
+            base = self.bench.text_logits(split, docs)
+        steered = self.bench.upper.logits(self.bench.upper.states((x[:, None] + moved).flatten(0, 1)))
+        groups = len(deltas)
+        return objective.kept(base.repeat_interleave(groups, 0), steered, content.repeat_interleave(groups, 0))
+
+    @torch.no_grad()
+    def look(self, deltas: torch.Tensor) -> float:
+        """The objective on validation questions and documents."""
+        size = max(1, self.bench.batch // len(deltas))
+        parts = [self.loss(deltas, rows)[0].item() * len(rows) for rows in self.validation.split(size)]
+        found = sum(parts) / len(self.validation)
+        if self.keeps:
+            docs = torch.arange(min(16, len(self.bench.texts["validation"])))
+            some = deltas[:: max(1, len(deltas) // 4)]
+            found += self.training.keep * self.keep(some, "validation", docs).item()
+        return found
+
+    @property
+    def keeps(self) -> bool:
+        """Whether other text is ever touched: a shift of the survey block alone leaves it as it is."""
+        return self.training.keep > 0 and self.training.positions == "all"
+
+    def run(self, tables: list[dict], deltas, steps: int, sparse: torch.Tensor, amount: torch.Tensor) -> list[float]:
+        """Proximal Adam with a cosine to zero; leaves the tables at their best look and returns all looks."""
+        t = self.training
+        optimizer = torch.optim.Adam(tables)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + np.cos(np.pi * s / steps)))
+        parameters = [p for table in tables for p in table["params"]]
+        looks, best, order = [], None, torch.empty(0, dtype=torch.long)
+        for step in range(steps):
+            if len(order) < t.batch:
+                order = self.rows[torch.randperm(len(self.rows), generator=self.random)]
+            rows, order = order[: t.batch], order[t.batch :]
+            now = deltas()
+            loss, movement = self.loss(now, rows)
+            if t.movement:
+                loss = loss + t.movement * movement
+            if self.keeps:
+                docs = torch.randint(len(self.bench.texts["train"]), (t.documents,), generator=self.random)
+                some = torch.randperm(len(now), generator=self.random)[: t.kept_groups]
+                loss = loss + t.keep * self.keep(now[some], "train", docs)
+            if not torch.isfinite(loss):
+                raise ResearchError(f"the loss of the {t.kind} shift is not finite at step {step}; lower `rate`.")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if t.sparsity:
+                rate = schedule.get_last_lr()[0]
+                sparse.data = objective.shrink_rows(sparse.data, rate * t.sparsity * amount)
+            schedule.step()
+            if (step + 1) % t.look == 0 or step + 1 == steps:
+                looks.append(self.look(deltas().detach()))
+                if looks[-1] <= min(looks):
+                    best = [p.detach().clone() for p in parameters]
+        for parameter, value in zip(parameters, best, strict=True):
+            parameter.data = value
+        return looks
+
+
+def fit(
+    bench: Bench, basis: Basis, training: Training, targets: Targets, seed: int, shared: torch.Tensor | None = None
+) -> Fit:
+    """Train a shift; `shared` is a Delta_0 that was trained before (it depends on no group)."""
+    if shared is None:
+        shared = calibrate(bench, basis, training, targets, seed) if training.calibrate else torch.zeros(basis.size)
+    stage = _Stage(bench, basis, training, targets, targets.answers, seed)
+    centring, groups = targets.centring(), len(targets.groups)
+    amount = objective.lasso_weights(basis, training.kind, bench.block)
+    if training.rank is None:
+        axes = torch.zeros(basis.size, groups, requires_grad=True)
+        scores = torch.eye(groups)
+        tables = [{"params": [axes], "lr": training.rate}]
+    else:
+        axes, scores = _start(stage, shared, centring, training.rank, groups)
+        tables = [
+            {"params": [axes], "lr": training.rate},
+            {"params": [scores], "lr": training.rate * training.score_rate},
+        ]
+
+    def deltas() -> torch.Tensor:
+        return shared + centring @ scores @ axes.T
+
+    looks = stage.run(tables, deltas, training.steps, axes, amount)
+    found = Shift(
+        training.kind,
+        bench.hook,
+        training.positions,
+        targets.groups,
+        shared,
+        axes.detach(),
+        (centring @ scores).detach(),
+    )
+    return Fit(canonical(found, torch.tensor(targets.weights)), min(looks), tuple(looks))
+
+
+def _start(
+    stage: _Stage, shared: torch.Tensor, centring: torch.Tensor, rank: int, groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """U and c at the leading directions of the groups' first gradient: where the loss falls fastest from Delta_0."""
+    free = torch.zeros(groups, len(shared), requires_grad=True)
+    some = stage.rows[torch.randperm(len(stage.rows), generator=stage.random)[: 4 * stage.training.batch]]
+    for rows in some.split(stage.training.batch):
+        stage.loss(shared + centring @ free, rows)[0].backward()
+    left, values, right = torch.linalg.svd(-centring @ free.grad, full_matrices=False)
+    if rank > len(values):
+        raise ResearchError(f"rank {rank} exceeds what {groups} groups and {len(shared)} coordinates allow; lower it.")
+    size = values[:rank] / values[0].clamp(min=1e-12)
+    scores = (left[:, :rank] * groups**0.5 * size).requires_grad_()
+    axes = (right[:rank].T * 0.3).requires_grad_()
+    scores, axes = scores.detach().requires_grad_(), axes.detach().requires_grad_()
+    return axes, scores
+
+
+def calibrate(bench: Bench, basis: Basis, training: Training, targets: Targets, seed: int) -> torch.Tensor:
+    """Delta_0: one shift for everybody, trained on the population's answers."""
+    stage = _Stage(bench, basis, training, targets, targets.overall[None], seed)
+    shared = torch.zeros(basis.size, 1, requires_grad=True)
+    amount = objective.lasso_weights(basis, training.kind, bench.block)
+    larger = replace(training, batch=4 * training.batch)
+    stage.training = larger
+    stage.run([{"params": [shared], "lr": training.rate}], lambda: shared.T, training.calibration_steps, shared, amount)
+    return shared.detach()[:, 0]

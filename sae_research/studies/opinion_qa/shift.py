@@ -1,0 +1,229 @@
+"""The shift: what is added to the codes of a dictionary, one sparse vector a group, Delta_g = Delta_0 + U c_g.
+
+x' = x + W_dec^T (f' - f) with f = enc(x): the part of x that the dictionary does not explain stays, so a zero shift is
+exactly the frozen model. Only the `literal` edit of the abstract drops it (section 3.3).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sae_research import store
+from sae_research.errors import ResearchError, unknown
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+    from sae_research.lens import Edit, Lens
+
+EDITS = ("additive", "multiplicative", "gated", "literal")
+POSITIONS = ("answer", "question", "all")
+_WEIGHTS, _CARDS = "shifts.safetensors", "cards.json"
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Coordinates of the residual stream and the row of residual space that each of them writes."""
+
+    name: str
+    """What to call it: the SAE, or the control that takes its place."""
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    """f = enc(x), [..., d] to [..., M]."""
+    rows: torch.Tensor
+    """W_dec, [M, d]."""
+    offset: torch.Tensor | None = None
+    """b of x_hat = W_dec^T f + b; only the literal edit reads it."""
+    signed: bool = False
+    """Whether codes may be negative; where not, the additive edit keeps them at or above zero."""
+
+    @property
+    def size(self) -> int:
+        """M, the number of coordinates."""
+        return len(self.rows)
+
+    def reconstruct(self, codes: torch.Tensor) -> torch.Tensor:
+        """x_hat = W_dec^T f + b."""
+        found = codes @ self.rows
+        return found if self.offset is None else found + self.offset
+
+
+def sae_basis(sae: "SAE", name: str = "SAE") -> Basis:
+    """The latents of an SAE, with rows as `decode` applies them to its codes."""
+    from sae_research.steering import directions
+
+    with torch.no_grad():
+        rows = directions(sae).float()
+        offset = sae.decode(torch.zeros(1, len(rows), device=rows.device, dtype=sae.dtype))[0].float()
+
+    @torch.no_grad()
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        return sae.encode(x.to(sae.dtype)).float()
+
+    return Basis(name, encode, rows, offset)
+
+
+def random_basis(residuals: torch.Tensor, size: int, l0: float, seed: int) -> Basis:
+    """As many random unit rows as the SAE has latents, active where the projection exceeds the threshold of equal L0."""
+    random = torch.Generator().manual_seed(seed)
+    rows = torch.randn(size, residuals.shape[-1], generator=random).to(residuals)
+    rows = rows / rows.norm(dim=-1, keepdim=True)
+    mean = residuals.mean(0)
+    projected = (residuals - mean) @ rows.T
+    keep = max(1, round(l0 * len(residuals)))
+    threshold = projected.flatten().topk(min(keep, projected.numel())).values[-1].clamp(min=1e-6)
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        found = (x - mean) @ rows.T
+        return torch.where(found >= threshold, found, 0.0)
+
+    return Basis("random dictionary", encode, rows, mean)
+
+
+def pca_basis(residuals: torch.Tensor) -> Basis:
+    """Principal components, each split by sign into two non-negative codes as an SAE's latents are: error-free."""
+    mean = residuals.mean(0)
+    components = torch.linalg.svd(residuals - mean, full_matrices=False).Vh
+    rows = torch.cat([components, -components])
+    return Basis("PCA", lambda x: torch.relu((x - mean) @ rows.T), rows, mean)
+
+
+def residual_basis(width: int) -> Basis:
+    """The residual's own coordinates: an additive shift here is a dense steering vector."""
+    return Basis("dense", lambda x: x, torch.eye(width), None, signed=True)
+
+
+def displacement(basis: Basis, kind: str, x: torch.Tensor, codes: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """x' - x for residuals [rows, positions, d] under every shift of [shifts, M], as [rows, shifts, positions, d].
+
+    additive f' = relu(f + Delta), multiplicative f' = f exp(Delta), gated f' = f + 1[f > 0] Delta, and literal
+    x' = W_dec^T (f + Delta) + b. The second and third are linear in f, so each shift becomes one matrix [M, d].
+    """
+    if kind == "multiplicative":
+        return torch.einsum("btm,smd->bstd", codes, torch.expm1(delta)[..., None] * basis.rows)
+    if kind == "gated":
+        return torch.einsum("btm,smd->bstd", (codes != 0).to(codes), delta[..., None] * basis.rows)
+    if kind == "literal":
+        return (basis.reconstruct(codes) - x)[:, None] + (delta @ basis.rows)[None, :, None]
+    if kind != "additive":
+        raise unknown("edit", kind, EDITS, "a shift")
+    if basis.signed:
+        return (delta @ basis.rows)[None, :, None].expand(len(x), -1, x.shape[1], -1)
+    moved = torch.relu(codes[:, None] + delta[None, :, None]) - codes[:, None]
+    return moved @ basis.rows
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Trained shifts of all groups: Delta_g = Delta_0 + U c_g, with every column of U of norm 1."""
+
+    kind: str
+    """One of `EDITS`."""
+    hook: str
+    """The place of the residual stream."""
+    positions: str
+    """`answer` (the last token), `question` (the survey block) or `all`; never the start token."""
+    groups: tuple[str, ...]
+    """Names of the groups."""
+    shared: torch.Tensor
+    """Delta_0, [M]: the calibration that every group gets."""
+    axes: torch.Tensor
+    """U, [M, r], columns in order of the variance between groups that they carry."""
+    scores: torch.Tensor
+    """c, [groups, r]."""
+
+    @property
+    def deltas(self) -> torch.Tensor:
+        """Delta_g of every group, [groups, M]."""
+        return self.shared + self.scores @ self.axes.T
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.axes.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that were trained and are not zero."""
+        rows = int((self.axes != 0).any(1).sum())
+        return int((self.shared != 0).sum()) + rows * self.rank + self.scores.numel()
+
+    @property
+    def active(self) -> torch.Tensor:
+        """Which coordinates any group moves, [M]."""
+        return (self.shared != 0) | (self.axes != 0).any(1)
+
+    def delta(self, group: str | int, strength: float = 1.0) -> torch.Tensor:
+        """Delta_0 + strength U c_g of one group."""
+        if isinstance(group, str):
+            if group not in self.groups:
+                raise unknown("group", group, self.groups, "this shift")
+            group = self.groups.index(group)
+        return self.shared + strength * self.scores[group] @ self.axes.T
+
+    def only(self, m: int) -> "Shift":
+        """The same with the group part of all but the `m` coordinates where it is largest set to zero."""
+        size = (self.scores @ self.axes.T).norm(dim=0)
+        kept = torch.zeros_like(size)
+        kept[size.topk(min(m, len(size))).indices] = 1
+        return replace(self, axes=self.axes * kept[:, None])
+
+    def edit(self, basis: Basis, group: str | int, *, last: bool | None = None, strength: float = 1.0) -> "Edit":
+        """The edit of one group for `Lens.logits(tokens, {shift.hook: edit})`; `strength` scales the group part."""
+        delta = self.delta(group, strength)[None]
+        last = self.positions == "answer" if last is None else last
+
+        def apply(residual: torch.Tensor) -> torch.Tensor:
+            x = residual.float()
+            moved = displacement(basis, self.kind, x, basis.encode(x), delta.to(x.device))[:, 0]
+            place = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+            place[: -1 if last else 1] = False
+            return residual + torch.where(place[:, None], moved, 0.0).to(residual)
+
+        return apply
+
+
+def canonical(shift: Shift, weights: torch.Tensor) -> Shift:
+    """The same deltas with unit columns of U, orthogonal, in order of the variance that they explain between groups."""
+    scale = weights.to(shift.scores).sqrt()[:, None]
+    basis, triangle = torch.linalg.qr(shift.axes)
+    _, values, turned = torch.linalg.svd(scale * (shift.scores @ triangle.T), full_matrices=False)
+    axes = basis @ turned.T
+    zero = (shift.axes == 0).all(1)
+    axes[zero] = 0.0  # rounding must not undo exact zeros
+    return replace(shift, axes=axes, scores=shift.scores @ triangle.T @ turned.T)
+
+
+def save_shift(shift: Shift, folder: Path, *, model: str, sae: str, cards: dict[str, dict]) -> None:
+    """Write the shift with what it fits and one card a group, whole or not at all."""
+    with store.writing(Path(folder)) as partial:
+        store.write_tensors(
+            partial / _WEIGHTS,
+            {"shared": shift.shared, "axes": shift.axes, "scores": shift.scores},
+            {"model": model, "sae": sae, "hook": shift.hook, "kind": shift.kind, "positions": shift.positions},
+        )
+        fits = {"model": model, "sae": sae, "hook": shift.hook, "edit": shift.kind, "positions": shift.positions}
+        store.write_json(partial / _CARDS, {"fits": fits, "groups": [{"name": g, **cards[g]} for g in shift.groups]})
+
+
+def load_shift(folder: Path, lens: "Lens | None" = None, sae: "SAE | None" = None) -> Shift:
+    """A saved shift, checked against the model and SAE that it is to steer.
+
+    Three lines steer any compatible model: `shift = load_shift(folder, lens, sae)`,
+    `edit = shift.edit(sae_basis(sae), "red")`, `lens.logits(tokens, {shift.hook: edit})`.
+    """
+    folder = store.verified(Path(folder))
+    tensors, book = store.read_tensors(folder / _WEIGHTS), store.read_json(folder / _CARDS)
+    fits, names = book["fits"], tuple(card["name"] for card in book["groups"])
+    shift = Shift(fits["edit"], fits["hook"], fits["positions"], names, **tensors)
+    if lens is not None:
+        if lens.name != fits["model"]:
+            raise ResearchError(f"this shift steers '{fits['model']}', not '{lens.name}'; load that model.")
+        lens.hook(shift.hook)
+    if sae is not None and sae.cfg.d_sae != len(shift.shared):
+        raise ResearchError(
+            f"this shift moves {len(shift.shared)} latents but the SAE has {sae.cfg.d_sae}; load '{fits['sae']}'."
+        )
+    return shift

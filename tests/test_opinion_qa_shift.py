@@ -1,0 +1,344 @@
+"""Study 1, the shift: identities that hold for any model and any SAE."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from miniatures import random_sae  # noqa: E402
+
+from sae_research.errors import ResearchError  # noqa: E402
+from sae_research.studies.opinion_qa import objective  # noqa: E402
+from sae_research.studies.opinion_qa.bench import Bench  # noqa: E402
+from sae_research.studies.opinion_qa.fit import Targets, Training, calibrate, fit  # noqa: E402
+from sae_research.studies.opinion_qa.letters import Letters, by_ordinal, single_tokens  # noqa: E402
+from sae_research.studies.opinion_qa.shift import (  # noqa: E402
+    Shift,
+    canonical,
+    displacement,
+    load_shift,
+    pca_basis,
+    random_basis,
+    residual_basis,
+    sae_basis,
+    save_shift,
+)
+from sae_research.survey import divergence  # noqa: E402
+
+HOOK = "blocks.0.hook_resid_post"
+GROUPS = ("red", "blue", "old", "young", "grey")
+
+
+@pytest.fixture(scope="module")
+def lens(tmp_path_factory):
+    """A survey specimen that was never trained, its weights scaled up so that everything matters."""
+    from sae_research import lens as lenses
+    from sae_research.world import specimen
+    from sae_research.world.survey_text import WORDS
+
+    tokenizer = specimen.word_tokenizer(WORDS)
+    model = specimen.small_llama(len(tokenizer), width=32, blocks=3, heads=4, inner=48, context=48, seed=1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4 if weight.ndim > 1 else 1)
+    folder = tmp_path_factory.mktemp("survey") / "model"
+    specimen.save(model.eval(), tokenizer, folder)
+    return lenses.load(folder, name="world-survey")
+
+
+@pytest.fixture(scope="module")
+def population():
+    from sae_research.world.survey_population import Population, PopulationSettings
+
+    return Population(PopulationSettings())
+
+
+@pytest.fixture(scope="module")
+def bench(lens, population):
+    from sae_research.world.survey_text import Writer, prompt
+
+    writer, draws = Writer(population, lens.tokenizer.get_vocab()), np.random.default_rng(0)
+    texts = {s: torch.from_numpy(writer.off_task(8, draws).tokens) for s in ("train", "validation", "test")}
+    return Bench(lens, HOOK, population.questions[:18], lambda q, reverse: prompt(q, reverse=reverse), texts)
+
+
+@pytest.fixture(scope="module")
+def sae():
+    return random_sae("topk", width=32, latents=96, k=12)
+
+
+@pytest.fixture(scope="module")
+def basis(sae):
+    return sae_basis(sae)
+
+
+@pytest.fixture(scope="module")
+def targets():
+    draws = np.random.default_rng(3)
+    answers = np.zeros((5, 18, 4))
+    for q in range(18):
+        answers[:, q, : 2 + q % 3] = draws.dirichlet(np.ones(2 + q % 3), 5)
+    return Targets(
+        GROUPS, ("a", "a", "b", "b", "b"), np.array([0.5, 0.5, 0.2, 0.3, 0.5]), answers, answers.mean(0),
+        np.arange(12), np.arange(12, 18),
+    )  # fmt: skip
+
+
+def shift_of(basis, kind="multiplicative", scale=0.5, positions="all", rank=3, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return Shift(
+        kind, HOOK, positions, GROUPS,
+        scale * torch.randn(basis.size, generator=random),
+        scale * torch.randn(basis.size, rank, generator=random),
+        scale * torch.randn(len(GROUPS), rank, generator=random),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "neox", "gemma2", "llama"])
+def test_the_upper_blocks_give_the_model_s_own_logits_on_padded_rows(architecture, tmp_path):
+    from miniatures import save
+
+    from sae_research import lens as lenses
+    from sae_research.studies.opinion_qa.upper import Upper
+
+    lens = lenses.load(save(tmp_path / "m", architecture), name="m")
+    tokens = torch.randint(4, 60, (3, 9))
+    tokens[1, 6:] = tokens[2, 4:] = 0
+    last = torch.tensor([8, 5, 3])
+    for hook in ("blocks.0.hook_resid_post", "blocks.3.hook_resid_post"):
+        upper = Upper(lens, hook)
+        found = upper.logits(upper.states(lens.residual(tokens, hook), last))
+        assert torch.allclose(found, lens.logits(tokens)[torch.arange(3), last], atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["additive", "multiplicative", "gated"])
+def test_a_zero_shift_is_exactly_the_frozen_model(kind, lens, bench, basis):
+    zero = shift_of(basis, kind, scale=0.0)
+    tokens = bench.prompts.tokens[:6]
+    assert torch.equal(lens.logits(tokens, {HOOK: zero.edit(basis, "old")}), lens.logits(tokens))
+    read = bench.answers(basis, kind, zero.deltas, range(18), "all")
+    assert np.abs(read.probabilities - bench.unsteered(range(18)).probabilities).max() < 1e-6
+    cost = bench.cost(basis, kind, zero.deltas, "test")
+    assert (cost.loss, cost.divergence) == (0.0, 0.0)
+
+
+def test_the_literal_edit_of_zero_is_not_the_frozen_model(bench, basis):
+    zero = torch.zeros(1, basis.size)
+    x = bench.residual[:4]
+    moved = displacement(basis, "literal", x, basis.encode(x), zero)[:, 0]
+    assert torch.allclose(x + moved, basis.reconstruct(basis.encode(x)), atol=1e-4)
+    assert bench.cost(basis, "literal", zero, "test").divergence > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["additive", "multiplicative", "gated"])
+def test_what_the_sae_leaves_unexplained_stays(kind, bench, basis, sae):
+    x = bench.residual[:4, 1:10]
+    codes = basis.encode(x)
+    delta = 0.3 * torch.randn(2, basis.size, generator=torch.Generator().manual_seed(5))
+    new = {
+        "additive": torch.relu(codes[:, None] + delta[None, :, None]),
+        "multiplicative": codes[:, None] * delta.exp()[None, :, None],
+        "gated": codes[:, None] + (codes > 0)[:, None] * delta[None, :, None],
+    }[kind]
+    steered = x[:, None] + displacement(basis, kind, x, codes, delta)
+    error = x - sae.decode(codes)
+    assert torch.allclose(steered, sae.decode(new) + error[:, None], atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["multiplicative", "gated"])
+def test_latents_that_do_not_fire_stay_silent_and_text_without_any_is_untouched(kind, bench, basis):
+    x = bench.residual[:4]
+    silent = (basis.encode(x) == 0).all(0).all(0)
+    assert silent.any()
+    delta = torch.where(silent, 3.0, 0.0)[None]
+    assert not displacement(basis, kind, x, basis.encode(x), delta).any()
+    assert displacement(basis, "additive", x, basis.encode(x), delta).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("positions", ["answer", "question", "all"])
+def test_a_shift_acts_where_it_should_and_never_on_the_start_token(positions, lens, bench, basis):
+    delta = shift_of(basis).deltas
+    rows = torch.arange(6)
+    _, moved = bench.steered(basis, "multiplicative", delta, rows, positions)
+    touched = moved.abs().sum((1, 3)) > 0
+    assert torch.equal(touched, bench.prompts.editable(positions)[rows])
+    assert not touched[:, 0].any()
+    if positions == "answer":
+        assert (touched.sum(1) == 1).all()
+    tokens = bench.prompts.tokens[:1, : int(bench.prompts.last[0]) + 1]
+    before = lens.residual(tokens, HOOK)
+    after = shift_of(basis, positions=positions).edit(basis, 0)(before)
+    assert torch.equal(after[:, 0], before[:, 0])
+
+
+def test_the_bench_and_the_edit_for_a_lens_agree(lens, bench, basis):
+    shift = shift_of(basis, scale=0.3)
+    read = bench.answers(basis, shift.kind, shift.deltas, range(18), "all")
+    letters = Letters(lens.tokenizer, 4)
+    found = []
+    for half in (slice(0, 18), slice(18, 36)):
+        tokens, last = bench.prompts.tokens[half], bench.prompts.last[half]
+        logits = lens.logits(tokens, {HOOK: shift.edit(basis, "old")})[torch.arange(18), last]
+        scores = by_ordinal(letters.scores(logits), bench.prompts.ladder[half], bench.prompts.reverse[half])
+        found.append(scores.softmax(-1))
+    assert np.abs(read.probabilities[2] - torch.stack(found).mean(0).numpy()).max() < 1e-5
+    assert ((read.mass > 0) & (read.mass < 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["additive", "multiplicative", "gated", "literal"])
+def test_gradients_of_the_loss_equal_finite_differences(kind, bench, basis, targets):
+    double = replace(basis, encode=lambda x: basis.encode(x.float()).double(), rows=basis.rows.double())
+    if basis.offset is not None:
+        double = replace(double, offset=basis.offset.double())
+    rows = torch.arange(3)
+    x = bench.residual[rows].double()
+    weights = torch.randn(3, 2, *x.shape[1:], dtype=torch.double, generator=torch.Generator().manual_seed(2))
+
+    def value(delta):
+        return (displacement(double, kind, x, double.encode(x), delta) * weights).sum()
+
+    delta = 0.2 * torch.randn(2, basis.size, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    assert torch.autograd.gradcheck(value, delta.requires_grad_(), eps=1e-6, atol=1e-4, fast_mode=True)
+
+
+def test_the_kl_gradient_points_down_hill(bench, basis, targets):
+    answers = torch.tensor(targets.answers, dtype=torch.float32)
+    rows = bench.prompts.rows(range(6))
+
+    def loss(delta):
+        x, _ = bench.steered(basis, "multiplicative", delta, rows, "all")
+        logs = bench.log_probs(x.flatten(0, 1), rows.repeat_interleave(5))
+        target = answers[:, bench.prompts.question[rows]].transpose(0, 1).flatten(0, 1)
+        return objective.forward_divergence(target, logs).mean()
+
+    delta = torch.zeros(5, basis.size, requires_grad=True)
+    loss(delta).backward()
+    step = delta.grad / delta.grad.norm()
+    with torch.no_grad():
+        slope = (loss(0.02 * step) - loss(-0.02 * step)) / 0.04
+    assert slope.item() == pytest.approx(delta.grad.norm().item(), rel=0.03)
+
+
+def test_the_divergence_is_the_survey_s_and_ignores_missing_options(targets):
+    predicted = np.where(targets.answers > 0, 1.0, 0.0) + 0.1
+    predicted = np.where(targets.answers > 0, predicted, 0)
+    predicted /= predicted.sum(-1, keepdims=True)
+    logs = torch.tensor(predicted).log()
+    found = objective.forward_divergence(torch.tensor(targets.answers), logs)
+    assert np.allclose(found.numpy(), divergence(targets.answers, predicted))
+
+
+def test_shrinking_rows_is_the_proximal_step_and_gives_exact_zeros():
+    table = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+    found = objective.shrink_rows(table, torch.tensor([1.0, 0.5, 1.0]))
+    assert torch.allclose(found[0], table[0] * 0.8)
+    assert torch.equal(found[1:], torch.zeros(2, 2))
+
+
+def test_shrunk_targets_lean_on_the_population_when_groups_are_small():
+    overall = torch.tensor([0.5, 0.5])
+    found = objective.shrunk(torch.tensor([[2.0, 0.0], [2000.0, 0.0]]), overall, 20.0)
+    assert torch.allclose(found, torch.tensor([[12 / 22, 10 / 22], [2010 / 2020, 10 / 2020]]))
+
+
+QUICK = Training(steps=12, calibration_steps=8, batch=6, documents=2, kept_groups=2, look=4, rank=2)
+
+
+def test_a_strong_lasso_leaves_no_group_part_and_a_weak_one_is_exactly_sparse(bench, basis, targets):
+    strong = fit(bench, basis, replace(QUICK, sparsity=1e3), targets, 0)
+    assert not strong.shift.active.any()
+    weak = fit(bench, basis, replace(QUICK, sparsity=2.0, keep=0.0), targets, 0).shift
+    assert 0 < int(weak.active.sum()) < basis.size
+
+
+def test_training_lowers_the_loss_and_scores_are_centred_within_attributes(bench, basis, targets):
+    shared = calibrate(bench, basis, replace(QUICK, keep=0.0), targets, 0)
+    found = fit(bench, basis, replace(QUICK, keep=0.0, steps=40), targets, 0, shared)
+    train = targets.train
+    after = bench.answers(basis, "multiplicative", found.shift.deltas, train, "all").probabilities
+    before = bench.unsteered(train).probabilities
+    assert divergence(targets.answers[:, train], after).mean() < divergence(targets.answers[:, train], before).mean()
+    assert torch.equal(found.shift.shared, shared)
+    for groups in (slice(0, 2), slice(2, 5)):
+        weights = torch.tensor(targets.weights[groups], dtype=torch.float32)
+        assert (weights @ found.shift.scores[groups]).abs().max() < 1e-4
+    again = fit(bench, basis, replace(QUICK, keep=0.0, steps=40), targets, 0, shared)
+    assert torch.equal(found.shift.axes, again.shift.axes)
+
+
+def test_a_canonical_shift_moves_the_same_with_unit_ordered_axes(basis):
+    shift = shift_of(basis)
+    shift.axes[:40] = 0
+    weights = torch.rand(5)
+    found = canonical(shift, weights)
+    assert torch.allclose(found.deltas, shift.deltas, atol=1e-5)
+    assert torch.allclose(found.axes.norm(dim=0), torch.ones(3), atol=1e-5)
+    assert not found.axes[:40].any()
+    variance = (weights[:, None] * found.scores**2).sum(0)
+    assert (variance.diff() <= 1e-6).all()
+
+
+def test_only_the_largest_coordinates_are_kept(basis):
+    shift = shift_of(basis)
+    few = shift.only(5)
+    assert int((few.axes != 0).any(1).sum()) == 5
+    assert torch.equal(few.shared, shift.shared)
+    assert torch.equal(shift.only(basis.size).axes, shift.axes)
+
+
+def test_saving_and_loading_is_the_identity_and_checks_the_fit(tmp_path, lens, sae, basis):
+    shift = shift_of(basis)
+    cards = {g: {"wd": 0.1} for g in GROUPS}
+    save_shift(shift, tmp_path / "shift", model=lens.name, sae="random", cards=cards)
+    again = load_shift(tmp_path / "shift", lens, sae)
+    for name in ("shared", "axes", "scores"):
+        assert torch.equal(getattr(again, name), getattr(shift, name))
+    assert replace(again, shared=0, axes=0, scores=0) == replace(shift, shared=0, axes=0, scores=0)
+    tokens = torch.randint(4, 60, (2, 9))
+    edits = [{s.hook: s.edit(sae_basis(sae), "grey")} for s in (shift, again)]
+    assert torch.equal(*(lens.logits(tokens, edit) for edit in edits))
+    with pytest.raises(ResearchError, match="has 64; load 'random'"):
+        load_shift(tmp_path / "shift", lens, random_sae("topk", width=32, latents=64, k=12))
+    with pytest.raises(ResearchError, match="did you mean 'red'"):
+        again.delta("rad")
+
+
+def test_controls_take_the_sae_s_place_with_its_size_and_sparsity(bench):
+    block = bench.block
+    random = random_basis(block, 96, 8.0, seed=0)
+    active = (random.encode(block) > 0).double().sum(1).mean()
+    assert active == pytest.approx(8.0, abs=0.05)
+    assert torch.allclose(random.rows.norm(dim=1), torch.ones(96), atol=1e-5)
+    pca = pca_basis(block)
+    assert torch.allclose(pca.reconstruct(pca.encode(block)), block, atol=1e-3)
+    assert (pca.encode(block) >= 0).all()
+    dense = residual_basis(32)
+    assert torch.equal(dense.encode(block), block)
+
+
+def test_letters_read_every_single_token_variant_and_both_orders():
+    class Words:
+        unk_token_id = 0
+        ids = {"A": [5], " A": [6], "B": [7], " B": [8, 9], "C": [0], " C": [0]}
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": self.ids[text]}
+
+    assert single_tokens(Words(), "A") == [5, 6]
+    assert single_tokens(Words(), "B") == [7]
+    with pytest.raises(ResearchError, match="no single token for the option letter 'C'"):
+        single_tokens(Words(), "C")
+    logits = torch.zeros(1, 10)
+    logits[0, 6] = 3.0
+    found = Letters(Words(), 2).scores(logits)[0]
+    assert found[0].item() == pytest.approx(np.log(1 + np.exp(3)), rel=1e-5)
+    assert found[1].item() == 0.0
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
+    found = by_ordinal(scores, torch.tensor([3, 3]), torch.tensor([False, True]))
+    assert found.tolist() == [[1, 2, 3, -np.inf], [3, 2, 1, -np.inf]]
