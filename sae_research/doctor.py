@@ -1,21 +1,12 @@
 """Whether this machine can run each profile and study, and what is missing."""
 
-import os
 import platform
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
-from pathlib import Path
 
-from sae_research import catalogue, config, paths, store
-from sae_research.errors import ResearchError
+from sae_research import catalogue, config
+from sae_research.machine import GB, Machine, examine
 from sae_research.tables import aligned
 
-GB = 1024**3
 _WORKING_MEMORY = 3.0
 """Gigabytes that Python, the libraries and a batch need beside the weights."""
 _OVERHEAD = 1.2
@@ -23,44 +14,6 @@ _OVERHEAD = 1.2
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _RESULTS_DISK = 2.0
 """Gigabytes that intermediate work and the cache of results need."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What was found here."""
-
-    python: tuple[int, ...]
-    """Version of Python."""
-    cores: int
-    """CPU cores that this process may use."""
-    memory: float
-    """Gigabytes of memory in all."""
-    disk: float
-    """Gigabytes free where the repository lies."""
-    cache_disk: float
-    """Gigabytes free where downloaded models are kept."""
-    writable: bool = True
-    """Whether the repository's folder can be written."""
-    gpus: dict[str, float] = field(default_factory=dict)
-    """Gigabytes of memory of each GPU, by name."""
-    absent: tuple[str, ...] = ()
-    """Packages that pyproject.toml asks for and that are not installed."""
-    differing: tuple[str, ...] = ()
-    """Packages in another version than constraints.txt pins."""
-    torch: str | None = None
-    """Version of torch, with its build, such as `2.13.0+cpu`."""
-    world: dict[str, str] = field(default_factory=dict)
-    """What is wrong with the embedded world, by specimen; empty if it is intact."""
-    pipeline: str = ""
-    """State of the DVC chain."""
-    hub: str | None = None
-    """What is wrong with the model hub, if anything; not asked unless a judged profile needs it."""
-    token: bool = False
-    """Whether a hub token is present (it is never shown)."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """Gated models that the token does not open, with the reason."""
-    cached: frozenset[str] = frozenset()
-    """Models that are on this disk already."""
 
 
 def run(profile: str | None = None) -> tuple[str, int]:
@@ -130,7 +83,7 @@ def _from_hub(runtime: config.Runtime, subjects: list[catalogue.Subject], machin
     if not runtime.hub:
         return [f"`hub: true` in params.yaml, since {subjects[0].name} comes from the hub"]
     missing = []
-    away = [s for s in subjects if s.model not in machine.cached]
+    away = [s for s in subjects if s.name not in machine.cached]
     if away and machine.hub:
         missing.append(machine.hub)
     gated = sorted({s.model for s in away if s.gated})
@@ -146,157 +99,6 @@ def _from_hub(runtime: config.Runtime, subjects: list[catalogue.Subject], machin
 def _caveat(runtime: config.Runtime, machine: Machine) -> str:
     wanted = runtime.threads * (runtime.n_jobs if isinstance(runtime.n_jobs, int) else 1)
     return f"slower: {machine.cores} of {wanted} cores" if machine.cores < wanted else ""
-
-
-def examine(profiles: Sequence[config.Profile]) -> Machine:
-    """Look at this machine; the hub is asked only if one of `profiles` would download something."""
-    from huggingface_hub import constants, get_token, try_to_load_from_cache
-    from psutil import virtual_memory
-
-    named = {name for p in profiles for study in config.STUDIES for name in getattr(p, study).subjects}
-    away = [s for s in map(catalogue.get, sorted(named)) if not s.embedded]
-    cached = frozenset(s.model for s in away if isinstance(try_to_load_from_cache(s.model, "config.json"), str))
-    away = [s for s in away if s.model not in cached]
-    hub = hub_problem(constants.ENDPOINT, constants.HF_HUB_OFFLINE) if away else None
-    token = get_token()
-    absent, differing = packages()
-    return Machine(
-        python=sys.version_info[:3],
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory=virtual_memory().total / GB,
-        disk=_free(paths.ROOT),
-        cache_disk=_free(Path(constants.HF_HUB_CACHE)),
-        writable=_writable(paths.ROOT),
-        gpus=_gpus(),
-        absent=absent,
-        differing=differing,
-        torch=_version("torch"),
-        world=world_problems(),
-        pipeline=_pipeline(),
-        hub=hub,
-        token=token is not None,
-        refused=_refused(sorted({s.model for s in away if s.gated}), token) if token and not hub else {},
-        cached=cached,
-    )
-
-
-def packages() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Packages that pyproject.toml asks for and that are absent, and installed ones that differ from their pins."""
-    import tomllib
-
-    from packaging.requirements import Requirement
-    from packaging.version import Version
-
-    asked = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    absent = tuple(name for name in (Requirement(line).name for line in asked) if _version(name) is None)
-    pinned = dict(line.split("==") for line in paths.CONSTRAINTS.read_text().split() if "==" in line)
-    found = {name: _version(name) for name in pinned}
-    differing = tuple(
-        f"{name} {here} (pinned {pinned[name]})"
-        for name, here in found.items()
-        if here and Version(here).public != Version(pinned[name]).public
-    )
-    return absent, differing
-
-
-def world_problems(root: Path = paths.EMBEDDED) -> dict[str, str]:
-    """What is wrong with each specimen: a missing piece, or the file that does not match its checksum."""
-    from sae_research.world import build
-
-    problems = {}
-    for specimen in build.SPECIMENS:
-        try:
-            for piece in ("model", "saes"):
-                store.verified(root / specimen / piece)
-        except ResearchError as error:
-            problems[specimen] = str(error).rstrip(".")
-    return problems
-
-
-def hub_problem(endpoint: str, offline: bool = False, timeout: float = 4.0) -> str | None:
-    """Why nothing can be downloaded from the hub, if so."""
-    from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
-
-    host = re.sub(r"^https?://", "", endpoint)
-    if offline:
-        return "the network (HF_HUB_OFFLINE is set)"
-    try:
-        urlopen(Request(f"{endpoint}/gpt2/resolve/main/config.json", method="HEAD"), timeout=timeout).close()
-    except HTTPError as error:
-        return f"the hub ({host} answers {error.code})"
-    except (OSError, ValueError):
-        return f"the network ({host} does not answer)"
-    return None
-
-
-def _refused(models: Sequence[str], token: str) -> dict[str, str]:
-    from huggingface_hub import auth_check
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-
-    refused = {}
-    for model in models:
-        try:
-            auth_check(model, token=token)
-        except GatedRepoError:
-            refused[model] = "accept its licence on its page"
-        except RepositoryNotFoundError:
-            refused[model] = "the token does not see it"
-        except (HfHubHTTPError, OSError) as error:
-            refused[model] = f"could not be asked: {type(error).__name__}"
-    return refused
-
-
-def _gpus() -> dict[str, float]:
-    """NVIDIA's own tool knows without importing torch."""
-    tool = shutil.which("nvidia-smi")
-    if not tool or os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
-        return {}
-    query = [tool, "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    lines = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
-    return {f"{index}: {name}": float(mb) / 1024 for index, name, mb in lines if mb.replace(".", "").isdigit()}
-
-
-def _pipeline() -> str:
-    """One sentence on the DVC chain."""
-    if not (paths.ROOT / ".dvc").is_dir():
-        return "no .dvc folder; restore it from the repository"
-    command = [sys.executable, "-m", "dvc", "status", "-q"]
-    try:
-        done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, timeout=180)
-    except subprocess.TimeoutExpired:
-        return "DVC did not answer in 3 minutes"
-    if done.returncode == 0:
-        return "every stage is up to date"
-    complaint = done.stderr.strip().splitlines()
-    return f"DVC says: {complaint[-1]}" if complaint else "some stages are to be run; `make reproduce` runs them"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _free(folder: Path) -> float:
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    return shutil.disk_usage(existing).free / GB
-
-
-def _writable(folder: Path) -> bool:
-    import tempfile
-
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
-    except OSError:
-        return False
-    return True
 
 
 def _facts(machine: Machine) -> str:

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from sae_research import config, doctor, store
+from sae_research import catalogue, config, doctor, machine, store
 from sae_research.errors import ResearchError
 
 GOOD = doctor.Machine(
@@ -65,7 +65,7 @@ def test_only_what_a_study_needs_is_asked_of_it():
     assert missing("cpu", "opinion_qa", world={"text": "broken"}) == ""  # it stands on the survey specimen
     assert missing("cpu", "meta_saes", gpus={}, hub="none", token=False, torch="2.13.0+cpu") == ""
     assert missing("laptop", "opinion_qa", gpus={}, token=False, world={"text": "x", "survey": "y"}) == ""
-    assert missing("laptop", "opinion_qa", hub="none", cached=frozenset({"gpt2"})) == ""
+    assert missing("laptop", "opinion_qa", hub="none", cached=frozenset({"gpt2-small"})) == ""
     assert missing("gpu", "specialized_saes", token=False) == ""  # its models are open
 
 
@@ -84,12 +84,23 @@ def test_the_world_is_intact_missing_or_damaged(tmp_path):
         for piece in ("model", "saes"):
             with store.writing(tmp_path / specimen / piece) as partial:
                 (partial / "weights").write_text("w")
-    assert doctor.world_problems(tmp_path) == {}
+    assert machine.world_problems(tmp_path) == {}
     (tmp_path / "text" / "saes" / "weights").write_text("v")
-    problems = doctor.world_problems(tmp_path)
+    problems = machine.world_problems(tmp_path)
     assert set(problems) == {"text"}
     assert "weights does not match its checksum" in problems["text"]
-    assert set(doctor.world_problems(tmp_path / "nowhere")) == {"text", "survey"}
+    assert set(machine.world_problems(tmp_path / "nowhere")) == {"text", "survey"}
+
+
+def test_a_subject_is_downloaded_when_its_model_and_main_saes_are(hub_cache, tmp_path):
+    away = [subject for subject in catalogue.SUBJECTS.values() if not subject.embedded]
+    assert [subject.name for subject in away if not machine.downloaded(subject, hub_cache)] == []
+    left_out = {"models--jbloom--GPT2-Small-SAEs-Reformatted", "models--gpt2-large"}
+    for repository in hub_cache.iterdir():
+        if repository.name not in left_out:
+            (tmp_path / repository.name).symlink_to(repository)
+    gone = {subject.name for subject in away if not machine.downloaded(subject, tmp_path)}
+    assert gone == {"gpt2-small", "gpt2-large"}
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -108,16 +119,16 @@ def test_the_hub_is_asked_and_its_answer_is_told():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     try:
-        assert doctor.hub_problem(address) is None
+        assert machine.hub_problem(address) is None
         _Hub.status = 503
-        assert doctor.hub_problem(address) == f"the hub (127.0.0.1:{server.server_port} answers 503)"
-        assert "HF_HUB_OFFLINE" in doctor.hub_problem(address, offline=True)
+        assert machine.hub_problem(address) == f"the hub (127.0.0.1:{server.server_port} answers 503)"
+        assert "HF_HUB_OFFLINE" in machine.hub_problem(address, offline=True)
     finally:
         _Hub.status = 200
         server.shutdown()
         server.server_close()
-    assert "does not answer" in doctor.hub_problem(address, timeout=1)
-    assert "does not answer" in doctor.hub_problem("not an address")
+    assert "does not answer" in machine.hub_problem(address, timeout=1)
+    assert "does not answer" in machine.hub_problem("not an address")
 
 
 def test_gpus_are_read_from_the_drivers_tool(tmp_path, monkeypatch):
@@ -126,29 +137,29 @@ def test_gpus_are_read_from_the_drivers_tool(tmp_path, monkeypatch):
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert doctor._gpus() == {"0: NVIDIA H100 80GB HBM3": pytest.approx(79.6, abs=0.1)}
+    assert machine._gpus() == {"0: NVIDIA H100 80GB HBM3": pytest.approx(79.6, abs=0.1)}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert doctor._gpus() == {}
+    assert machine._gpus() == {}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool.write_text("#!/bin/sh\necho 'no driver' >&2\nexit 9\n")
-    assert doctor._gpus() == {}
+    assert machine._gpus() == {}
 
 
 def test_versions_are_compared_with_the_pins(tmp_path, monkeypatch):
-    assert doctor.packages() == ((), ())
-    pins = doctor.paths.CONSTRAINTS.read_text().replace("PyYAML==6.0.3", "PyYAML==5.0.0")
+    assert machine.packages() == ((), ())
+    pins = machine.paths.CONSTRAINTS.read_text().replace("PyYAML==6.0.3", "PyYAML==5.0.0")
     (tmp_path / "constraints.txt").write_text(pins)
-    monkeypatch.setattr(doctor.paths, "CONSTRAINTS", tmp_path / "constraints.txt")
+    monkeypatch.setattr(machine.paths, "CONSTRAINTS", tmp_path / "constraints.txt")
     (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["pyyaml", "no-such-package>=3"]\n')
-    monkeypatch.setattr(doctor.paths, "ROOT", tmp_path)
-    absent, differing = doctor.packages()
+    monkeypatch.setattr(machine.paths, "ROOT", tmp_path)
+    absent, differing = machine.packages()
     assert absent == ("no-such-package",)
     assert differing == ("PyYAML 6.0.3 (pinned 5.0.0)",)
 
 
 def test_the_report_on_this_machine_judges_the_profile_asked_and_shows_no_token(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
-    monkeypatch.setattr(doctor, "hub_problem", lambda *_: "the network (not asked in this test)")
+    monkeypatch.setattr(machine, "hub_problem", lambda *_: "the network (not asked in this test)")
     text, code = doctor.run("gpu")
     assert "hf_secret" not in text
     assert "present" in text

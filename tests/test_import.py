@@ -8,7 +8,18 @@ import pytest
 HEAVY = ("torch", "transformers", "transformer_lens", "sae_lens", "sklearn", "matplotlib", "pandas", "scipy", "peft")
 MODULES = (
     *("paths", "config", "errors", "store", "progress", "stats", "figures", "claims", "notebooks", "parallel"),
-    *("doctor", "settings", "tables", "catalogue", "pipeline", "lens", "dictionaries", "activations", "steering"),
+    *(
+        "doctor",
+        "machine",
+        "settings",
+        "tables",
+        "catalogue",
+        "pipeline",
+        "lens",
+        "dictionaries",
+        "activations",
+        "steering",
+    ),
 )
 
 
