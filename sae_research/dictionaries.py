@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_research import store
-from sae_research.errors import ResearchError
-from sae_research.lens import Lens, canonical_name, gated, quiet, unreachable
+from sae_research.errors import ResearchError, unknown
+from sae_research.lens import Lens, canonical_name, download, quiet, unreachable
 from sae_research.paths import relative
 
 if TYPE_CHECKING:
@@ -37,28 +37,18 @@ def load(release: str | Path, sae_id: str | None = None, *, device: str = "cpu",
 
 def _from_release(release: str, sae_id: str, device: str, dtype: str) -> "SAE":
     """Fetch from the hub with SAELens, saying in one sentence what is missing."""
-    import difflib
-
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     from sae_lens import SAE
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     known = get_pretrained_saes_directory()
-    for kind, given, valid in (
-        ("SAE release", release, known),
-        ("SAE id", sae_id, known[release].saes_map if release in known else ()),
-    ):
-        if given not in valid:
-            near = difflib.get_close_matches(given, list(valid), n=1, cutoff=0)[0]
-            raise ResearchError(f"there is no {kind} '{given}'; did you mean '{near}'?")
-    try:
-        return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
-    except GatedRepoError as error:
-        raise gated(f"the SAE release {release}") from error
-    except RepositoryNotFoundError as error:
-        raise ResearchError(f"the hub no longer has the SAEs of {release}; choose another release.") from error
-    except (OSError, ConnectionError) as error:
-        raise unreachable(f"the SAE {release}/{sae_id}") from error
+    if release not in known:
+        raise unknown("SAE release", release, known, "SAELens")
+    if sae_id not in known[release].saes_map:
+        raise unknown("SAE id", sae_id, known[release].saes_map, release)
+    repository, folder = known[release].repo_id, known[release].saes_map[sae_id]
+    if not (download(repository, (f"{folder}/*",)) / folder).is_dir():
+        raise unreachable(f"the SAE {release}/{sae_id}")
+    return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
 
 
 def _ready(sae: "SAE") -> "SAE":

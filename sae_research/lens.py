@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 Edit = Callable[["Tensor"], "Tensor"]
 """Takes the residual [batch, positions, d_model] at a hook and returns the one to go on with."""
 
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-_UNWANTED = ["original/*", "onnx/*"]
+_MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
 @contextlib.contextmanager
@@ -52,13 +51,15 @@ def quiet() -> Iterator[None]:
 @functools.cache
 def canonical_name(model: str) -> str:
     """The hub name of a model that libraries also know by short names (`gpt2-small` is `gpt2`)."""
+    if "/" in model:
+        return model
     with quiet():
         from transformer_lens.supported_models import MODEL_ALIASES
     return next((official for official, aliases in MODEL_ALIASES.items() if model in aliases), model)
 
 
-def download(repository: str) -> Path:
-    """The folder with a hub model's configuration, tokenizer and safetensors, fetched unless already here."""
+def download(repository: str, patterns: tuple[str, ...] = _MODEL_FILES) -> Path:
+    """The folder with those files of a hub repository that `patterns` name, fetched unless already on this machine."""
     from huggingface_hub import snapshot_download
     from huggingface_hub import utils as hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -66,14 +67,14 @@ def download(repository: str) -> Path:
     if os.environ.get("SAE_RESEARCH_PROGRESS") == "0":
         hub.disable_progress_bars()
     try:
-        return Path(snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise gated(repository) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ResearchError(
-            f"there is no model '{repository}' on the hub, and no such folder here; check the name."
+            f"there is no '{repository}' on the hub, and no such folder here; check the name."
         ) from error
-    except (OSError, ConnectionError) as error:
+    except OSError as error:
         raise unreachable(repository) from error
 
 
@@ -95,9 +96,7 @@ def unreachable(repository: str) -> ResearchError:
 
 def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", name: str | None = None) -> "Lens":
     """The model `source` (hub name or Hugging Face folder), frozen; `name` is how SAEs refer to it."""
-    import torch
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device.startswith("cuda") and not _has_gpu():
         raise ResearchError(f"device '{device}' is not available here; use the cpu profile or set device to cpu.")
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -109,6 +108,8 @@ def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", nam
     else:
         name = name or canonical_name(str(source))
         folder = download(canonical_name(str(source)))
+    import torch
+
     with quiet():
         from transformer_lens.model_bridge import TransformerBridge
 
@@ -122,6 +123,12 @@ def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", nam
                 "delete and fetch or make them again."
             ) from error
     return Lens(bridge, name)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _folder_name(folder: Path) -> str:

@@ -240,7 +240,10 @@ def test_a_centred_sae_that_rebuilds_its_input_recovers_all_loss(tmp_path, token
 def test_unknown_releases_and_folders_are_named(tmp_path):
     for arguments, message in (
         (("gpt2-small-res-jp", "blocks.8.hook_resid_pre"), "did you mean 'gpt2-small-res-jb'"),
-        (("gpt2-small-res-jb", "blocks.80.hook_resid_pre"), "no SAE id 'blocks.80.hook_resid_pre'; did you mean"),
+        (
+            ("gpt2-small-res-jb", "blocks.80.hook_resid_pre"),
+            "unknown SAE id 'blocks.80.hook_resid_pre' in gpt2-small-res-jb; did you mean",
+        ),
         ((tmp_path,), "holds no SAE"),
     ):
         with pytest.raises(ResearchError, match=message):
