@@ -97,7 +97,8 @@ class LastToken:
         )
         return kept[0]
 
-    def _check(self, tokens: torch.Tensor) -> None:
+    def check(self, tokens: torch.Tensor) -> None:
+        """Refuse contexts that the engine cannot treat exactly."""
         if tokens.ndim != 2 or tokens.shape[1] < 2:
             raise ResearchError(
                 f"contexts must have at least two tokens (the last is edited), not shape {tuple(tokens.shape)}."
@@ -112,7 +113,7 @@ class LastToken:
         """One clean pass over contexts [B, T] of equal length without padding."""
         from transformers import DynamicCache
 
-        self._check(tokens)
+        self.check(tokens)
         h, length, cache = self._residual(tokens).to(self.dtype), tokens.shape[1], DynamicCache()
         positions = torch.arange(length, device=h.device).expand(len(h), length)
         hidden = torch.full((length, length), torch.finfo(self.dtype).min, dtype=self.dtype, device=h.device).triu(1)
@@ -170,7 +171,7 @@ class LastToken:
         Contexts are recorded `batch` at a time and forgotten when all their rows are done, so memory does not grow with
         the pool. Doses are simply further directions.
         """
-        self._check(tokens)
+        self.check(tokens)
         _in_range("context", contexts, len(tokens))
         _in_range("direction", which, len(directions))
         used = torch.unique(contexts)

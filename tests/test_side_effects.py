@@ -1,0 +1,489 @@
+"""Study 2 against analytic truths: identity upper layers, orthonormal dictionaries, planted mechanisms, pure noise."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_last_token import tiny
+
+from sae_research import config, dictionaries
+from sae_research.errors import ResearchError
+from sae_research.last_token import LastToken
+from sae_research.lens import Lens
+from sae_research.studies.side_effects import forecasters, labels, models, pool, predictors, screening, study
+
+D, HOOK, READ = 32, "blocks.1.hook_resid_post", "blocks.3.hook_resid_post"
+SETTINGS = replace(
+    config.SideEffects(),
+    protocol="replication",
+    contexts=256,
+    length=8,
+    features=60,
+    band=(0.01, 0.9),
+    each=4,
+    panel=96,
+    residual_share=0.2,
+    panel_share=0.02,
+    draws=200,
+    linear_contexts=4,
+)
+
+
+def sae_of(lens: Lens, hook: str, decoder: torch.Tensor, bias: float = 0.0, kind: str = "relu"):
+    """A tied dictionary with these decoder rows."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+
+    given = {"d_in": decoder.shape[1], "d_sae": len(decoder), "metadata": dictionaries.metadata(lens, hook)}
+    if kind == "relu":
+        sae = StandardSAE(StandardSAEConfig(**given))
+    elif kind == "topk":
+        sae = TopKSAE(TopKSAEConfig(k=6, **given))
+    else:
+        sae = JumpReLUSAE(JumpReLUSAEConfig(**given))
+        sae.threshold.data = torch.full((len(decoder),), 0.3)
+    sae.W_dec.data, sae.W_enc.data = decoder.clone(), decoder.T.clone()
+    sae.b_enc.data = torch.full((len(decoder),), bias)
+    return sae.eval().requires_grad_(False)
+
+
+def silence_upper_blocks(lens: Lens, start: int) -> Lens:
+    """Make the blocks from `start` on add nothing to the residual."""
+    with torch.no_grad():
+        for layer in lens.bridge.original_model.model.layers[start:]:
+            for name, weight in layer.named_parameters():
+                if "o_proj" in name or "down_proj" in name:
+                    weight.zero_()
+    return lens
+
+
+@pytest.fixture(scope="module")
+def lens():
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def identity():
+    return silence_upper_blocks(tiny("llama"), 2)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    torch.manual_seed(7)
+    return torch.randint(3, 101, (256, 8))
+
+
+def unit(rows: torch.Tensor) -> torch.Tensor:
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+@pytest.fixture(scope="module")
+def screened(lens, tokens):
+    torch.manual_seed(8)
+    primary = sae_of(lens, HOOK, unit(torch.randn(96, D)), bias=-0.1)
+    downstream = sae_of(lens, READ, unit(torch.randn(96, D)), bias=-0.1, kind="jumprelu")
+    return study.screen_dictionary(lens, primary, downstream, tokens, SETTINGS), primary, downstream
+
+
+# engine and labels
+
+
+def test_identity_upper_layers_give_the_closed_form_count(identity, tokens):
+    torch.manual_seed(9)
+    decoder = unit(torch.randn(64, D))
+    downstream = sae_of(identity, READ, decoder, bias=-0.05)
+    engine = LastToken(identity, HOOK, (READ,))
+    codes = pool.reader(downstream, torch.arange(64))
+    directions, contexts = 0.5 * unit(torch.randn(5, D)), torch.arange(40).expand(5, -1)
+    found = labels.measure(engine, codes, tokens, directions, contexts, (0.1,))
+    x = identity.residual(tokens[:40], HOOK)[:, -1]
+    for f in range(5):
+        before, after = (torch.relu((h - downstream.b_dec) @ decoder.T - 0.05) for h in (x, x + directions[f]))
+        assert torch.equal(found.counts[f, :, 0], ((after - before).abs() > 0.1).sum(1).float())
+    forecast = forecasters.identity_count(codes, x, directions, 0.1)
+    assert forecast == pytest.approx(found.counts[:, :, 0].mean(1).numpy())
+
+
+def test_orthonormal_dictionary_has_no_crowding_and_moves_one_latent(identity, tokens):
+    torch.manual_seed(10)
+    decoder = torch.linalg.qr(torch.randn(D, D))[0]
+    assert float(predictors.crowding(decoder, torch.arange(D)).max()) < 1e-6
+    downstream = sae_of(identity, READ, decoder, bias=100.0)  # never silent
+    found = labels.measure(
+        LastToken(identity, HOOK, (READ,)),
+        pool.reader(downstream, torch.arange(D)),
+        tokens,
+        0.5 * decoder,
+        torch.arange(20).expand(D, -1),
+        (0.05,),
+    )
+    assert (found.counts == 1).all()
+
+
+def test_planted_clusters_spread_and_random_directions_do_not(identity, tokens):
+    """With identity layers a crowded direction moves its neighbours too: the paper's mechanism, planted."""
+    torch.manual_seed(11)
+    centres = unit(torch.randn(10, D))
+    share = torch.linspace(0, 2.0, 120)[:, None]
+    decoder = unit(torch.randn(120, D) / D**0.5 + share * centres[torch.arange(120) % 10])
+    downstream = sae_of(identity, READ, decoder, bias=100.0)
+    engine, codes = LastToken(identity, HOOK, (READ,)), pool.reader(downstream, torch.arange(120))
+    contexts = torch.arange(4).expand(120, -1)
+    crowding = predictors.crowding(decoder, torch.arange(120)).mean(1).numpy()
+    count = labels.measure(engine, codes, tokens, 0.5 * decoder, contexts, (0.25,)).counts.mean((1, 2)).numpy()
+    random = labels.matched_random(0.5 * decoder, seed=0)
+    control = labels.measure(engine, codes, tokens, random, contexts, (0.25,)).counts.mean((1, 2)).numpy()
+    assert models.interval_of(crowding, count, 0, 500).low > 0.5
+    assert not models.interval_of(crowding, control, 0, 500).excludes(0)
+
+
+def test_pure_noise_is_unstable_only_if_a_context_is_left_out_of_its_mean():
+    torch.manual_seed(12)
+    n = 48
+    found = [labels.stability(D @ D.T) for D in torch.randn(200, n, 2000)]
+    mean = {name: np.mean([f[name] for f in found]) for name in found[0]}
+    assert mean["S_loo"] == pytest.approx(0, abs=0.01)
+    assert mean["pair"] == pytest.approx(0, abs=0.01)
+    assert mean["S"] == pytest.approx(1 / n**0.5, abs=0.01)
+    assert mean["S_abs"] == pytest.approx(mean["S"], abs=0.01)
+
+
+def test_stability_is_the_definition():
+    torch.manual_seed(13)
+    D = torch.randn(7, 30, dtype=torch.float64) + 0.4
+    found = labels.stability(D @ D.T)
+    cos, norm = torch.nn.functional.cosine_similarity, D.norm(dim=1)
+    assert found["E"] == pytest.approx(float(norm.mean()))
+    assert found["E_cv"] == pytest.approx(float(norm.std(correction=0) / norm.mean()))
+    assert found["S"] == pytest.approx(float(cos(D, D.mean(0)[None]).mean()))
+    assert found["S_abs"] == pytest.approx(float(cos(D, D.mean(0)[None]).abs().mean()))
+    alone = torch.stack([cos(D[i], (D.sum(0) - D[i]) / 6, dim=0) for i in range(7)])
+    assert found["S_loo"] == pytest.approx(float(alone.mean()))
+    pairs = torch.stack([cos(D[i], D[j], dim=0) for i in range(7) for j in range(7) if i != j])
+    assert found["pair"] == pytest.approx(float(pairs.mean()))
+    assert found["pair_abs"] == pytest.approx(float(pairs.abs().mean()))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
+def test_labels_equal_those_from_full_logits(architecture, tokens):
+    from sae_research.last_token import naive
+
+    model = tiny(architecture)
+    torch.manual_seed(14)
+    downstream = sae_of(model, READ, unit(torch.randn(40, D)))
+    engine, codes = LastToken(model, HOOK, (READ,)), pool.reader(downstream, torch.arange(40))
+    directions, contexts = 0.5 * torch.randn(3, D), torch.stack([torch.randperm(30)[:9] for _ in range(3)])
+    found = labels.labels(engine, labels.measure(engine, codes, tokens, directions, contexts, (0.05,)))
+    for f in range(3):
+        rows = tokens[contexts[f]]
+        (l0, (h0,)), (l1, (h1,)) = (naive(model, HOOK, (READ,), rows, d) for d in (0 * directions[f], directions[f]))
+        truth = labels.stability((l1 - l0).double() @ (l1 - l0).double().T)
+        for name, value in truth.items():
+            assert found[name][f] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        p0, p1 = l0.log_softmax(-1), l1.log_softmax(-1)
+        assert found["KL"][f] == pytest.approx(float((p0.exp() * (p0 - p1)).sum(-1).mean()), rel=1e-3, abs=1e-6)
+        count = ((downstream.encode(h1) - downstream.encode(h0)).abs() > 0.05).sum(1).float().mean()
+        assert found["C"][f] == pytest.approx(float(count), abs=1e-6)
+        assert found["C_per_E"][f] == pytest.approx(float(count) / truth["E"], rel=1e-4)
+
+
+# contexts and predictors
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk"])
+def test_reader_equals_the_dictionary_itself(lens, kind):
+    torch.manual_seed(15)
+    sae, x, columns = (
+        sae_of(lens, HOOK, unit(torch.randn(50, D)), kind=kind),
+        torch.randn(6, 3, D),
+        torch.tensor([4, 9, 31]),
+    )
+    assert torch.allclose(pool.reader(sae, columns)(x), sae.encode(x)[..., columns], atol=1e-6)
+
+
+def test_moments_are_the_statistics_of_all_tokens(lens, tokens):
+    torch.manual_seed(16)
+    primary = sae_of(lens, HOOK, unit(torch.randn(48, D)))
+    found = pool.read(lens, primary, sae_of(lens, READ, unit(torch.randn(48, D))), (HOOK, READ), tokens, batch=100)
+    codes = primary.encode(lens.residual(tokens, HOOK)).double()
+    a = codes[:, 1:].flatten(0, 1).numpy()
+    got = found.moments.statistics(torch.arange(48))
+    assert got["mean"] == pytest.approx(a.mean(0), rel=1e-5)
+    assert got["std"] == pytest.approx(a.std(0), rel=1e-4)
+    assert got["max"] == pytest.approx(a.max(0), rel=1e-5)
+    assert got["frequency"] == pytest.approx((a > 1e-6).mean(0))
+    active = a.std(0) > 0
+    kurtosis = ((a - a.mean(0)) ** 4).mean(0) / a.var(0) ** 2
+    assert got["kurtosis"][active] == pytest.approx(kurtosis[active], rel=1e-3)
+    share = a / np.maximum(a.sum(0), 1e-12)
+    entropy = -np.where(share > 0, share * np.log(np.where(share > 0, share, 1)), 0).sum(0) / np.log(len(a))
+    assert got["entropy"][active] == pytest.approx(entropy[active], rel=1e-3, abs=1e-6)
+    assert torch.equal(found.fires, codes[:, -1] > 1e-6)
+    assert found.l0[0] == pytest.approx(float((codes[:, -1] > 1e-6).sum(1).float().mean()))
+
+
+def test_mixed_contexts_are_different_and_hold_the_most_active():
+    torch.manual_seed(17)
+    activations = torch.relu(torch.randn(100, 12) - 1.5)
+    chosen = pool.mixed_contexts(activations, 8, seed=0)
+    assert chosen.shape == (12, 24)
+    for f in range(12):
+        assert len(set(chosen[f].tolist())) == 24
+        assert set(activations[:, f].topk(2).indices.tolist()) <= set(chosen[f, :8].tolist())
+    assert torch.equal(chosen, pool.mixed_contexts(activations, 8, seed=0))
+
+
+def test_coactivation_of_both_protocols():
+    fires = torch.tensor([[1, 1, 0, 1], [1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    alone = predictors.coactivation(fires, torch.tensor([0]), 4, "replication")
+    q = np.array([2, 1]) / 3  # with latent 0: latent 1 twice, latent 3 once
+    assert alone["coactivation_entropy"][0] == pytest.approx(-(q * np.log(q)).sum() / np.log(4), rel=1e-5)
+    assert alone["coactivation_count"][0] == pytest.approx(1.0)
+    published = predictors.coactivation(fires, torch.tensor([0]), 4, "author")
+    assert published["coactivation_count"][0] == pytest.approx(2.0), "the feature itself counts there"
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
+def test_folded_unembedding_gives_the_models_own_logits(architecture, tokens):
+    model = tiny(architecture)
+    with torch.no_grad():
+        for p in model.bridge.ln_final.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    engine, W = LastToken(model, HOOK, (READ,)), predictors.unembedding(model)
+    x = torch.randn(5, D)
+    logits = (
+        engine.logits(model.bridge.ln_final(x)) if engine.softcap is None else model.bridge.ln_final(x) @ engine.W_U
+    )
+    bias = engine.logits(model.bridge.ln_final(torch.zeros(1, D)))
+    centred = x - x.mean(1, keepdim=True) if architecture == "gpt2" else x
+    scale = (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    truth = logits - bias if architecture == "gpt2" else logits
+    assert torch.allclose(x / scale @ W, truth - truth.mean(1, keepdim=True), atol=1e-3)
+
+
+def test_no_predictor_sees_a_label(screened):
+    frame = screened[0].frame
+    assert len(predictors.SETS) == 10
+    assert set(predictors.BASELINES) <= set(predictors.SETS)
+    columns = {c for names in predictors.SETS.values() for c in names}
+    assert columns <= set(frame.columns)
+    assert not columns & set(study.LABELS)
+    assert not set(predictors.SETS["full_no_magnitude"]) & set(predictors.MAGNITUDE)
+    assert len(predictors.SETS["compact_no_magnitude"]) == 16
+    assert frame[list(columns)].notna().all().all()
+
+
+# forecasters
+
+
+def test_jacobians_of_identity_layers_are_the_identity(identity, tokens):
+    engine = LastToken(identity, HOOK, (READ,))
+    J = forecasters.jacobians(engine, tokens[:2])
+    assert torch.allclose(J.read, torch.eye(D).expand(2, D, D), atol=1e-3)
+    assert torch.allclose(forecasters.random_map(engine, tokens[:4], 0.5, 128, 0, ridge=1e-6), torch.eye(D), atol=1e-3)
+
+
+def test_jacobians_are_the_slope_of_the_engine(lens, tokens):
+    engine = LastToken(lens, HOOK, (READ,))
+    J = forecasters.jacobians(engine, tokens[:3])
+    record, direction = engine.record(tokens[:3]), 1e-2 * unit(torch.randn(1, D))
+    zero = torch.zeros(3, dtype=torch.long)
+    ((rows, state),) = engine.steer(record, torch.arange(3), zero, direction)
+    predicted = direction @ J.read[rows]
+    assert torch.allclose(state.reads[0] - record.clean.reads[0][rows], predicted[:, 0], rtol=0.1, atol=2e-3)
+
+
+# predictive models
+
+
+def table(n: int = 200, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame(rng.standard_normal((n, len(predictors.ALL))), columns=list(predictors.ALL))
+    frame["E"] = rng.uniform(1, 2, n)
+    frame["natural_mean"] = rng.standard_normal(n)
+    return frame
+
+
+def test_ridge_and_folds_equal_scikit_learn():
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import KFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    frame = table()
+    X, y = models.columns_of(frame, "full_no_magnitude"), frame["crowding"] * 2 + frame["E"]
+    reference = cross_val_predict(
+        make_pipeline(StandardScaler(), Ridge(1.0)), X, y, cv=KFold(5, shuffle=True, random_state=0)
+    )
+    _, ours = models.cross_predict(X, y.to_numpy()[:, None], models.folds(200, 0))
+    assert ours[:, 0] == pytest.approx(reference)
+
+
+def test_nuisances_are_removed_inside_the_fold():
+    frame = table(400)
+    y = (5 * frame["E"] + 0.1 * np.random.default_rng(1).standard_normal(400)).to_numpy()[:, None]
+    X = np.column_stack([frame["E"], frame["crowding"]])  # a predictor that knows the nuisance only
+    splits = models.folds(400, 0)
+    plain = models.scores(*(v[:, 0] for v in models.cross_predict(X, y, splits)), splits)["pooled"]
+    target, predicted = models.cross_predict(X, y, splits, frame[["E"]].to_numpy())
+    assert plain > 0.95
+    assert abs(models.scores(target[:, 0], predicted[:, 0], splits)["pooled"]) < 0.15
+    test = splits[0][1]
+    changed = y.copy()
+    changed[test] += 100
+    again = models.cross_predict(X, changed, splits[:1], frame[["E"]].to_numpy())[1]
+    assert again[test] == pytest.approx(models.cross_predict(X, y, splits[:1], frame[["E"]].to_numpy())[1][test])
+    leaked = models.cross_predict(X, changed, splits[:1], frame[["E"]].to_numpy(), everywhere=True)[1]
+    assert np.abs(leaked[test] - again[test]).max() > 1, "the published variant does look at held-out labels"
+
+
+def test_frequency_only_mechanism_is_not_beaten_by_the_full_set():
+    frame = table(300)
+    frame["C"] = frame["token_frequency"] + 0.5 * np.random.default_rng(2).standard_normal(300)
+    gain = models.gains(frame, ("C",), baselines=("freq_only",), draws=500).iloc[0]
+    assert gain["low"] <= 0
+    frame["C"] = frame["crowding"] + 0.5 * np.random.default_rng(2).standard_normal(300)
+    gain = models.gains(frame, ("C",), baselines=("freq_only",), draws=500).iloc[0]
+    assert gain["low"] > 0.3
+    assert gain["holm"] < 0.01
+
+
+def test_permuted_labels_are_not_predicted():
+    frame = table(300)
+    frame["C"] = frame["crowding"]
+    null = models.permuted(frame, "C", draws=200)
+    assert abs(null.mean()) < 0.05
+    low, high = np.quantile(null, [0.025, 0.975])
+    assert low < 0 < high
+
+
+def test_a_constant_score_is_undefined_not_zero():
+    assert np.isnan(models.rank_correlation(np.ones(5), np.arange(5.0)))
+
+
+def test_partial_correlation_sees_through_a_common_cause():
+    rng = np.random.default_rng(3)
+    frame = table(400)
+    frame["crowding"] = frame["E"] + 0.3 * rng.standard_normal(400)
+    frame["C"] = frame["E"] + 0.3 * rng.standard_normal(400)
+    raw = models.univariate(frame, ("C",), ("crowding",), draws=300).iloc[0]
+    partial = models.univariate(frame, ("C",), ("crowding",), controls=("E",), draws=300).iloc[0]
+    assert raw["low"] > 0.2
+    assert partial["low"] < 0 < partial["high"]
+
+
+# screening
+
+
+def labelled(n: int = 300, signal: float = 1.0) -> pd.DataFrame:
+    frame, rng = table(n), np.random.default_rng(4)
+    frame["S_abs"] = 0.5 + 0.1 * signal * frame["crowding"] + 0.02 * rng.standard_normal(n)
+    frame["C"] = np.exp(1 - 0.5 * signal * frame["crowding"] + 0.05 * rng.standard_normal(n))
+    return frame.assign(S=frame["S_abs"], C_per_E=frame["C"] / frame["E"], KL_per_E=rng.random(n))
+
+
+def test_groups_are_held_out_disjoint_and_matched():
+    frame, rule = labelled(), screening.Rule()
+    groups = screening.split(frame, rule, seed=0)
+    assert len(groups.train) == 180
+    assert len(groups.clean) == len(groups.messy) == len(groups.random) == 32, "floor(96 / 3), as published for GPT-2"
+    together = np.concatenate([groups.train, groups.clean, groups.messy, groups.random])
+    assert len(set(together)) == len(together)
+    assert set(groups.clean) | set(groups.messy) | set(groups.random) <= set(groups.candidates)
+
+
+def test_a_true_signal_pays_and_permuted_labels_do_not():
+    paid = screening.repeated(labelled(), screening.Rule(), 20, 0)
+    assert screening.over_splits(paid["S_abs: clean - messy"]).low > 0.1
+    assert paid["share_of_oracle"].mean() > 0.9
+    null = screening.repeated(labelled(), screening.Rule(), 40, 0, permute=True)
+    assert abs(null["share_of_oracle"].mean()) < 0.15
+    curve = screening.top_k(labelled(), screening.Rule(), (5, 20, 40), 10, 0)
+    assert (curve["predicted"] <= curve["oracle"] + 1e-12).all()
+
+
+def test_clean_score_formulas():
+    S, C, E = np.array([0.1, 0.5, 0.9]), np.array([5.0, 1.0, 3.0]), np.array([1.0, 2.0, 4.0])
+
+    def z(x):
+        return (x - x.mean()) / x.std()
+
+    assert screening.clean_score(S, C, E) == pytest.approx(z(S) - z(np.log1p(C) / E))
+    assert screening.clean_score(S, C, E, "log_of_ratio") == pytest.approx(z(S) - z(np.log1p(C / E)))
+    with pytest.raises(ResearchError, match="unknown clean score"):
+        screening.clean_score(S, C, E, "other")
+
+
+def test_verdicts_need_the_axes():
+    def comparison(stable, spread):
+        rows = [("S_abs", stable, 0.2), ("C_per_E", spread, 0.2)]
+        return pd.DataFrame([{"metric": m, "groups": "clean - messy", "difference": d, "p": p} for m, d, p in rows])
+
+    assert screening.verdict(comparison(0.1, -1)) == "strong"
+    assert screening.verdict(comparison(0.1, 1)) == "partial"
+    assert screening.verdict(comparison(-0.1, 1)) == "weak"
+    assert screening.verdict(comparison(0.1, -1), significant=True) == "weak"
+
+
+# the whole
+
+
+def test_a_dictionary_goes_through_the_whole_study(screened, tokens):
+    found, _, downstream = screened
+    frame = found.frame
+    assert len(frame) == 60
+    for name in (*study.LABELS, *study.FORECASTS, "C@2", "E@random", "S@a", "C@b", "C@tau2", "output_score"):
+        assert np.isfinite(frame[name]).all(), name
+    assert (frame["C@4"] >= frame["C@0.5"]).mean() > 0.9
+    assert (frame["C@tau0.2"] >= frame["C"]).all()
+    assert (frame["C"] >= frame["C@tau4"]).all()
+    assert (frame["C@panel24"] <= frame["C@panel48"]).all()
+    assert frame["C"].mean() == pytest.approx(0.02 * 96, rel=0.5)
+    assert found.facts["step_norm"] == pytest.approx(0.2 * found.facts["residual_norm"], rel=0.05)
+    fresh = study.fresh_labels(found, downstream, tokens[:20], np.array([0, 5]))
+    assert list(fresh.index) == list(frame.index[[0, 5]])
+
+
+def test_the_same_seed_gives_the_same_table(lens, tokens, screened):
+    found, primary, downstream = screened
+    again = study.screen_dictionary(lens, primary, downstream, tokens, SETTINGS)
+    pd.testing.assert_frame_equal(found.frame, again.frame)
+
+
+def test_author_protocol_samples_frequencies_evenly(screened):
+    found = screened[0].pool
+    chosen = pool.sample(found, (0.01, 0.9), 20, "author", 0)
+    assert len(set(chosen.tolist())) == 20
+    frequency = found.frequency[pool.eligible(found, (0.01, 0.9))]
+    assert float(found.frequency[chosen].max()) == float(frequency.max())
+    assert float(found.frequency[chosen].min()) == float(frequency.min())
+
+
+def test_bad_input_is_one_sentence(lens, tokens, screened):
+    _, primary, downstream = screened
+    with pytest.raises(ResearchError, match="feature 96 is out of range; this SAE has features 0 to 95"):
+        study.screen_dictionary(lens, primary, downstream, tokens, SETTINGS, features=[3, 96])
+    with pytest.raises(ResearchError, match="fewer than the 500 features"):
+        study.screen_dictionary(lens, primary, downstream, tokens, replace(SETTINGS, features=500))
+    with pytest.raises(ResearchError, match="below the edit"):
+        study.screen_dictionary(lens, downstream, primary, tokens, SETTINGS)
+    wide = sae_of(lens, HOOK, torch.randn(10, D + 1))
+    with pytest.raises(ResearchError, match="reads 33 dimensions"):
+        study.screen_dictionary(lens, wide, downstream, tokens, SETTINGS)
+    elsewhere = sae_of(lens, "blocks.9.hook_resid_post", torch.randn(10, D))
+    with pytest.raises(ResearchError, match=r"no hook 'blocks\.9\.hook_resid_post'"):
+        study.screen_dictionary(lens, elsewhere, downstream, tokens, SETTINGS)
+    with pytest.raises(ResearchError, match="at least two tokens"):
+        study.screen_dictionary(lens, primary, downstream, tokens[:, :1], SETTINGS)
+    with pytest.raises(ResearchError, match="too few for 12"):
+        study.screen_dictionary(lens, primary, downstream, tokens[:10], replace(SETTINGS, features=3))
+
+
+def test_a_wrong_dictionary_is_stopped_at_the_gate():
+    from sae_research.catalogue import get
+
+    facts = {"l0_primary": 71.0, "l0_downstream": 60.5, "eligible": 7400, "contexts": 2048}
+    assert len(study.gate(get("gpt2-small"), facts)) == 3
+    with pytest.raises(ResearchError, match=r"l0_primary 20.0 where 71.8 is expected"):
+        study.gate(get("gpt2-small"), facts | {"l0_primary": 20.0})
