@@ -21,7 +21,7 @@ setup:  ## the environment, made anew only if pyproject.toml, constraints.txt, P
 	if [ "$$(cat $(READY) 2>/dev/null)" != "$$want" ]; then \
 	  echo "setting up $(VENV) (a few minutes, once)"; \
 	  $(PYTHON) -m venv --clear $(VENV) && \
-	  $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . && \
+	  $(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e . && \
 	  echo "$$want" > $(READY); \
 	fi
 

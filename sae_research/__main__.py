@@ -29,15 +29,26 @@ def _world(given: argparse.Namespace) -> int:
     return 0
 
 
+def _settings(given: argparse.Namespace) -> int:
+    from sae_research import pipeline
+
+    pipeline.write_settings(given.profile)
+    return 0
+
+
 def _doctor(given: argparse.Namespace) -> int:
     from sae_research import doctor
 
-    return doctor.main(given.profile)
+    text, code = doctor.run(given.profile or None)
+    print(text)
+    return code
 
 
 def _profiles(given: argparse.Namespace) -> int:
     from sae_research import settings
 
+    if given.write:
+        settings.refresh()
     print(settings.text())
     return 0
 
@@ -79,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         "--build", action="store_true", help="build data/embedded anew; a killed build goes on where it stopped"
     )
     command("doctor", _doctor, "whether this machine can run each profile, and what is missing", profile="")
-    command("profiles", _profiles, "settings of each profile against the papers' values", profile=None)
+    command("profiles", _profiles, "settings of each profile against the papers' values", profile=None).add_argument(
+        "--write", action="store_true", help="bring the table of what is scaled down in README.md in step"
+    )
+    command("settings", _settings, "write the settings in force, which the stages depend on")
     command("claims", _claims, "the verdict table of a profile").add_argument("--markdown", action="store_true")
     command("clear", _clear, "clear the outputs of all notebook sources before a commit", profile=None)
     return parser

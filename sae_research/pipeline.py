@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from sae_research import claims, config, notebooks, paths, store
@@ -66,7 +67,8 @@ def _set_profile(profile: str) -> None:
 def _restore(state: dict) -> None:
     """Put back the profile and the lock that were there before another profile ran."""
     stages = _read_lock(LOCK) or {}
-    store.write_bytes(_profile_lock(state["running"]), LOCK.read_bytes() if LOCK.exists() else b"")
+    if stages:  # a kill may have cut it short
+        store.write_bytes(_profile_lock(state["running"]), LOCK.read_bytes())
     kept = STATE / "dvc.lock"
     if kept.exists():
         before = _read_lock(kept) or {}
@@ -75,7 +77,7 @@ def _restore(state: dict) -> None:
         else:
             store.write_bytes(LOCK, kept.read_bytes())
     else:
-        LOCK.unlink(missing_ok=True)
+        _write_lock(LOCK, {WORLD: stages[WORLD]} if WORLD in stages else {})
     _set_profile(state["before"])
     (STATE / "state.json").unlink()
 
@@ -235,6 +237,11 @@ def report(profile: str) -> str:
         f"claims: data/{profile}/claims.json",
     ]
     return "\n".join(lines)
+
+
+def write_settings(profile: str) -> None:
+    """Write the settings in force to `data/<profile>/settings.json`: what each stage depends on, and a record."""
+    store.write_json(paths.DATA / profile / "settings.json", asdict(config.load(profile)))
 
 
 def reproduce(profile: str, force: bool = False) -> str:

@@ -1,0 +1,138 @@
+"""dvc.yaml says what is true: every notebook has a stage, and every stage names the files that it uses."""
+
+import ast
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import yaml
+
+from sae_research import claims, config, notebooks, paths
+
+STAGES = yaml.safe_load((paths.ROOT / "dvc.yaml").read_text())["stages"]
+PACKAGE = paths.ROOT / "sae_research"
+# what every notebook rests on but does not depend on: a change there must not rerun all studies. Settings reach the
+# stages as params, from data/<profile>/settings.json.
+PLUMBING = {"errors.py", "paths.py", "progress.py", "store.py", "config.py", "notebooks.py"}
+
+
+def flat(listed):
+    return [item if isinstance(item, str) else next(iter(item)) for item in listed]
+
+
+def modules(name):
+    """Files of the package behind a dotted name; packages whose __init__ is only a docstring leave no trace."""
+    path = PACKAGE.parent / name.replace(".", "/")
+    if path.with_suffix(".py").is_file():
+        yield path.with_suffix(".py")
+    elif (path / "__init__.py").is_file() and len(ast.parse((path / "__init__.py").read_text()).body) > 1:
+        yield path / "__init__.py"
+
+
+def imported(tree):
+    """Files of the package that some code imports, inside functions too, but not for type checking alone."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            if name.split(".")[0] == "sae_research":
+                yield from modules(name)
+
+
+def used(trees, within=lambda path: True):
+    """All package files that code rests on, as dvc.yaml names them, the plumbing left out."""
+    found, left = set(), [p for tree in trees for p in imported(tree)]
+    while left:
+        path = left.pop()
+        if path in found or not within(path) or path.relative_to(PACKAGE).as_posix() in PLUMBING:
+            continue
+        found.add(path)
+        left += imported(ast.parse(path.read_text()))
+    return {path.relative_to(paths.ROOT).as_posix() for path in found}
+
+
+def code(name):
+    cells = nbformat.read(notebooks.source(name), as_version=4).cells
+    return [ast.parse(c.source) for c in cells if c.cell_type == "code"]
+
+
+def package_deps(name):
+    return {dep for dep in flat(STAGES[name]["deps"]) if dep.startswith("sae_research")}
+
+
+def advice(name, wanted):
+    return f"the stage {name} must depend on exactly:\n" + "\n".join(f"      - {dep}" for dep in sorted(wanted))
+
+
+def test_every_notebook_has_a_stage_and_every_stage_a_notebook():
+    assert set(STAGES) - {"world", "settings"} == set(notebooks.names())
+
+
+@pytest.mark.parametrize("name", notebooks.names())
+def test_a_notebook_stage_has_the_common_form(name):
+    stage = STAGES[name]
+    assert stage["cmd"] == f"python -m sae_research run {name} --profile ${{profile}}"
+    assert f"notebooks/{name}.ipynb" in stage["deps"]
+    assert f"data/${{profile}}/runs/{name}.json" in stage["outs"]
+    assert {f"notebooks/executed/${{profile}}/{name}.ipynb": {"cache": False}} in stage["outs"]
+    for out in [*stage["outs"], *stage.get("metrics", [])]:
+        path = out if isinstance(out, str) else next(iter(out))
+        cached = isinstance(out, str) or out[path].get("cache", True)
+        assert cached == ("/runs/" in path or path.endswith("/artefacts")), f"{name}: {path}"
+
+
+@pytest.mark.parametrize("name", notebooks.names())
+def test_a_stage_depends_on_the_package_files_that_its_notebook_uses(name):
+    wanted = used(code(name))
+    assert package_deps(name) == wanted, advice(name, wanted)
+
+
+def test_the_world_depends_on_its_own_code_and_the_trainer():
+    def within(path):
+        return "world" in path.parts or path.name == "training.py"
+
+    wanted = used([ast.parse("import sae_research.world.build")], within)
+    assert package_deps("world") == wanted, advice("world", wanted)
+
+
+@pytest.mark.parametrize("name", notebooks.names())
+def test_a_stage_depends_on_the_settings_and_claims_that_its_notebook_uses(name):
+    params = {file: keys for p in STAGES[name].get("params", []) if isinstance(p, dict) for file, keys in p.items()}
+    text = "\n".join(ast.unparse(tree) for tree in code(name))
+    settings = params.get("data/${profile}/settings.json", [])
+    if "config.load" in text:
+        assert settings, f"{name} loads settings: it needs params of data/${{profile}}/settings.json"
+        for block in ("runtime", *config.STUDIES):
+            if f".{block}" in text:
+                assert block in settings, f"{name} uses the settings of {block}"
+    for out in flat(STAGES[name]["outs"]):
+        if out.endswith("/claims.json") and out.count("/") == 3:
+            assert out.split("/")[2] in params.get("claims.yaml", []), f"{name} judges claims: it needs params of them"
+
+
+def test_ledgers_come_together_in_the_last_notebook():
+    outs = {out for stage in STAGES.values() for out in flat(stage["outs"])}
+    ledgers = {out for out in outs if out.endswith("/claims.json") and out.count("/") == 3}
+    assert ledgers == {dep for dep in STAGES["90_claims"]["deps"] if dep.endswith("claims.json")}
+    assert {ledger.split("/")[2] for ledger in ledgers} <= {c.study for c in claims.stated().values()}
+
+
+def test_dependencies_exist():
+    outs = {o for stage in STAGES.values() for o in flat([*stage["outs"], *stage.get("metrics", [])])}
+    for name, stage in STAGES.items():
+        for dep in flat(stage["deps"]):
+            assert dep in outs or (paths.ROOT / dep).exists(), f"{name} depends on {dep}, which does not exist"
+
+
+def test_the_committed_lock_matches_the_code():
+    words = [sys.executable, "-m", "dvc", "repro", "--allow-missing", "--dry"]
+    done = subprocess.run(words, cwd=paths.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Running stage" not in done.stdout, f"results are older than the code, run `make reproduce`:\n{done.stdout}"
