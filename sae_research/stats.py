@@ -339,7 +339,7 @@ def _residual(ranks: "np.ndarray", controls: "list[np.ndarray]") -> "np.ndarray"
     for control in controls:
         direction = control - control.mean(-1, keepdims=True)
         size = np.sqrt((direction**2).sum(-1, keepdims=True))
-        for b in basis + basis:  # twice: one pass of Gram-Schmidt loses digits
+        for b in basis:
             direction = direction - (direction * b).sum(-1, keepdims=True) * b
         rest = np.sqrt((direction**2).sum(-1, keepdims=True))
         basis.append(np.where(rest > 1e-9 * size, direction / np.where(rest > 0, rest, 1.0), 0.0))

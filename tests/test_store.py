@@ -127,6 +127,53 @@ def test_killed_at_any_moment_every_artefact_is_whole(tmp_path):
         assert text == text[: len(text) // 10_000] * 10_000
 
 
+REWRITING = """
+import sys
+from pathlib import Path
+from sae_research import store
+for i in range(1000):
+    store.write_text(Path(sys.argv[1]), str(i % 10) * 3_000_000)
+    print(i, flush=True)
+"""
+
+
+def test_a_reader_never_meets_half_a_file(tmp_path):
+    path = tmp_path / "note.txt"
+    writer = subprocess.Popen([sys.executable, "-c", REWRITING, str(path)], stdout=subprocess.PIPE, text=True)
+    writer.stdout.readline()
+    try:
+        for _ in range(100):
+            text = path.read_text()
+            assert len(text) == 3_000_000
+            assert len(set(text)) == 1
+    finally:
+        writer.kill()
+        writer.wait()
+
+
+WAITING = """
+import sys
+from pathlib import Path
+from sae_research import store
+with store.writing(Path(sys.argv[1])) as partial:
+    (partial / "a").write_text("theirs")
+    print("ready", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_two_processes_may_write_the_same_artefact_and_the_last_one_stays(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    other = subprocess.Popen([sys.executable, "-c", WAITING, str(tmp_path / "art")], **pipes)
+    assert other.stdout.readline() == "ready\n"
+    make(tmp_path / "art", "ours")
+    assert (store.verified(tmp_path / "art") / "deep" / "a.txt").read_text() == "ours"
+    other.communicate("go on\n")
+    assert other.returncode == 0
+    assert (store.verified(tmp_path / "art") / "a").read_text() == "theirs"
+    assert names(tmp_path) == ["art"]
+
+
 def test_killed_between_the_two_renames_the_old_artefact_comes_back(tmp_path):
     folder = make(tmp_path / "art")
     folder.rename(tmp_path / ".partial-art.old")  # what a writer leaves that dies just there
