@@ -349,6 +349,26 @@ def markdown(lines: list[dict]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
+def margins(lines: list[dict], reach: float = 2.0) -> "list[Interval]":
+    """How far each number lies past its bar (above 0: where it is expected), in units of the bar, cut at `reach`."""
+    from sae_research.stats import Interval
+
+    def margin(x: float, rule: dict) -> float:
+        bar = rule["threshold"]
+        if rule["expect"] == "between":
+            middle, half = (bar[0] + bar[1]) / 2, (bar[1] - bar[0]) / 2 or 1
+            past = 1 - abs(x - middle) / half
+        else:
+            past = (x - bar) / (abs(bar) or 1) * (1 if rule["expect"] in ("above", "at least") else -1)
+        return max(-reach, min(reach, past))
+
+    found = []
+    for line in lines:
+        points = [margin(x, line["rule"]) for x in (line["value"], line["low"], line["high"]) if x is not None]
+        found.append(Interval(points[0], min(points), max(points), line["n"] or 1))
+    return found
+
+
 def agreement(lines: list[dict], published: list[dict]) -> tuple[int, list[tuple[str, str, str]]]:
     """How many verdicts are the same in two ledgers, and (id, ours, theirs) of those that differ."""
     theirs = {e["id"]: e["verdict"] for e in published}
