@@ -1,6 +1,7 @@
 """Command line: `python -m sae_research COMMAND`."""
 
 import argparse
+import os
 import sys
 
 from sae_research.errors import ResearchError
@@ -103,9 +104,14 @@ def main(words: list[str] | None = None) -> int:
     """Run one command; a mistake of the user's or the machine's is told in one sentence."""
     given = _parser().parse_args(words)
     try:
-        return given.do(given)
+        code = given.do(given)
+        sys.stdout.flush()
+        return code
     except ResearchError as error:
         print(error, file=sys.stderr)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         from sae_research.paths import relative
 
