@@ -49,12 +49,12 @@ class OpinionQA:
 class SideEffects:
     """Study 2: predict steering side effects before steering."""
 
-    subjects: tuple[str, ...] = ("gpt2-small", "pythia-70m", "gemma-2-2b", "llama-3.1-8b", "llama-3.1-8b-32x")
-    """Models with their SAEs, by their name in the catalogue (abstract and App. G)."""
-    primaries: tuple[str, ...] = ("primary",)
-    """Roles of the dictionaries whose features are screened, the main one first; a subject skips those it lacks."""
-    downstream: str = "downstream"
-    """Role of the dictionary in which side effects are counted."""
+    subjects: tuple[str, ...] = ("gpt2-small", "pythia-70m", "gemma-2-2b", "llama-3.1-8b")
+    """Models with their SAEs, by their name in the catalogue (abstract)."""
+    primaries: tuple[str, ...] = ("primary", "llama-3.1-8b-32x/primary")
+    """Roles of the dictionaries that are screened, the main one first; a subject skips those it lacks (App. G: 32x)."""
+    downstream: tuple[str, ...] = ("downstream",)
+    """Role of the dictionary in which side effects are counted, whatever the primary: the first that a subject has."""
     protocol: typing.Literal["author", "replication"] = "author"
     """Contexts, sampling, co-activation and residualisation as published, or as its replication corrected them."""
     contexts: int = 2048

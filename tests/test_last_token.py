@@ -21,10 +21,11 @@ HOOK, READS = "blocks.1.hook_out", ("blocks.2.hook_out", "blocks.3.hook_out")
 
 def words(n: int):
     """A tokenizer of `n` words; the bridge insists on one."""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(n)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w2", pad_token="w2")
 
 

@@ -1,5 +1,6 @@
 """Study 2 against analytic truths: identity upper layers, orthonormal dictionaries, planted mechanisms, pure noise."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,17 @@ from sae_research import config, dictionaries
 from sae_research.errors import ResearchError
 from sae_research.last_token import LastToken
 from sae_research.lens import Lens
-from sae_research.studies.side_effects import forecasters, labels, models, pool, predictors, screening, study
+from sae_research.studies.side_effects import (
+    card,
+    corpus,
+    forecasters,
+    labels,
+    models,
+    pool,
+    predictors,
+    screening,
+    study,
+)
 
 D, HOOK, READ = 32, "blocks.1.hook_resid_post", "blocks.3.hook_resid_post"
 SETTINGS = replace(
@@ -487,3 +498,79 @@ def test_a_wrong_dictionary_is_stopped_at_the_gate():
     assert len(study.gate(get("gpt2-small"), facts)) == 3
     with pytest.raises(ResearchError, match=r"l0_primary 20.0 where 71.8 is expected"):
         study.gate(get("gpt2-small"), facts | {"l0_primary": 20.0})
+
+
+# screening any model, and the feature card
+
+
+@pytest.fixture(scope="module")
+def screening_of_all(lens, tokens, screened):
+    _, primary, downstream = screened
+    return card.screen(lens, primary, tokens, downstream, replace(SETTINGS, features=40))
+
+
+def test_the_ranked_table_forecasts_every_eligible_feature(screening_of_all):
+    found = screening_of_all
+    assert len(found.table) == found.screened.facts["eligible"]
+    assert len(found.table) > 40
+    assert found.table["rank"].tolist() == sorted(found.table["rank"])
+    assert (found.table["C low"] <= found.table["C"]).all()
+    assert found.table["C measured"].notna().sum() == 40
+    inside = found.table.dropna()
+    assert ((inside["C measured"] >= inside["C low"]) & (inside["C measured"] <= inside["C high"])).mean() > 0.8
+    assert set(found.quality) == set(card.FORECAST)
+
+
+def test_the_card_is_complete_json_and_one_page(screening_of_all, tmp_path):
+    found = screening_of_all
+    steered = int(found.screened.frame.index[0])
+    other = int(found.table.index.difference(found.screened.frame.index)[0])
+    for feature in (steered, other):
+        content = card.card(found, feature, SETTINGS)
+        assert [point["dose"] for point in content["dose_curve"]] == [0.5, 1, 2, 4]
+        assert set(content["measured"]) == set(study.LABELS)
+        assert set(content["predictors"]) == set(predictors.ALL)
+        assert content["verdict"].split(":")[0] in ("clean", "messy", "undecided")
+        json_file, page = card.save(content, tmp_path)
+        assert json.loads(json_file.read_text()) == json.loads(json.dumps(content))
+        text = page.read_text()
+        assert text.startswith("<!doctype html>")
+        assert "http" not in text
+        assert "src=" not in text
+    measured = found.screened.frame.loc[steered, "C"]
+    assert card.card(found, steered, SETTINGS)["measured"]["C"] == pytest.approx(measured)
+    with pytest.raises(ResearchError, match="feature 4000 is out of range"):
+        card.card(found, 4000, SETTINGS)
+
+
+def test_screening_takes_texts_and_no_downstream_dictionary(lens, screened):
+    texts = [" ".join(f"w{(i * j) % 90 + 3}" for j in range(1, 12)) for i in range(1, 300)]
+    found = card.screen(lens, screened[1], texts, settings=replace(SETTINGS, features=20))
+    assert found.table["C"].notna().all()
+    with pytest.raises(ResearchError, match="fewer than the 9999 asked for"):
+        card.screen(lens, screened[1], texts, settings=replace(SETTINGS, contexts=9999))
+
+
+# where contexts and dictionaries come from
+
+
+def test_dictionaries_of_the_published_settings():
+    from sae_research.catalogue import get
+
+    primaries, downstream = corpus.dictionaries(get("llama-3.1-8b"), config.SideEffects())
+    assert list(primaries) == ["primary", "llama-3.1-8b-32x/primary"]
+    assert primaries["llama-3.1-8b-32x/primary"][0].name == "llama-3.1-8b-32x"
+    assert downstream == "downstream"
+    assert list(corpus.dictionaries(get("gpt2-small"), config.SideEffects())[0]) == ["primary"]
+    with pytest.raises(ResearchError, match="but none of the primaries"):
+        corpus.dictionaries(get("gpt2-small"), replace(config.SideEffects(), downstream=("block3_topk",)))
+
+
+def test_contexts_of_both_protocols(lens):
+    texts = [f"w{i} " + "w5 " * (i % 14) for i in range(10, 60)]
+    stream = corpus.of_texts(lens, texts, 10, replace(SETTINGS, protocol="author"), seed=0)
+    begin = corpus.of_texts(lens, texts, 10, SETTINGS, seed=0)
+    assert stream.shape == begin.shape == (10, 8)
+    assert (stream[:, 0] == lens.bos).all()
+    assert (begin[:, 0] == lens.bos).all()
+    assert (begin[:, -1] != lens.pad).all()

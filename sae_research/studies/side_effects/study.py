@@ -110,9 +110,10 @@ def screen_dictionary(
     features: Sequence[int] | None = None,
     panel: torch.Tensor | None = None,
     tau: float | None = None,
+    c: float | None = None,
     prompt: torch.Tensor | None = None,
 ) -> Screened:
-    """Label, predict and forecast features of `primary`; `panel` and `tau` hold another dictionary's choice fixed."""
+    """Label, predict and forecast features of `primary`; `panel`, `tau` and `c` hold another run's choice fixed."""
     hooks = hooks_of(lens, primary, downstream)
     engine = LastToken(lens, hooks[0], (hooks[1],))
     engine.check(tokens)
@@ -126,7 +127,7 @@ def screen_dictionary(
     panel = pool.panel(found, settings.panel) if panel is None else panel
     codes = pool.reader(downstream, panel)
     decoder = steering.directions(primary)[chosen].float()
-    c = dose(settings, found, activations, decoder)
+    c = dose(settings, found, activations, decoder) if c is None else c
     directions = c * decoder
     contexts = pool.mixed_contexts(activations, settings.each, seed)
     if tau is None:

@@ -1,0 +1,106 @@
+"""Where contexts come from, and which dictionaries of a subject take part (published code: data preparation)."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sae_research import catalogue
+from sae_research.errors import ResearchError
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+    from sae_research.catalogue import Subject
+    from sae_research.config import SideEffects
+    from sae_research.lens import Lens
+
+WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
+SHORTEST = {"author": 100, "replication": 200}
+"""Characters below which a text is dropped."""
+TEXTS = 8000
+FRESH_SEED = 123
+
+
+def dictionaries(subject: "Subject", settings: "SideEffects") -> tuple[dict[str, tuple["Subject", str]], str]:
+    """The primaries of a subject by name, each with its owner and role there, and the role of the downstream one.
+
+    A role `other/role` is a dictionary that the catalogue lists under another name of the same model.
+    """
+    own, primaries = subject.roles(), {}
+    for name in settings.primaries:
+        owner, _, role = name.rpartition("/")
+        other = catalogue.get(owner) if owner else subject
+        if other.model == subject.model and role in (other.roles() if owner else own):
+            primaries[name] = (other, role)
+    downstream = next((role for role in settings.downstream if role in own), None)
+    if not primaries or downstream is None:
+        raise ResearchError(
+            f"{subject.name} has the SAEs {', '.join(own)}, but none of the primaries {', '.join(settings.primaries)} "
+            f"with a downstream one of {', '.join(settings.downstream)}; correct both lists in params.yaml."
+        )
+    return primaries, downstream
+
+
+def load(subject: "Subject", role: str, lens: "Lens") -> "SAE":
+    """A dictionary in float32, whatever the model runs in: thresholds and bfloat16 rounding do not mix."""
+    return subject.sae(role, device=lens.device, dtype="float32")
+
+
+def contexts(subject: "Subject", lens: "Lens", settings: "SideEffects", *, fresh: bool = False) -> torch.Tensor:
+    """[contexts, T] tokens without padding, BOS first; `fresh` ones come from other text."""
+    n, seed = (settings.fresh, FRESH_SEED) if fresh else (settings.contexts, 0)
+    if subject.embedded:
+        return _specimen(subject.model, lens, n, settings.length, seed)
+    return of_texts(lens, _wikitext(fresh, settings.protocol), n, settings, seed)
+
+
+def of_texts(lens: "Lens", texts: list[str], n: int, settings: "SideEffects", seed: int) -> torch.Tensor:
+    """Contexts of given texts: cut from one shuffled stream (author), or the beginning of each text (replication)."""
+    if settings.protocol == "author":
+        order = np.random.default_rng(seed).permutation(len(texts))
+        rows = lens.packed([texts[i] for i in order], settings.length)
+    else:
+        rows = lens.tokens(texts, settings.length)
+        rows = rows[rows[:, -1] != lens.pad]  # a shorter text would end in padding
+    if len(rows) < n:
+        raise ResearchError(
+            f"the corpus gives {len(rows)} contexts of {settings.length} tokens, fewer than the {n} asked for; give "
+            "more text or ask for fewer or shorter contexts."
+        )
+    return rows[:n]
+
+
+def _wikitext(fresh: bool, protocol: str) -> list[str]:
+    """Distinct long lines of WikiText-103: the first 2 % of the training text, or the validation text."""
+    import datasets
+
+    try:
+        lines = datasets.load_dataset(*WIKITEXT, split="validation" if fresh else "train[:2%]")["text"]
+    except (OSError, ConnectionError, ValueError) as error:
+        raise ResearchError(
+            f"{WIKITEXT[0]} is not on this machine and the hub cannot be reached; connect and run again, or use the "
+            "cpu profile, which needs no network."
+        ) from error
+    texts = list(dict.fromkeys(" ".join(line.split()) for line in lines))
+    kept = [text for text in texts if len(text) >= SHORTEST[protocol]][:TEXTS]
+    if len(kept) < 1000 and not fresh:
+        raise ResearchError(f"WikiText gives only {len(kept)} texts; its copy on this machine is incomplete.")
+    return kept
+
+
+def _specimen(name: str, lens: "Lens", n: int, length: int, seed: int) -> torch.Tensor:
+    """Fresh documents of the embedded world, cut anywhere."""
+    if name == "text":
+        from sae_research.world import documents
+
+        rows = documents.rows(n, [seed, 2]).tokens[:, :length]
+    else:
+        from sae_research.world import survey, survey_text
+        from sae_research.world.survey_population import Population
+
+        recipe = survey.SurveySettings()
+        writer = survey_text.Writer(Population(recipe.population), lens.tokenizer.get_vocab())
+        draws = np.random.default_rng([seed, 3])
+        rows = writer.mixed(n, draws, recipe.most_stated, recipe.off_task).tokens[:, : min(length, survey_text.CONTEXT)]
+    return torch.as_tensor(np.asarray(rows), dtype=torch.long, device=lens.device)
