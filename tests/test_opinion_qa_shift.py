@@ -325,10 +325,10 @@ def test_controls_take_the_sae_s_place_with_its_size_and_sparsity(bench):
 def test_letters_read_every_single_token_variant_and_both_orders():
     class Words:
         unk_token_id = 0
-        ids = {"A": [5], " A": [6], "B": [7], " B": [8, 9], "C": [0], " C": [0]}
 
         def __call__(self, text, add_special_tokens):
-            return {"input_ids": self.ids[text]}
+            ids = {"A": [5], " A": [6], "B": [7], " B": [8, 9], "C": [0], " C": [0]}
+            return {"input_ids": ids[text]}
 
     assert single_tokens(Words(), "A") == [5, 6]
     assert single_tokens(Words(), "B") == [7]

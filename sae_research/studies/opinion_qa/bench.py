@@ -40,7 +40,7 @@ class Prompts:
     """Number of options, [prompts]."""
 
     def editable(self, positions: str) -> torch.Tensor:
-        """Where a shift acts, [prompts, positions]; the prompt carries no group text, so the block is all but the start."""
+        """Where a shift acts, [prompts, positions]; a prompt is its survey block, as it carries no group text."""
         place = torch.arange(self.tokens.shape[1])
         if positions == "answer":
             return place == self.last[:, None]
@@ -180,7 +180,7 @@ class Bench:
         """Mean cost over shifts of leaving each always on, on the other text of `split`."""
         tokens, content = self.texts[split], self.text_content[split]
         real = content[:, 1:]
-        totals = np.zeros(2)
+        count, predicted, totals = content.sum().item(), real.sum().item(), np.zeros(2)
         for docs in torch.arange(len(tokens)).split(max(1, self.batch // 4)):
             base = self.text_logits(split, docs).log_softmax(-1)
             x = self.text_residual[split][docs]
@@ -192,7 +192,7 @@ class Bench:
                 lost = (base - new)[:, :-1].gather(-1, following)[..., 0][real[docs]]
                 away = (base.exp() * (base - new)).sum(-1)[content[docs]]
                 totals += (
-                    lost.double().sum().item() / real.sum().item(),
-                    away.double().sum().item() / content.sum().item(),
+                    lost.double().sum().item() / predicted,
+                    away.double().sum().item() / count,
                 )
         return Cost(*(totals / len(delta)).tolist())

@@ -1,6 +1,5 @@
-"""Training a shift in two stages: the calibration Delta_0 on the population, then U and c on the groups (section 3.4)."""
+"""Training a shift in two stages: Delta_0 on the population's answers, then U and c on the groups' (section 3.4)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from sae_research.errors import ResearchError
 from sae_research.studies.opinion_qa import objective
 from sae_research.studies.opinion_qa.bench import Bench
-from sae_research.studies.opinion_qa.shift import Basis, Shift, canonical
+from sae_research.studies.opinion_qa.shift import Basis, Shift, canonical, displacement
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,6 @@ class _Stage:
 
     def keep(self, deltas: torch.Tensor, split: str, docs: torch.Tensor) -> torch.Tensor:
         """KL(base || steered) on documents under each shift."""
-        from sae_research.studies.opinion_qa.shift import displacement
-
         x, content = self.bench.text_residual[split][docs], self.bench.text_content[split][docs]
         moved = (
             displacement(self.basis, self.training.kind, x, self.basis.encode(x), deltas) * content[:, None, :, None]

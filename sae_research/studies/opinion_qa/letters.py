@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from sae_research.errors import ResearchError
-from sae_research.lens import Lens
 from sae_research.survey import Question
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -17,7 +17,7 @@ def forward_divergence(target: torch.Tensor, log_probs: torch.Tensor) -> torch.T
 
 
 def relative_movement(moved: torch.Tensor, variance: torch.Tensor, count: int) -> torch.Tensor:
-    """L_rec = E ||x' - x||^2 / E ||x - mean x||^2 over `count` edited tokens: reconstruction with the error term kept."""
+    """L_rec = E ||x' - x||^2 / E ||x - mean x||^2 over `count` edited tokens: `reconstruction` if errors stay."""
     return moved.square().sum() / count / variance
 
 
@@ -48,6 +48,6 @@ def lasso_weights(basis: Basis, kind: str, block: torch.Tensor, cap: float = 10.
 
 
 def shrink_rows(table: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
-    """Proximal step of sum_j amount_j ||row_j||: each row loses `amount` of its length, and at nought is exactly zero."""
+    """Proximal step of sum_j amount_j ||row_j||: a row loses `amount` of its length, down to exactly zero."""
     size = table.norm(dim=-1, keepdim=True)
     return table * (1 - amount[:, None] / size.clamp(min=1e-12)).clamp(min=0)

@@ -66,7 +66,7 @@ def sae_basis(sae: "SAE", name: str = "SAE") -> Basis:
 
 
 def random_basis(residuals: torch.Tensor, size: int, l0: float, seed: int) -> Basis:
-    """As many random unit rows as the SAE has latents, active where the projection exceeds the threshold of equal L0."""
+    """As many random unit rows as the SAE has latents, each active above one threshold that gives the same L0."""
     random = torch.Generator().manual_seed(seed)
     rows = torch.randn(size, residuals.shape[-1], generator=random).to(residuals)
     rows = rows / rows.norm(dim=-1, keepdim=True)
@@ -189,7 +189,7 @@ def canonical(shift: Shift, weights: torch.Tensor) -> Shift:
     """The same deltas with unit columns of U, orthogonal, in order of the variance that they explain between groups."""
     scale = weights.to(shift.scores).sqrt()[:, None]
     basis, triangle = torch.linalg.qr(shift.axes)
-    _, values, turned = torch.linalg.svd(scale * (shift.scores @ triangle.T), full_matrices=False)
+    _, _, turned = torch.linalg.svd(scale * (shift.scores @ triangle.T), full_matrices=False)
     axes = basis @ turned.T
     zero = (shift.axes == 0).all(1)
     axes[zero] = 0.0  # rounding must not undo exact zeros

@@ -1,0 +1,176 @@
+"""Loaders of published surveys: small files in the true layouts, every kind of damage named by file and line."""
+
+import csv
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sae_research import survey, survey_files
+from sae_research.errors import ResearchError
+from sae_research.paths import ROOT
+
+SHARED = ROOT.parent / "shared" / "real" / "opinions"
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def opinion_qa(tmp_path):
+    """One wave of three questions: the middle option listed last, a nominal item, refusals, weights."""
+    place = tmp_path / "human_resp" / "American_Trends_Panel_W27"
+    write_csv(place / "info.csv", [
+        {"key": "CARS_W27", "question": "More or fewer?", "references": str(["More", "Fewer", "Same", "Refused"]),
+         "option_ordinal": "[1.0, 2.0, 1.5]"},
+        {"key": "INDUSTRY_W27", "question": "Where do you work?",
+         "references": str(["Farm", "Mine", "Mill", "Refused"]), "option_ordinal": "[1, 1, 1]"},
+    ])  # fmt: skip
+    write_csv(place / "metadata.csv", [{"key": "SEX", "options": "['Male', 'Female']"}])
+    people = [
+        ("Male", "More", "Farm", 2.0), ("Male", "Same", "Mine", 1.0), ("Male", "Refused", "Refused", 5.0),
+        ("Female", "Fewer", "Mill", 1.0), ("Female", "Fewer", "", 1.0), ("Refused", "Same", "Mill", 4.0),
+    ]  # fmt: skip
+    names = ("SEX", "CARS_W27", "INDUSTRY_W27", "WEIGHT_W27")
+    write_csv(place / "responses.csv", [dict(zip(names, row, strict=True)) for row in people])
+    return tmp_path
+
+
+def test_opinion_qa_sorts_options_weights_respondents_and_leaves_refusals_out(opinion_qa):
+    found = survey_files.load_opinion_qa(opinion_qa, [27])
+    cars, industry = found.questions
+    assert cars.options == ("More", "Same", "Fewer")
+    assert cars.ordinal == (1.0, 1.5, 2.0)
+    assert cars.ordered
+    assert not industry.ordered
+    assert [(g.attribute, g.name) for g in found.groups] == [("SEX", "Male"), ("SEX", "Female")]
+    assert np.allclose(found.distributions[0, 0], [2 / 3, 1 / 3, 0])
+    assert np.allclose(found.distributions[1, 0], [0, 0, 1])
+    assert np.allclose(found.overall[0], [2 / 9, 5 / 9, 2 / 9])
+    assert found.counts[0, 0].sum() == 2
+    assert found.counts[1].sum(-1).tolist() == [2, 1]
+    one = found.distance(found.distributions[0], found.distributions[1])
+    assert one[0] == pytest.approx(2 / 3 + 1 / 3 * 0.5)
+    assert one[1] == pytest.approx(1.0)  # nominal: total variation, whatever lies between
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "reason"),
+    [
+        (
+            "responses.csv",
+            "Male,More",
+            "Male,Mare",
+            r"responses.csv, line 2: 'Mare' is no option of question 'CARS_W27'",
+        ),
+        ("responses.csv", "Farm,2.0", "Farm,heavy", r"responses.csv, line 2: 'WEIGHT_W27' is 'heavy'"),
+        ("responses.csv", "SEX,", "GENDER,", r"responses.csv, line 1: column 'SEX' is missing"),
+        ("info.csv", "[1.0, 2.0, 1.5]", "1 2 1.5", r"info.csv, line 2: '1 2 1.5' is not a list"),
+        ("info.csv", "[1, 1, 1]", "[1]", r"info.csv, line 3: 4 references but 1 ordinals"),
+        ("metadata.csv", "['Male', 'Female']", "__import__('os')", r"metadata.csv, line 2: .* is not a list"),
+    ],
+)
+def test_damage_to_opinion_qa_is_named_by_file_line_and_reason(opinion_qa, file, old, new, reason):
+    path = opinion_qa / "human_resp" / "American_Trends_Panel_W27" / file
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ResearchError, match=reason):
+        survey_files.load_opinion_qa(opinion_qa, [27])
+
+
+def test_a_missing_wave_is_named(opinion_qa):
+    with pytest.raises(ResearchError, match=r"info.csv cannot be read"):
+        survey_files.load_opinion_qa(opinion_qa, [92])
+
+
+def subpop_row(**changes):
+    row = {
+        "qkey": "Q1", "question": "Is it so?", "options": ["Yes", "No", "Refused"], "ordinal": [2, 1],
+        "attribute": "SEX", "group": "Male", "responses": [0.7, 0.3], "refusal_rate": 0.01,
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def test_subpop_lines_become_a_survey(tmp_path):
+    rows = [subpop_row(), subpop_row(group="Female", responses=[0.2, 0.8])]
+    path = tmp_path / "subpop.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    found = survey_files.load_subpop(path)
+    assert found.questions[0].options == ("No", "Yes")
+    assert np.allclose(found.distributions[:, 0], [[0.3, 0.7], [0.8, 0.2]])
+    assert np.allclose(found.overall, found.distributions.mean(0))
+    assert found.counts is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"responses": [0.7, 0.7]}, "sum to about 1"),
+        ({"responses": [0.7, float("nan")]}, "sum to about 1"),
+        ({"responses": [1.0]}, "3 options, 2 ordinals and 1 responses"),
+        ({"ordinal": 3}, "'ordinal' is not a list"),
+    ],
+)
+def test_damage_to_subpop_is_named(tmp_path, changes, reason):
+    path = tmp_path / "subpop.jsonl"
+    path.write_text(json.dumps(subpop_row()) + "\n" + json.dumps(subpop_row(group="Female", **changes)))
+    with pytest.raises(ResearchError, match=f"subpop.jsonl, line 2: .*{reason}"):
+        survey_files.load_subpop(path)
+    path.write_text(json.dumps(subpop_row()) + "\n{cut")
+    with pytest.raises(ResearchError, match="line 2: it is not JSON"):
+        survey_files.load_subpop(path)
+
+
+def test_global_opinions_are_nominal_and_only_questions_of_all_countries_count(tmp_path):
+    path = tmp_path / "global.csv"
+    both = "defaultdict(<class 'list'>, {'Peru': [0.5, 0.5], 'Chad': [0.1, 0.9]})"
+    one = "defaultdict(<class 'list'>, {'Peru': [0.5, 0.5]})"
+    write_csv(path, [
+        {"question": "Good or bad?", "selections": both, "options": "['Good', 'Bad']", "source": "GAS"},
+        {"question": "Rich or poor?", "selections": one, "options": "['Rich', 'Poor']", "source": "WVS"},
+    ])  # fmt: skip
+    found = survey_files.load_global_opinions(path, ["Peru", "Chad"])
+    assert len(found.questions) == 1
+    assert not found.questions[0].ordered
+    assert found.distance(*found.distributions)[0] == pytest.approx(0.4)
+    assert len(survey_files.load_global_opinions(path, ["Peru"]).questions) == 2
+    with pytest.raises(ResearchError, match="no question that all of Peru, Mars"):
+        survey_files.load_global_opinions(path, ["Peru", "Mars"])
+    path.write_text(path.read_text().replace("[0.1, 0.9]", "[0.9]"))
+    with pytest.raises(ResearchError, match=r"global.csv, line 2: 'Chad' has no share for each of the 2 options"):
+        survey_files.load_global_opinions(path, ["Peru", "Chad"])
+
+
+def test_groups_that_skipped_a_question_are_left_out(tmp_path):
+    rows = [subpop_row(), subpop_row(qkey="Q2"), subpop_row(group="Female")]
+    path = tmp_path / "subpop.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [g.name for g in survey_files.load_subpop(path).groups] == ["Male"]
+
+
+def test_pew_data_is_never_written_where_git_would_pick_it_up(tmp_path):
+    if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("this copy of the repository has no git")
+    for place in ("data/cpu/opinion_qa/claims.json", "notebooks/executed/cpu/x.ipynb", "README.md", "pew.csv"):
+        with pytest.raises(ResearchError, match="may not be redistributed"):
+            survey_files.writable(ROOT / place, "OpinionQA")
+        assert survey_files.writable(ROOT / place, "GSS") == ROOT / place
+    assert survey_files.writable(tmp_path / "pew.csv", "OpinionQA") == (tmp_path / "pew.csv").resolve()
+    assert survey_files.writable(ROOT / "data" / "scratch" / "pew.csv", "SubPOP")
+
+
+def test_the_real_opinions_give_their_reference_numbers():
+    table = SHARED / "gss2018_spending_groups.csv"
+    if not table.exists():
+        pytest.skip(f"{table} is not here")
+    found = survey.load_table(table)
+    assert found.distance(found.uniform, found.distributions).mean() == pytest.approx(0.214, abs=0.001)
+    assert found.distance(found.overall, found.distributions).mean() == pytest.approx(0.041, abs=0.001)
+    assert np.mean([survey.sampling_noise(found, s) for s in range(5)]) == pytest.approx(0.014, abs=0.001)
+    assert np.allclose(survey.spectrum(found)[:4], [0.53, 0.72, 0.84, 0.89], atol=0.02)
