@@ -60,7 +60,11 @@ def model_folder(specimen: str, root: Path = EMBEDDED) -> Path:
     return store.verified(root / specimen / "model")
 
 
+def saes_folder(specimen: str, root: Path = EMBEDDED) -> Path:
+    """The folder with the SAELens folders of a specimen, after its checksums were compared."""
+    return store.verified(root / specimen / "saes")
+
+
 def sae_folders(specimen: str, root: Path = EMBEDDED) -> dict[str, Path]:
-    """The SAELens folders of a specimen by name, after their checksums were compared."""
-    saes = store.verified(root / specimen / "saes")
-    return {path.parent.name: path.parent for path in sorted(saes.glob("*/cfg.json"))}
+    """The SAELens folders of a specimen by name."""
+    return {path.parent.name: path.parent for path in sorted(saes_folder(specimen, root).glob("*/cfg.json"))}
