@@ -42,6 +42,13 @@ def test_the_profile_is_the_only_parameter(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_cell_hides_its_value_with_a_semicolon(name):
+    for cell in read(notebooks.source(name)).cells:
+        hides = cell.cell_type == "code" and cell.source.rstrip().endswith(";")
+        assert not hides, f"nbval shows what `;` hides, so assign it to a name: {cell.source}"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_absolute_path(name):
     copies = [paths.executed(p) / f"{name}.ipynb" for p in COMMITTED]
     for path in [notebooks.source(name), *(c for c in copies if c.exists())]:
@@ -70,9 +77,8 @@ def test_executed_copy_is_whole_and_not_stale(name, profile):
 
 def test_normalised_copies_of_two_runs_are_equal():
     def run(address, counts, root):
-        cell = nbformat.v4.new_code_cell(
-            "print(x)", execution_count=counts, metadata={"papermill": {"duration": counts}}
-        )
+        timed = {"papermill": {"duration": counts}}
+        cell = nbformat.v4.new_code_cell("print(x)", execution_count=counts, metadata=timed)
         made = [
             nbformat.v4.new_output("stream", name="stdout", text="one\n"),
             nbformat.v4.new_output("stream", name="stderr", text=f" {counts}%|##  | 3/7 [00:0{counts}<00:05]"),
@@ -81,7 +87,7 @@ def test_normalised_copies_of_two_runs_are_equal():
                 "execute_result",
                 {"text/plain": f"<Thing at 0x{address}>"},
                 execution_count=counts,
-                metadata={"a": counts},
+                metadata=timed,
             ),
             nbformat.v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": address}}),
         ]
