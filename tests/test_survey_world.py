@@ -367,15 +367,30 @@ def test_every_document_reaches_the_screening_length(writer):
 # the specimen
 
 
+def tiny_settings():
+    from sae_research.training import SAETraining
+    from sae_research.world.survey import SurveySAEs, SurveySettings
+
+    saes = SurveySAEs(
+        hooks=("blocks.0.hook_resid_post",),
+        latents=64,
+        l0=6,
+        documents=200,
+        calibration=100,
+        training=SAETraining(steps=60, batch=256, warm_up=5),
+    )
+    return SurveySettings(width=32, blocks=2, heads=2, inner=64, batch=64, steps=80, saes=saes)
+
+
 @pytest.mark.slow
 def test_tiny_training_lowers_the_answer_kl_and_repeats_itself(tmp_path, population):
     import torch
 
     from sae_research import lens as lenses
-    from sae_research.world.survey import SurveySettings, train_model
+    from sae_research.world.survey import train_model
     from sae_research.world.survey_gates import answer_kl
 
-    tiny = SurveySettings(width=32, blocks=2, heads=2, inner=64, batch=64, steps=80)
+    tiny = tiny_settings()
     kl = {}
     for name, steps in (("none", 1), ("some", 80), ("again", 80)):
         train_model(replace(tiny, steps=max(steps, 2)), 0, tmp_path / name, threads=1)
@@ -387,6 +402,32 @@ def test_tiny_training_lowers_the_answer_kl_and_repeats_itself(tmp_path, populat
     with pytest.raises(ResearchError, match="not finite"):
         train_model(replace(tiny, rate=float("inf")), 0, tmp_path / "nan", threads=1)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+
+@pytest.mark.slow
+def test_tiny_world_has_saes_that_open_and_gates_that_fail(tmp_path):
+    from sae_research import dictionaries
+    from sae_research import lens as lenses
+    from sae_research.world.survey import NAME, train_model, train_saes
+    from sae_research.world.survey_gates import measure, sae_quality
+
+    tiny = tiny_settings()
+    train_model(tiny, 0, tmp_path / "model", threads=1)
+    train_saes(tiny, tmp_path / "model", 0, tmp_path / "saes")
+    lens = lenses.load(tmp_path / "model", name=NAME)
+    names = {"block0_topk", "block0_jumprelu", "block0_relu", "block0_topk_wide"}
+    assert {p.name for p in (tmp_path / "saes").iterdir()} == names
+    for name in names:
+        sae = dictionaries.load(tmp_path / "saes" / name)
+        assert dictionaries.check_fit(lens, sae) == "blocks.0.hook_out"
+        assert sae.cfg.d_sae == (256 if name.endswith("wide") else 64)
+    table = {row["sae"]: row for row in sae_quality(tmp_path / "model", tmp_path / "saes", tiny, 0)}
+    assert table["block0_topk"]["l0"] <= 6
+    assert table["block0_jumprelu"]["l0"] == pytest.approx(6, rel=0.1)
+    assert table["block0_topk"]["explained_variance"] > 0.3
+    gates = {gate.name: gate for gate in measure(tmp_path / "model", tmp_path / "saes", tiny, 0)}
+    assert all(gate.passed for name, gate in gates.items() if name.startswith("planted"))
+    assert not gates["persona prompt: rho_dev"].passed
 
 
 def test_table_reader_ignores_columns_it_does_not_need(tmp_path):

@@ -1,21 +1,50 @@
-"""The survey specimen: a small Llama that answers a planted survey as the persons it reads about would."""
+"""The survey specimen: a small Llama that answers a planted survey as the persons it reads about, and its SAEs."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import LlamaForCausalLM
 
+from sae_research import activations, dictionaries, training
+from sae_research import lens as lenses
 from sae_research.errors import ResearchError
 from sae_research.progress import bar
+from sae_research.training import SAETraining
 from sae_research.world import specimen
 from sae_research.world.survey_population import Population, PopulationSettings
 from sae_research.world.survey_text import WORDS, Batch, Writer
 
+if TYPE_CHECKING:
+    from sae_lens.saes.sae import TrainingSAEConfig
+
 NAME = "world-survey"
 """How SAEs refer to the specimen."""
+
+
+@dataclass(frozen=True)
+class SurveySAEs:
+    """The SAEs of the survey specimen: three kinds at two hooks, and one four times wider."""
+
+    hooks: tuple[str, ...] = ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post")
+    """An early hook, where personas are told from each other best, and one two blocks later."""
+    kinds: tuple[str, ...] = ("topk", "jumprelu", "relu")
+    """Kinds of SAE at every hook."""
+    latents: int = 512
+    """Latents of each, eight times the residual's width."""
+    wide: int = 4
+    """The first kind is also trained this many times wider at the first hook (0: not)."""
+    l0: int = 10
+    """Mean number of active latents a token."""
+    documents: int = 6000
+    """Documents whose residuals the SAEs are trained on."""
+    calibration: int = 1000
+    """Further documents on which thresholds are calibrated."""
+    training: SAETraining = field(default_factory=lambda: SAETraining(steps=800))
+    """How they are trained."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +69,7 @@ class SurveySettings:
     """Most attributes that a document states; it states each number from 0 on equally often."""
     off_task: float = 0.12
     """Share of documents that are toy arithmetic and toy stories."""
-    steps: int = 1400
+    steps: int = 1500
     """Training steps."""
     batch: int = 192
     """Documents of a step."""
@@ -49,9 +78,11 @@ class SurveySettings:
     warm_up: float = 0.15
     """Share of the steps until that peak."""
     answer_weight: float = 5.0
-    """Weight of the exact answers, learned on every step, beside next tokens, learned on every second one."""
+    """Weight of the exact answers beside next tokens, which survey documents teach on every second step only."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    saes: SurveySAEs = field(default_factory=SurveySAEs)
+    """Its SAEs."""
 
 
 def train_model(settings: SurveySettings, seed: int, folder: Path, threads: int = 2) -> None:
@@ -71,14 +102,17 @@ def train_model(settings: SurveySettings, seed: int, folder: Path, threads: int 
     )
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=settings.steps, pct_start=settings.warm_up)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.rate, total_steps=settings.steps, pct_start=settings.warm_up
+    )
     draws = np.random.default_rng([seed, 1])
     for step in bar(range(settings.steps), desc="survey specimen"):
         batch = writer.mixed(settings.batch, draws, settings.most_stated, settings.off_task)
         hidden = model.model(torch.from_numpy(batch.tokens)).last_hidden_state
         loss = settings.answer_weight * answer_loss(model, hidden, batch, writer.letters)
-        if step % 2 == 0:
-            loss = loss + next_token_loss(model, hidden, batch)
+        read = np.ones(settings.batch, dtype=bool) if step % 2 == 0 else batch.answer < 0
+        if read.any():
+            loss = loss + next_token_loss(model, hidden, batch, read)
         if not torch.isfinite(loss):
             raise ResearchError(f"the survey specimen's loss is not finite at step {step}; lower `rate` and run again.")
         optimizer.zero_grad()
@@ -97,10 +131,49 @@ def answer_loss(model: LlamaForCausalLM, hidden: torch.Tensor, batch: Batch, let
     return -(target * log_softmax(model.lm_head(states), -1)[:, letters]).sum(-1).mean()
 
 
-def next_token_loss(model: LlamaForCausalLM, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Cross-entropy of the next tokens, all but the answers' letters."""
+def next_token_loss(model: LlamaForCausalLM, hidden: torch.Tensor, batch: Batch, read: np.ndarray) -> torch.Tensor:
+    """Cross-entropy of the next tokens in the documents of the mask `read`, all but the answers' letters."""
     following = torch.from_numpy(batch.tokens[:, 1:]).clone()
     asked = np.flatnonzero(batch.answer >= 0)
     following[asked, batch.answer[asked]] = model.config.pad_token_id
-    logits = model.lm_head(hidden[:, :-1])
-    return cross_entropy(logits.transpose(1, 2), following, ignore_index=model.config.pad_token_id)
+    logits = model.lm_head(hidden[read, :-1])
+    return cross_entropy(logits.transpose(1, 2), following[read], ignore_index=model.config.pad_token_id)
+
+
+def arms(saes: SurveySAEs, width: int, hook: str) -> "dict[str, TrainingSAEConfig]":
+    """The SAEs at one hook, by name."""
+    make = {
+        "topk": lambda latents: training.topk(width, latents, saes.l0),
+        "jumprelu": lambda latents: training.jumprelu(width, latents, saes.l0),
+        "relu": lambda latents: training.relu(width, latents),
+    }
+    block = hook.split(".")[1]
+    chosen = {f"block{block}_{kind}": make[kind](saes.latents) for kind in saes.kinds}
+    if saes.wide and hook == saes.hooks[0]:
+        chosen[f"block{block}_{saes.kinds[0]}_wide"] = make[saes.kinds[0]](saes.wide * saes.latents)
+    return chosen
+
+
+def train_saes(settings: SurveySettings, model_folder: Path, seed: int, out_folder: Path) -> None:
+    """Train all SAEs, those of one hook in lock-step, and write each to `out_folder`/name."""
+    saes, draws = settings.saes, np.random.default_rng([seed, 2])
+    lens = lenses.load(model_folder, name=NAME)
+    writer = Writer(Population(settings.population), lens.tokenizer.get_vocab())
+    read, held = (
+        torch.from_numpy(writer.mixed(n, draws, settings.most_stated, settings.off_task).tokens)
+        for n in (saes.documents, saes.calibration)
+    )
+    for hook in saes.hooks:
+        acts, calibration = (activations.collect(lens, tokens, hook, batch=256) for tokens in (read, held))
+        configs = arms(saes, lens.d_model, hook)
+        for config in configs.values():
+            config.metadata = dictionaries.metadata(lens, hook)
+        trained = training.train(
+            configs,
+            activations.batches(acts, saes.training.batch, saes.training.steps, seed),
+            saes.training,
+            seed,
+            {name: training.aimed_at(saes.l0) for name in configs if name.endswith("_relu")},
+        )
+        for name, sae in trained.items():
+            training.save(training.inference(sae, calibration, saes.l0), Path(out_folder) / name)

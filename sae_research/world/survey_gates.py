@@ -1,18 +1,24 @@
 """What the survey specimen must show before study 1 may stand on it, measured against the planted truth."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from sae_research import activations, dictionaries
 from sae_research import lens as lenses
 from sae_research.lens import Lens
 from sae_research.survey import Question, divergence, group_part, total_variation, wasserstein
+from sae_research.world import truth
 from sae_research.world.gates import Gate
 from sae_research.world.survey import NAME, SurveySettings
-from sae_research.world.survey_population import ATTRIBUTES, Population
-from sae_research.world.survey_text import LETTERS, Batch, Writer, by_letter, prompt
+from sae_research.world.survey_population import ATTRIBUTES, TOPICS, VERBS, Population
+from sae_research.world.survey_text import CONTEXT, LETTERS, Batch, Writer, by_letter, prompt
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
 
 
 def answers(lens: Lens, questions: Sequence[Question], personas: Sequence[Sequence[str]], reverse: bool) -> np.ndarray:
@@ -29,10 +35,33 @@ def measure(model_folder: Path, saes_folder: Path, settings: SurveySettings, see
     """Every gate of the survey specimen and its SAEs; `seed` draws the documents that they are measured on."""
     lens = lenses.load(model_folder, name=NAME)
     population = Population(settings.population)
+    saes = dict(load_saes(saes_folder))
+    first = next(name for name in saes if name.endswith(f"_{settings.saes.kinds[0]}"))
     return [
         *planted_gates(population),
         *model_gates(lens, population, settings, seed),
+        *latent_gates(lens, saes[first], population, settings, seed),
     ]
+
+
+def sae_quality(model_folder: Path, saes_folder: Path, settings: SurveySettings, seed: int) -> list[dict]:
+    """Each SAE on held-out documents: what it rebuilds, what it costs, and which truths it has latents for."""
+    lens = lenses.load(model_folder, name=NAME)
+    writer = Writer(Population(settings.population), lens.tokenizer.get_vocab())
+    held = writer.mixed(600, np.random.default_rng([seed, 6]), settings.most_stated, settings.off_task)
+    return [
+        {"sae": name, "hook": dictionaries.hook_of(sae), "kind": sae.cfg.architecture(), "latents": sae.cfg.d_sae}
+        | dictionaries.quality(lens, sae, torch.from_numpy(held.tokens), batch=200)
+        | {"eligible": eligible(lens, sae, writer, settings, seed)}
+        | {name: share for name, (share, _) in known(lens, sae, writer, settings, seed).items()}
+        for name, sae in load_saes(saes_folder)
+    ]
+
+
+def load_saes(folder: Path) -> Iterator[tuple[str, "SAE"]]:
+    """The SAEs of a folder with their names, early hooks first."""
+    for path in sorted(p for p in Path(folder).iterdir() if (p / "cfg.json").is_file()):
+        yield path.name, dictionaries.load(path)
 
 
 def planted_gates(population: Population) -> list[Gate]:
@@ -97,3 +126,56 @@ def _next_words(lens: Lens, tokens: torch.Tensor, at: torch.Tensor) -> np.ndarra
     with torch.no_grad():
         found = [lens.logits(t)[torch.arange(len(t)), a].softmax(-1) for t, a in rows]
     return torch.cat(found).double().cpu().numpy()
+
+
+def latent_gates(lens: Lens, sae: "SAE", population: Population, settings: SurveySettings, seed: int) -> list[Gate]:
+    """Whether the early SAE has latents for what the documents state and ask, and enough latents to screen."""
+    writer = Writer(population, lens.tokenizer.get_vocab())
+    found = known(lens, sae, writer, settings, seed)
+    return [
+        *(Gate(f"{name} with a latent, F1 .7", *found[name], safe, stretch) for name, safe, stretch in ()),
+        Gate("latents eligible for screening", eligible(lens, sae, writer, settings, seed), 200, 400, n=1024),
+    ]
+
+
+def known(lens: Lens, sae: "SAE", writer: Writer, settings: SurveySettings, seed: int) -> dict[str, tuple[float, int]]:
+    """Share of values, topics and verbs with a latent of F1 at least .7, and their number.
+
+    Sought at the word itself and at the answer's position; latent and threshold are chosen on one half of the documents
+    and scored on the other.
+    """
+    batch = writer.mixed(1500, np.random.default_rng([seed, 4]), settings.most_stated, settings.off_task)
+    tokens = torch.from_numpy(batch.tokens)
+    content = lens.content(tokens)
+    codes = truth.encode(sae, activations.collect(lens, tokens, dictionaries.hook_of(sae), batch=256))
+    half = (torch.arange(len(tokens)) % 2 == 0)[:, None].expand_as(content)[content]
+    at_answer = torch.arange(tokens.shape[1]) == torch.from_numpy(batch.answer)[:, None]
+    scores: dict[str, list[torch.Tensor]] = {}
+    for family, words in (
+        *(("values", v) for v in ATTRIBUTES.values()),
+        ("topics", tuple(TOPICS)),
+        ("verbs", tuple(VERBS)),
+    ):
+        here = _labels(tokens, [writer.ids[w] for w in words])
+        for place, label in ("word", here), ("answer", torch.where(at_answer, here.amax(1, keepdim=True), -1)):
+            found = truth.detectors(codes, label[content], len(words), half)
+            scores.setdefault(f"{family} at the {place}", []).append(found.f1)
+    joined = {name: torch.cat(f1) for name, f1 in scores.items()}
+    return {name: ((f1 >= 0.7).double().mean().item(), len(f1)) for name, f1 in joined.items()}
+
+
+def _labels(tokens: torch.Tensor, words: list[int]) -> torch.Tensor:
+    """Which of some words each token is, -1 for none."""
+    label = torch.full_like(tokens, -1)
+    for i, word in enumerate(words):
+        label[tokens == word] = i
+    return label
+
+
+def eligible(lens: Lens, sae: "SAE", writer: Writer, settings: SurveySettings, seed: int) -> int:
+    """Latents that fire on the last token of .2 to 50 % of 1,024 contexts, as a screening study needs them."""
+    batch = writer.mixed(1024, np.random.default_rng([seed, 5]), settings.most_stated, settings.off_task)
+    with torch.no_grad():
+        last = lens.residual(torch.from_numpy(batch.tokens[:, :CONTEXT]), dictionaries.hook_of(sae))[:, -1]
+        frequency = (sae.encode(last) > 0).double().mean(0)
+    return int(((frequency >= 0.002) & (frequency <= 0.5)).sum())
