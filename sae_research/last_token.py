@@ -88,14 +88,17 @@ class LastToken:
         below[self.start + len(self.blocks)] = h
         return [below[layer] for layer in self.reads], self.bridge.ln_final(h)
 
-    def _residual(self, tokens: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def residual(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Residuals [B, T, d] at the edited hook."""
+        self.check(tokens)
         if self.start < len(self.bridge.blocks):
-            return self.bridge(tokens, stop_at_layer=self.start)
+            return self.bridge(tokens, stop_at_layer=self.start).to(self.dtype)
         kept = []
         self.bridge.run_with_hooks(
             tokens, return_type=None, fwd_hooks=[(f"blocks.{self.start - 1}.hook_out", lambda h, hook: kept.append(h))]
         )
-        return kept[0]
+        return kept[0].to(self.dtype)
 
     def check(self, tokens: torch.Tensor) -> None:
         """Refuse contexts that the engine cannot treat exactly."""
@@ -109,12 +112,12 @@ class LastToken:
             )
 
     @torch.no_grad()
-    def record(self, tokens: torch.Tensor) -> Record:
-        """One clean pass over contexts [B, T] of equal length without padding."""
+    def record(self, tokens: torch.Tensor, residual: torch.Tensor | None = None) -> Record:
+        """One clean pass over contexts [B, T] of equal length, no padding; `residual` at the hook if it is known."""
         from transformers import DynamicCache
 
-        self.check(tokens)
-        h, length, cache = self._residual(tokens).to(self.dtype), tokens.shape[1], DynamicCache()
+        h = self.residual(tokens) if residual is None else residual
+        length, cache = tokens.shape[1], DynamicCache()
         positions = torch.arange(length, device=h.device).expand(len(h), length)
         hidden = torch.full((length, length), torch.finfo(self.dtype).min, dtype=self.dtype, device=h.device).triu(1)
         reads, final = self._upper(h, positions, hidden.expand(len(h), 1, length, length), cache)

@@ -216,7 +216,8 @@ def test_reader_equals_the_dictionary_itself(lens, kind):
 def test_moments_are_the_statistics_of_all_tokens(lens, tokens):
     torch.manual_seed(16)
     primary = sae_of(lens, HOOK, unit(torch.randn(48, D)))
-    found = pool.read(lens, primary, sae_of(lens, READ, unit(torch.randn(48, D))), (HOOK, READ), tokens, batch=100)
+    downstream = sae_of(lens, READ, unit(torch.randn(48, D)))
+    found = pool.read(LastToken(lens, HOOK, (READ,)), primary, downstream, tokens, batch=100)
     codes = primary.encode(lens.residual(tokens, HOOK)).double()
     a = codes[:, 1:].flatten(0, 1).numpy()
     got = found.moments.statistics(torch.arange(48))
@@ -460,6 +461,22 @@ def test_the_same_seed_gives_the_same_table(lens, tokens, screened):
     found, primary, downstream = screened
     again = study.screen_dictionary(lens, primary, downstream, tokens, SETTINGS)
     pd.testing.assert_frame_equal(found.frame, again.frame)
+
+
+def test_a_bfloat16_model_is_labelled_in_float32(tokens):
+    """Against a float32 twin of the model: rounding below the hook chooses a few other contexts, no more."""
+    frames = []
+    for twin in (False, True):
+        model = tiny("llama", torch.bfloat16)
+        if twin:
+            model.bridge.to(torch.float32, print_details=False)
+        torch.manual_seed(18)
+        primary, downstream = (sae_of(model, hook, unit(torch.randn(96, D)), bias=-0.1) for hook in (HOOK, READ))
+        settings = replace(SETTINGS, features=20)
+        frames.append(study.screen_dictionary(model, primary, downstream, tokens, settings, features=range(20)).frame)
+    low, high = frames
+    assert low["E"].mean() == pytest.approx(high["E"].mean(), rel=0.05)
+    assert models.rank_correlation(low["E"].to_numpy(), high["E"].to_numpy()) > 0.8
 
 
 def test_author_protocol_samples_frequencies_evenly(screened):

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 
 from sae_research.errors import ResearchError
+from sae_research.last_token import LastToken
 from sae_research.progress import bar
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-    from sae_research.lens import Lens
 
 FIRES = 1e-6
 """A latent fires above this activation (published code)."""
@@ -120,21 +119,13 @@ class Pool:
 
 
 @torch.no_grad()
-def read(
-    lens: "Lens", primary: "SAE", downstream: "SAE", hooks: tuple[str, str], tokens: torch.Tensor, batch: int = 64
-) -> Pool:
-    """One clean pass over `tokens` up to the downstream hook."""
+def read(engine: LastToken, primary: "SAE", downstream: "SAE", tokens: torch.Tensor, batch: int = 64) -> Pool:
+    """One clean pass over `tokens`, through the engine so that everything above the edit is in float32."""
     moments = Moments.none(primary.cfg.d_sae, primary.device)
     last, below, fires, counts, active = [], [], [], 0.0, 0.0
     for rows in bar(tokens.split(batch), desc="clean pass"):
-        seen = {}
-
-        def keep(residual: torch.Tensor, seen: dict = seen) -> torch.Tensor:
-            seen["residual"] = residual
-            return residual
-
-        read_out = lens.residual(rows, hooks[1], {hooks[0]: keep})[:, -1].float()
-        residual = seen["residual"].float()
+        residual = engine.residual(rows)
+        read_out = engine.record(rows, residual).clean.reads[0]
         codes = encode(primary, residual)
         moments.add(codes[:, 1:].flatten(0, 1))  # BOS has a residual like no other
         final = codes[:, -1] > FIRES

@@ -116,8 +116,7 @@ def screen_dictionary(
     """Label, predict and forecast features of `primary`; `panel`, `tau` and `c` hold another run's choice fixed."""
     hooks = hooks_of(lens, primary, downstream)
     engine = LastToken(lens, hooks[0], (hooks[1],))
-    engine.check(tokens)
-    found = pool.read(lens, primary, downstream, hooks, tokens)
+    found = pool.read(engine, primary, downstream, tokens)
     if features is None:
         chosen = pool.sample(found, settings.band, settings.features, settings.protocol, seed)
     else:
