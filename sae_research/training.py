@@ -1,0 +1,228 @@
+"""Training SAEs with SAELens: arms in lock-step on identical batches, the three usual kinds, exports of exact L0.
+
+A study with a loss of its own subclasses a `TrainingSAE`; a study with a schedule of its own subclasses `SAETrainer`
+and hands it over in `trainers`. Everything else (batches, seeds, checks) stays the same for all arms.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import torch
+
+from sae_research import dictionaries, store
+from sae_research.errors import ResearchError
+from sae_research.progress import bar
+
+if TYPE_CHECKING:
+    from sae_lens import SAE, TrainingSAE
+    from sae_lens.saes.sae import TrainingSAEConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+    from torch import Tensor
+
+    MakeTrainer = Callable[["TrainingSAE", "SAETraining"], "SAETrainer"]
+
+
+@dataclass(frozen=True)
+class SAETraining:
+    """How SAEs are trained; the kind and the width belong to each arm's own config."""
+
+    steps: int = 1000
+    """Training steps."""
+    batch: int = 1024
+    """Activations a step."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Momentum terms of Adam."""
+    warm_up: int = 50
+    """Steps of linear warm-up of the learning rate."""
+    decay: float = 0.3
+    """Last share of the steps, in which the learning rate falls linearly to a hundredth."""
+    dead_window: int = 100
+    """Steps without firing after which a latent counts as dead (TopK revives the dead through its auxiliary loss)."""
+    centre: bool = True
+    """Whether the decoder bias starts at the first batch's mean instead of zero."""
+
+
+def trainer(sae: "TrainingSAE", settings: SAETraining, kind: "type[SAETrainer] | None" = None) -> "SAETrainer":
+    """SAELens's trainer (or a subclass of it) for one arm."""
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    config = SAETrainerConfig(
+        total_training_samples=settings.steps * settings.batch,
+        train_batch_size_samples=settings.batch,
+        lr=settings.lr,
+        lr_end=settings.lr / 100,
+        lr_warm_up_steps=settings.warm_up,
+        lr_decay_steps=int(settings.decay * settings.steps),
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        dead_feature_window=settings.dead_window,
+        feature_sampling_window=settings.steps + 1,
+        device=sae.cfg.device,
+    )
+    return (kind or SAETrainer)(config, sae, data_provider=iter(()))
+
+
+def train(
+    arms: "dict[str, TrainingSAEConfig]",
+    batches: "Iterable[Tensor]",
+    settings: SAETraining,
+    seed: int,
+    trainers: "dict[str, MakeTrainer] | None" = None,
+) -> "dict[str, TrainingSAE]":
+    """Train all arms on the same batches in the same order, each started from the same seed.
+
+    Arms that ask for `expected_average_only_in` see activations of mean norm sqrt(d); the scale is folded back at the
+    end. `trainers` names the arms that need more than SAELens's own trainer.
+    """
+    from sae_lens import TrainingSAE
+
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ResearchError("there are no activations to train on; collect some first.")
+    scale = math.sqrt(first.shape[-1]) / first.norm(dim=-1).mean().item()
+    running = {}
+    with dictionaries.quiet():
+        for name, config in arms.items():
+            torch.manual_seed(seed)
+            sae = TrainingSAE.get_sae_class_for_architecture(config.architecture())(config)
+            running[name] = (trainers or {}).get(name, trainer)(sae, settings)
+            scaled = config.normalize_activations == "expected_average_only_in"
+            if scaled:
+                running[name].activation_scaler.scaling_factor = scale
+            if settings.centre:
+                sae.b_dec.data = (first.mean(0) * (scale if scaled else 1.0)).to(sae.b_dec)
+    steps = 0
+    for step, batch in enumerate(
+        bar(islice(chain([first], batches), settings.steps), total=settings.steps, desc="SAEs")
+    ):
+        for name, arm in running.items():
+            loss = arm.step(batch).loss
+            arm.n_training_steps += 1
+            if not torch.isfinite(loss):
+                raise ResearchError(f"the loss of SAE '{name}' is not finite at step {step}; lower its learning rate.")
+        steps += 1
+    if steps < settings.steps:
+        raise ResearchError(f"the activations ended after {steps} of {settings.steps} steps; give more batches.")
+    for arm in running.values():
+        if arm.activation_scaler.scaling_factor is not None:
+            arm.sae.fold_activation_norm_scaling_factor(arm.activation_scaler.scaling_factor)
+            arm.activation_scaler.scaling_factor = None
+        arm.set_final_sae_metadata()
+    return {name: arm.sae.eval() for name, arm in running.items()}
+
+
+def topk(d_in: int, d_sae: int, k: int, **given) -> "TrainingSAEConfig":
+    """A TopK arm: every token keeps its `k` largest latents."""
+    from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
+
+    return TopKTrainingSAEConfig(**_common(d_in, d_sae), k=k, **given)
+
+
+def jumprelu(d_in: int, d_sae: int, l0: float, coefficient: float = 1.0, **given) -> "TrainingSAEConfig":
+    """A JumpReLU arm with a quadratic pull of the mean L0 towards `l0`."""
+    from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAEConfig
+
+    shape = {
+        "jumprelu_sparsity_loss_mode": "quadratic",
+        "target_l0": l0,
+        "l0_coefficient": coefficient,
+        "jumprelu_init_threshold": 0.1,
+        "jumprelu_bandwidth": 0.1,
+        "jumprelu_ste_to_input": True,
+    }
+    return JumpReLUTrainingSAEConfig(**_common(d_in, d_sae), **(shape | given))
+
+
+def relu(d_in: int, d_sae: int, coefficient: float = 0.3, **given) -> "TrainingSAEConfig":
+    """A ReLU arm with an L1 penalty; `aimed_at` steers the penalty to a mean L0."""
+    from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
+
+    return StandardTrainingSAEConfig(**_common(d_in, d_sae), l1_coefficient=coefficient, **given)
+
+
+def _common(d_in: int, d_sae: int) -> dict:
+    return {
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "normalize_activations": "expected_average_only_in",
+    }
+
+
+def aimed_at(l0: float, rate: float = 0.01, gain: float = 0.5) -> "MakeTrainer":
+    """A trainer whose sparsity coefficient follows (now and in sum) the log ratio of L0 to `l0`."""
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    class AimedTrainer(SAETrainer):
+        total = 0.0
+
+        def step(self, batch: "Tensor"):
+            output = super().step(batch)
+            found = (output.feature_acts > 0).sum().item() / len(batch)
+            excess = max(-1.0, min(1.0, math.log(max(found, 1e-3) / l0)))
+            self.total += rate * excess
+            for schedule in self.coefficient_schedulers.values():
+                schedule.current_value = schedule.final_value * math.exp(self.total + gain * excess)
+            return output
+
+    return lambda sae, settings: trainer(sae, settings, AimedTrainer)
+
+
+def inference(sae: "TrainingSAE", activations: "Tensor", k: float | None = None) -> "SAE":
+    """The inference SAE with weights rounded to float16 values: TopK and ReLU as trained, others of mean L0 `k`.
+
+    Rounding comes first and the threshold after it, so that the stored SAE has the L0 that it reports.
+    """
+    from sae_lens import SAE
+
+    if sae.cfg.architecture() in ("topk", "standard"):
+        with TemporaryDirectory() as folder, dictionaries.quiet():
+            sae.save_inference_model(folder)
+            export = SAE.load_from_disk(folder).eval().requires_grad_(False)
+        _round(export)
+    else:
+        export = dictionaries.exact_l0(sae, activations, k)
+        _round(export)
+        export.threshold += _shift(export, activations, k)
+    l0 = sum((export.encode(x) > 0).sum().item() for x in activations.split(4096)) / len(activations)
+    export.cfg.metadata.calibrated_l0 = l0
+    export.cfg.metadata.calibration_tokens = len(activations)
+    return export
+
+
+def _round(sae: "SAE") -> None:
+    """Round everything but thresholds to float16 values, kept in float32."""
+    for name, parameter in sae.named_parameters():
+        if name != "threshold":
+            parameter.data = parameter.half().to(parameter.dtype)
+
+
+def _shift(sae: "SAE", activations: "Tensor", k: float) -> float:
+    """By how much all thresholds must move so that `k` latents fire a token on average."""
+    wanted, margins = round(k * len(activations)), []
+    for x in activations.split(4096):
+        margin = (sae.process_sae_in(x) @ sae.W_enc + sae.b_enc - sae.threshold).flatten()
+        margins.append(margin.topk(min(len(margin), 2 * int(k * len(x)))).values)
+    margins = torch.cat(margins).sort(descending=True).values
+    return ((margins[wanted - 1] + margins[wanted]) / 2).item()
+
+
+def save(sae: "SAE", folder: Path) -> None:
+    """Write the SAE in half the space: float16 on disk, float32 when loaded; thresholds stay exact."""
+    from safetensors.torch import load_file, save_file
+
+    with store.writing(folder) as partial:
+        sae.save_model(partial)
+        path = partial / "sae_weights.safetensors"
+        weights = {name: w if name == "threshold" else w.half() for name, w in load_file(path).items()}
+        save_file({name: w.contiguous() for name, w in weights.items()}, path)

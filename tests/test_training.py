@@ -1,0 +1,98 @@
+"""The SAE trainer: identical batches, bit-identical arms, clear failures, exports of exact L0."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from sae_research import activations, dictionaries, training  # noqa: E402
+from sae_research.errors import ResearchError  # noqa: E402
+
+D, M, K = 16, 32, 3
+SETTINGS = training.SAETraining(steps=60, batch=128, lr=3e-3, warm_up=5, dead_window=20)
+
+
+@pytest.fixture(scope="module")
+def sparse_data():
+    """Activations that are sums of three of 24 directions, off centre."""
+    random = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(24, D, generator=random), dim=-1)
+    on = torch.rand(4000, 24, generator=random).argsort(-1) < 3
+    return (on * (1 + 0.2 * torch.rand(4000, 24, generator=random))) @ directions * 5 + 1
+
+
+@pytest.fixture(autouse=True)
+def _silent(monkeypatch):
+    monkeypatch.setenv("SAE_RESEARCH_PROGRESS", "0")
+
+
+def run(data, arms, settings=SETTINGS, **given):
+    return training.train(arms, activations.batches(data, settings.batch, settings.steps, 0), settings, 0, **given)
+
+
+def test_equal_arms_stay_bit_identical_beside_a_different_one(sparse_data):
+    arms = {"one": training.topk(D, M, K), "other": training.relu(D, M), "two": training.topk(D, M, K)}
+    trained = run(sparse_data, arms)
+    for name, weight in trained["one"].state_dict().items():
+        assert torch.equal(weight, trained["two"].state_dict()[name])
+    alone = run(sparse_data, {"two": training.topk(D, M, K)})
+    assert torch.equal(alone["two"].W_dec, trained["one"].W_dec)
+    assert not torch.equal(trained["other"].W_dec, trained["one"].W_dec)
+
+
+def test_all_arms_see_the_same_batches(sparse_data):
+    seen = {"one": [], "two": []}
+
+    def spy(name):
+        def make(sae, settings):
+            trainer = training.trainer(sae, settings)
+            step = trainer.step
+            trainer.step = lambda batch: (seen[name].append(batch.clone()), step(batch))[1]
+            return trainer
+
+        return make
+
+    arms = {"one": training.topk(D, M, K), "two": training.jumprelu(D, M, K)}
+    run(sparse_data, arms, trainers={name: spy(name) for name in arms})
+    assert len(seen["one"]) == SETTINGS.steps
+    assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
+
+
+def test_not_a_number_names_arm_and_step(sparse_data):
+    batches = [sparse_data[:128], sparse_data[128:256], sparse_data[:128] * float("nan")]
+    with pytest.raises(ResearchError, match="'one' is not finite at step 2"):
+        training.train({"one": training.topk(D, M, K)}, batches, SETTINGS, 0)
+
+
+def test_too_few_batches_are_refused(sparse_data):
+    with pytest.raises(ResearchError, match="ended after 1 of 60"):
+        training.train({"one": training.topk(D, M, K)}, [sparse_data[:128]], SETTINGS, 0)
+    with pytest.raises(ResearchError, match="no activations"):
+        training.train({"one": training.topk(D, M, K)}, [], SETTINGS, 0)
+
+
+def test_training_explains_the_data_and_the_scale_is_folded_back(sparse_data):
+    settings = training.SAETraining(steps=500, batch=256, lr=3e-3, warm_up=20, dead_window=50)
+    sae = run(sparse_data, {"one": training.topk(D, M, K)}, settings)["one"]
+    error = (sae(sparse_data) - sparse_data).square().sum()
+    assert 1 - error / (sparse_data - sparse_data.mean(0)).square().sum() > 0.9
+    assert sae.cfg.normalize_activations == "none"
+
+
+def test_exports_have_exact_l0_and_survive_the_disk(sparse_data, tmp_path):
+    settings = training.SAETraining(steps=300, batch=256, lr=3e-3, warm_up=20, dead_window=50)
+    arms = {
+        "topk": training.topk(D, M, K),
+        "jumprelu": training.jumprelu(D, M, K),
+        "relu": training.relu(D, M, coefficient=3.0),
+    }
+    trained = run(sparse_data, arms, settings, trainers={"relu": training.aimed_at(K)})
+    for name, sae in trained.items():
+        export = training.inference(sae, sparse_data, K)
+        l0 = (export.encode(sparse_data) > 0).double().sum(-1).mean().item()
+        assert l0 == pytest.approx(K, rel=0.25 if name == "relu" else 2e-3)
+        assert export.cfg.metadata.calibrated_l0 == pytest.approx(l0, abs=1e-6)
+        training.save(export, tmp_path / name)
+        loaded = dictionaries.load(tmp_path / name)
+        assert loaded.W_dec.dtype == torch.float32
+        assert torch.equal(loaded.encode(sparse_data), export.encode(sparse_data))
+        assert loaded.cfg.architecture() == {"relu": "standard"}.get(name, name)
