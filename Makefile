@@ -4,7 +4,6 @@ PROFILE ?= cpu
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
-NBVAL := -p no:cacheprovider --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 .PHONY: help setup reproduce test validate lint format doctor clean
 .DEFAULT_GOAL := help
@@ -31,8 +30,8 @@ reproduce: setup  ## the whole chain of PROFILE (cpu), then verdicts, comparison
 test: setup  ## all tests: unit, notebooks, the smoke chain through DVC, nbval on its notebooks
 	@$(RUN) -m pytest
 
-validate: setup  ## nbval: run the committed cpu notebooks again and compare every output
-	@SAE_RESEARCH_PROGRESS=0 $(RUN) -m pytest $(NBVAL) notebooks/executed/cpu
+validate: setup  ## nbval: run the committed notebooks of PROFILE (cpu) again and compare every output
+	@$(RUN) -m sae_research validate --profile $(PROFILE)
 
 doctor: setup  ## what this machine can run, and what is missing
 	@$(RUN) -m sae_research doctor

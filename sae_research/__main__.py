@@ -21,6 +21,12 @@ def _reproduce(given: argparse.Namespace) -> int:
     return 0
 
 
+def _validate(given: argparse.Namespace) -> int:
+    from sae_research import notebooks
+
+    return notebooks.validate(given.profile)
+
+
 def _world(given: argparse.Namespace) -> int:
     from sae_research.world import build
 
@@ -87,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     command("reproduce", _reproduce, "run what is missing or changed, then compare and report").add_argument(
         "--force", action="store_true", help="run every stage, the embedded world included"
     )
+    command("validate", _validate, "run the executed notebooks again and compare every output (nbval)")
     command("world", _world, "the embedded world", profile=None).add_argument(
         "--build", action="store_true", help="build data/embedded anew; a killed build goes on where it stopped"
     )

@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -230,6 +231,7 @@ def _execute(name: str, profile: config.Profile, folder: Path) -> "NotebookNode"
             if sys.stderr.isatty()
             else False,
             cwd=str(paths.NOTEBOOKS),
+            extra_arguments=["--log-level=CRITICAL"],
             config=Config(KernelManager={"transport": "ipc"}),  # no port that others on the machine could reach
         )
     except papermill.PapermillExecutionError as error:
@@ -266,6 +268,20 @@ def run(name: str, profile: str) -> Path:
     order = names()
     print(f"[{order.index(name) + 1}/{len(order)}] {name} ({profile}): {time.monotonic() - started:.0f} s", flush=True)
     return published
+
+
+def validate(profile: str) -> int:
+    """Run the executed notebooks of a profile again (nbval) and compare every output; returns pytest's exit code."""
+    settings = config.load(profile)
+    if not any(paths.executed(profile).glob("*.ipynb")):
+        raise ResearchError(f"no executed notebooks of '{profile}'; run `make reproduce PROFILE={profile}` first.")
+    scratch = paths.scratch(profile, "validate")
+    words = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env"]
+    words += ["--nbval-sanitize-with", "tests/nbval_sanitize.cfg", paths.relative(paths.executed(profile))]
+    env = {**os.environ, **environment(settings, scratch)}
+    done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=paths.ROOT, env=env, check=False)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return done.returncode
 
 
 def _stamp(profile: str, name: str, outputs: list[Path]) -> None:
