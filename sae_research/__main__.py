@@ -61,10 +61,10 @@ def _profiles(given: argparse.Namespace) -> int:
 
 
 def _claims(given: argparse.Namespace) -> int:
-    from sae_research import claims
+    from sae_research import claims, verdicts
 
     ledger = claims.read(given.profile)
-    print(claims.markdown(ledger) if given.markdown else claims.text(ledger))
+    print(verdicts.markdown(ledger) if given.markdown else verdicts.text(ledger))
     return 0
 
 

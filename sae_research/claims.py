@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_research import notebooks, paths, store
+from sae_research import notebooks, paths, store, verdicts
 from sae_research.errors import ResearchError, unknown
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def record(profile: str, study: str, notebook: str, measurements: dict[str, Meas
         raise ResearchError(f"{notebook} did not measure {', '.join(missing)}; every claim of {study} needs one.")
     lines = [entry(claim, measurements[i], notebook) for i, claim in claims.items()]
     store.write_json(_file(profile, study), lines)
-    return table(lines)
+    return verdicts.table(lines)
 
 
 def read(profile: str) -> list[dict]:
@@ -285,13 +285,13 @@ def union(profile: str) -> list[dict]:
     written = {out for outs in notebooks.stages(profile).values() for out in outs}
     lines = []
     for claim in stated().values():
-        ledger = _file(profile, claim.study)
-        if ledger not in written:
+        file = _file(profile, claim.study)
+        if file not in written:
             continue
-        found = {line["id"]: line for line in typing.cast(list, store.read_json(ledger))}
+        found = {line["id"]: line for line in typing.cast(list, store.read_json(file))}
         if claim.id not in found or found[claim.id]["rule"] != _plain(asdict(claim.rule)):
             raise ResearchError(
-                f"{paths.relative(ledger)} does not hold claim '{claim.id}' as claims.yaml states it; "
+                f"{paths.relative(file)} does not hold claim '{claim.id}' as claims.yaml states it; "
                 "run `make reproduce` to measure it again."
             )
         lines.append(found[claim.id])
@@ -299,78 +299,3 @@ def union(profile: str) -> list[dict]:
     metrics = {line["id"]: {"value": line["value"], "verdict": line["verdict"]} for line in lines}
     store.write_json(paths.DATA / profile / "metrics.json", metrics)
     return lines
-
-
-def _show(x: float | None) -> str:
-    return "" if x is None else f"{x:.3g}"
-
-
-def _interval(m: dict) -> str:
-    return _show(m["value"]) + (f" [{_show(m['low'])}, {_show(m['high'])}]" if m["low"] is not None else "")
-
-
-def rule_text(rule: dict) -> str:
-    """A rule in words: `interval above 0.1; control (shuffled labels): below 0.6`."""
-    bar = rule["threshold"]
-    words = f"{rule['expect']} {_show(bar) if _number(bar) else ' and '.join(map(_show, bar))}"
-    words = f"interval {words}" if rule["interval"] else words
-    control = rule.get("control")
-    return f"{words}; control ({control['name']}): {rule_text(control)}" if control else words
-
-
-def table(lines: list[dict]) -> "pd.DataFrame":
-    """The verdict table: one row a claim."""
-    import pandas as pd
-
-    rows = [
-        {
-            "claim": e["id"],
-            "paper": e["paper_value"] if isinstance(e["paper_value"], str) else _show(e["paper_value"]),
-            "measured": _interval(e),
-            "n": "" if e["n"] is None else str(e["n"]),
-            "control": _interval(e["control"]) if e["control"] else "",
-            "rule": rule_text(e["rule"]),
-            "verdict": e["verdict"],
-        }
-        for e in lines
-    ]
-    return pd.DataFrame(rows, columns=["claim", "paper", "measured", "n", "control", "rule", "verdict"])
-
-
-def text(lines: list[dict]) -> str:
-    """The verdict table for a terminal."""
-    return table(lines).drop(columns="rule").to_string(index=False)
-
-
-def markdown(lines: list[dict]) -> str:
-    """The verdict table for a page."""
-    frame = table(lines)
-    rows = [frame.columns, ["---"] * frame.shape[1], *frame.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
-def margins(lines: list[dict], reach: float = 2.0) -> "list[Interval]":
-    """How far each number lies past its bar (above 0: where it is expected), in units of the bar, cut at `reach`."""
-    from sae_research.stats import Interval
-
-    def margin(x: float, rule: dict) -> float:
-        bar = rule["threshold"]
-        if rule["expect"] == "between":
-            middle, half = (bar[0] + bar[1]) / 2, (bar[1] - bar[0]) / 2 or 1
-            past = 1 - abs(x - middle) / half
-        else:
-            past = (x - bar) / (abs(bar) or 1) * (1 if rule["expect"] in ("above", "at least") else -1)
-        return max(-reach, min(reach, past))
-
-    found = []
-    for line in lines:
-        points = [margin(x, line["rule"]) for x in (line["value"], line["low"], line["high"]) if x is not None]
-        found.append(Interval(points[0], min(points), max(points), line["n"] or 1))
-    return found
-
-
-def agreement(lines: list[dict], published: list[dict]) -> tuple[int, list[tuple[str, str, str]]]:
-    """How many verdicts are the same in two ledgers, and (id, ours, theirs) of those that differ."""
-    theirs = {e["id"]: e["verdict"] for e in published}
-    both = [(e["id"], e["verdict"], theirs[e["id"]]) for e in lines if e["id"] in theirs]
-    return sum(a == b for _, a, b in both), [line for line in both if line[1] != line[2]]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from sae_research import claims, config, notebooks, paths, store
+from sae_research import claims, config, notebooks, paths, store, verdicts
 from sae_research.errors import ResearchError
 
 STATE = paths.ROOT / ".reproduce"
@@ -222,10 +222,10 @@ def compared(profile: str) -> list[str]:
 def report(profile: str) -> str:
     """The last lines of a run: the verdicts, how they compare, and where to look."""
     ledger = claims.read(profile)
-    lines = ["", claims.text(ledger), "", *compared(profile)]
+    lines = ["", verdicts.text(ledger), "", *compared(profile)]
     published = paths.DATA / PUBLISHED / "claims.json"
     if profile != PUBLISHED and published.exists():
-        agree, differ = claims.agreement(ledger, claims.read(PUBLISHED))
+        agree, differ = verdicts.agreement(ledger, claims.read(PUBLISHED))
         total = agree + len(differ)
         lines.append(f"{agree} of {total} verdicts agree with the published ones ({paths.relative(published)})")
         lines += [f"  {i}: {ours} here, {theirs} published" for i, ours, theirs in differ]

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from sae_research import claims, notebooks, paths
+from sae_research import claims, notebooks, paths, verdicts
 from sae_research.claims import CONFOUNDED, DIRECTION, NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, Measurement
 from sae_research.errors import ResearchError
 
@@ -193,10 +193,10 @@ def test_record_and_union(ledger):
     assert set(lines[0]) == set(keys.split())
     assert lines[0]["paper_value"] == 0.58
     assert lines[0]["notebook"] == "10_one"
-    assert "0.5 [0.3, 0.7]" in claims.markdown(lines)
-    assert claims.agreement(lines, lines) == (2, [])
+    assert "0.5 [0.3, 0.7]" in verdicts.markdown(lines)
+    assert verdicts.agreement(lines, lines) == (2, [])
     other = [{**lines[0], "verdict": NOT_REPRODUCED}, lines[1]]
-    assert claims.agreement(lines, other) == (1, [("one.a", REPRODUCED, NOT_REPRODUCED)])
+    assert verdicts.agreement(lines, other) == (1, [("one.a", REPRODUCED, NOT_REPRODUCED)])
 
 
 def test_unknown_and_missing_claims_are_refused(ledger):
