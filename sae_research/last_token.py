@@ -238,3 +238,22 @@ def naive(
 
     logits = lens.logits(tokens, {hook: add} | {read: keep(read) for read in reads})[:, -1]
     return logits, tuple(kept[read] for read in reads)
+
+
+def discrepancy(
+    lens: "Lens", hook: str, reads: tuple[str, ...], tokens: torch.Tensor, directions: torch.Tensor, **settings: int
+) -> dict[str, float]:
+    """Largest difference of engine and full forward over every context and direction, beside the largest effect."""
+    contexts = torch.arange(len(tokens), device=tokens.device).repeat(len(directions))
+    which = torch.arange(len(directions), device=tokens.device).repeat_interleave(len(tokens))
+    truth = [naive(lens, hook, reads, tokens, d) for d in directions]
+    logits = torch.cat([t[0] for t in truth])
+    read = [torch.cat([t[1][i] for t in truth]) for i in range(len(reads))]
+    engine, error, effect, seen = LastToken(lens, hook, reads), 0.0, 0.0, 0
+    for rows, clean, edited in engine.sweep(tokens, contexts, which, directions, **settings):
+        got = engine.logits(edited.final)
+        effect = max(effect, float((got - engine.logits(clean.final)).abs().max()))
+        differences = [got - logits[rows], *(e - r[rows] for e, r in zip(edited.reads, read, strict=True))]
+        error = max(error, *(float(d.abs().max()) for d in differences))
+        seen += len(rows)
+    return {"error": error, "effect": effect, "rows": seen}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_research.errors import ResearchError
-from sae_research.last_token import LastToken, _chunks, naive
+from sae_research.last_token import LastToken, _chunks, discrepancy
 from sae_research.lens import Lens, load
 from sae_research.paths import ROOT
 
@@ -67,20 +67,16 @@ def lens(request):
 
 def compare(lens, hook, reads, tokens, directions, **settings):
     """Largest error of the engine's logits and reads over all pairs, and the largest effect."""
-    contexts = torch.arange(len(tokens)).repeat(len(directions))
-    which = torch.arange(len(directions)).repeat_interleave(len(tokens))
-    truth = [naive(lens, hook, reads, tokens, d) for d in directions]
-    logits = torch.cat([t[0] for t in truth])
-    read = [torch.cat([t[1][i] for t in truth]) for i in range(len(reads))]
-    engine, error, effect, seen = LastToken(lens, hook, reads), 0.0, 0.0, []
-    for rows, clean, edited in engine.sweep(tokens, contexts, which, directions, **settings):
-        got = engine.logits(edited.final)
-        effect = max(effect, float((got - engine.logits(clean.final)).abs().max()))
-        errors = [got - logits[rows], *(e - r[rows] for e, r in zip(edited.reads, read, strict=True))]
-        error = max(error, *(float(e.abs().max()) for e in errors))
-        seen.append(rows)
-    assert torch.equal(torch.cat(seen).sort().values, torch.arange(len(contexts))), "each row exactly once"
-    return error, effect
+    found = discrepancy(lens, hook, reads, tokens, directions, **settings)
+    assert found["rows"] == len(tokens) * len(directions)
+    return found["error"], found["effect"]
+
+
+def test_each_row_comes_exactly_once(lens):
+    torch.manual_seed(0)
+    tokens, contexts, which = torch.randint(3, 101, (9, 6)), torch.randint(0, 9, (70,)), torch.randint(0, 4, (70,))
+    seen = [rows for rows, _, _ in LastToken(lens, HOOK).sweep(tokens, contexts, which, torch.randn(4, 32), batch=4)]
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(70))
 
 
 @pytest.mark.parametrize("pack", [1, 3, 8])

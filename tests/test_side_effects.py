@@ -9,13 +9,16 @@ import pytest
 import torch
 from test_last_token import tiny
 
-from sae_research import config, dictionaries
+from sae_research import claims, config, dictionaries
 from sae_research.errors import ResearchError
 from sae_research.last_token import LastToken
 from sae_research.lens import Lens
 from sae_research.studies.side_effects import (
+    analysis,
+    batch,
     card,
     corpus,
+    findings,
     forecasters,
     labels,
     models,
@@ -591,3 +594,60 @@ def test_contexts_of_both_protocols(lens):
     assert (stream[:, 0] == lens.bos).all()
     assert (begin[:, 0] == lens.bos).all()
     assert (begin[:, -1] != lens.pad).all()
+
+
+# the tables of a run, and the claims
+
+
+@pytest.fixture(scope="module")
+def parts(lens, tokens, screened):
+    """Two dictionaries of one subject, the second one wider, as a shard would give them."""
+    found, _, downstream = screened
+    torch.manual_seed(19)
+    settings = replace(SETTINGS, splits=6, permutations=6, group=6)
+    wide = sae_of(lens, HOOK, unit(torch.randn(160, D)), bias=-0.1)
+    fixed = {"panel": found.panel, "tau": found.facts["tau"]}
+    other = study.screen_dictionary(lens, wide, downstream, tokens, settings, **fixed)
+    assert torch.equal(other.panel, found.panel)
+    made = []
+    for order, (name, one) in enumerate((("a_topk", found), ("a_topk_wide", other))):
+        tables = analysis.tables(one.frame, settings, 0)
+        tables |= analysis.confirmation(one, downstream, tokens[:40], settings, 0)
+        key = {"subject": "world-text", "primary": name, "seed": 0}
+        made.append(batch.Part(key, one.frame, one.facts | {"order": order}, tables))
+    return made
+
+
+def test_every_claim_is_measured_or_needs_real_weights(parts):
+    stated = claims.stated("side_effects")
+    found = findings.measurements(analysis.gathered([(p.key, p.tables) for p in parts]))
+    assert set(found) == set(stated)
+    for name, claim in stated.items():
+        assert (found[name] is None) == claim.needs.startswith("real weights"), name
+        assert claims.judge(claim, found[name]) in claims.VERDICTS
+
+
+def test_parts_come_back_from_disk_as_they_were(parts, tmp_path):
+    batch.save(parts, tmp_path)
+    for one, again in zip(parts, batch.load(tmp_path), strict=True):
+        assert one.key == again.key
+        assert one.facts == again.facts
+        pd.testing.assert_frame_equal(one.frame, again.frame, check_names=False)
+        assert set(one.tables) == set(again.tables)
+        pd.testing.assert_frame_equal(one.tables["sets"], again.tables["sets"])
+
+
+def test_width_tables_compare_the_pair(parts):
+    table = findings.widths(analysis.gathered([(p.key, p.tables) for p in parts]))
+    assert table["wide"].tolist() == [False, False, True, True]
+    assert findings.is_wide("llama-3.1-8b-32x/primary", "primary")
+    assert not findings.is_wide("primary")
+
+
+def test_contexts_of_the_real_profile_keep_their_settings():
+    for profile in ("laptop", "gpu"):
+        settings = config.load(profile).side_effects
+        assert settings.tau == 0.05
+        assert settings.dose == 1.0
+        assert settings.residual_share is None
+        assert (settings.features, settings.contexts, settings.panel) == (300, 2048, 2048)

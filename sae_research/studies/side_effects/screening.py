@@ -50,6 +50,8 @@ class Split:
 
     train: np.ndarray
     """Features whose labels the predictor saw."""
+    held_out: np.ndarray
+    """The others."""
     candidates: np.ndarray
     """Held-out features left after effect matching, cleanest prediction first."""
     clean: np.ndarray
@@ -60,30 +62,32 @@ class Split:
     """Drawn from the others."""
 
 
-def split(frame: "pd.DataFrame", rule: Rule, seed: int, permute: bool = False) -> Split:
+def split(frame: "pd.DataFrame", rule: Rule, seed: int, permuted: int | None = None) -> Split:
     """Train clean score and effect on some features, predict the others, match on effect, form three groups.
 
-    `permute` shuffles the training labels: the control that shows what the protocol itself produces.
+    `permuted` is the seed of a shuffle of the training labels: the control of what the protocol itself produces.
     """
     n = len(frame)
     rng = np.random.default_rng(seed)
     order = rng.permutation(n)
     held = round(rule.pool * n)
-    pool, train = order[:held], order[held:]
+    held_out, train = order[:held], order[held:]
     S, C, E = (frame[name].to_numpy(float) for name in ("S_abs", "C", "E"))
     Y = np.stack([clean_score(S, C, E, rule.formula), E], axis=1)[train]
     X = columns_of(frame, rule.selector)
-    score, effect = Ridge(X[train], Y[rng.permutation(len(Y))] if permute else Y)(X[pool]).T
+    if permuted is not None:
+        Y = np.random.default_rng([seed, permuted]).permutation(Y)
+    score, effect = Ridge(X[train], Y)(X[held_out]).T
     low, high = np.quantile(effect, rule.matched)
     kept = (effect >= low) & (effect <= high)
-    ranked = pool[kept][np.argsort(-score[kept], kind="stable")]
+    ranked = held_out[kept][np.argsort(-score[kept], kind="stable")]
     k = min(rule.group, len(ranked) // 3)
     if k < 2:
         raise ResearchError(
             f"{n} features leave groups of {k} for screening; label more features or widen the matching."
         )
     middle = ranked[k : len(ranked) - k]
-    return Split(train, ranked, ranked[:k], ranked[-k:], rng.choice(middle, k, replace=False))
+    return Split(train, held_out, ranked, ranked[:k], ranked[-k:], rng.choice(middle, k, replace=False))
 
 
 def payoff(frame: "pd.DataFrame", groups: Split, metrics: tuple[str, ...] = METRICS) -> dict[str, float]:
@@ -112,7 +116,7 @@ def repeated(frame: "pd.DataFrame", rule: Rule, splits: int, seed: int, permute:
 
     rows = []
     for i in range(splits):
-        groups = split(frame, rule, seed + i, permute)
+        groups = split(frame, rule, seed + i, 0 if permute else None)
         rows.append({"split": i, **payoff(frame, groups), **against_oracle(frame, groups, rule)})
     return pd.DataFrame(rows)
 

@@ -1,0 +1,246 @@
+"""What the claims of this study measure, from the tables of a run."""
+
+from collections.abc import Callable
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae_research import stats
+from sae_research.claims import Measurement
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    Tables = dict[str, pd.DataFrame]
+
+DICTIONARY = ["subject", "primary"]
+
+
+def over_dictionaries(rows: "pd.DataFrame", column: str) -> stats.Interval:
+    """Mean over dictionaries (each first averaged over its seeds) with Student's interval over dictionaries."""
+    values = rows.groupby(DICTIONARY, sort=False)[column].mean().to_numpy()
+    if len(values) < 2:
+        return stats.Interval(float(values[0]), float("-inf"), float("inf"), 1)
+    return stats.mean_interval(values)
+
+
+def _measured(found: stats.Interval, control: Measurement | None = None) -> Measurement:
+    """An interval without bounds is none."""
+    if not np.isfinite(found.low):
+        return Measurement(found.value, n=found.n, control=control)
+    return Measurement(found.value, found.low, found.high, found.n, control)
+
+
+def _null(t: "Tables", label: str) -> Measurement:
+    """The same model on permuted labels: mean rank correlation."""
+    return Measurement(float(t["null"][label].mean()), n=len(t["null"]))
+
+
+def gain(t: "Tables", baseline: str, label: str) -> Measurement:
+    """rho(full set without magnitude) - rho(baseline), out of fold."""
+    rows = t["gains"].query("baseline == @baseline and target == @label")
+    return _measured(over_dictionaries(rows, "gain"), _null(t, label))
+
+
+def residualised(t: "Tables", label: str) -> Measurement:
+    """Out-of-fold rank correlation of the full set with what the nuisances leave of the label."""
+    rows = t["sets"].query("residualised and target == @label and set == 'full_no_magnitude'")
+    return _measured(over_dictionaries(rows, "pooled"), _null(t, label))
+
+
+def payoff(t: "Tables", metric: str, subject: str | None = None) -> Measurement:
+    """Clean less messy group on fresh contexts, in standard deviations of the steered features."""
+    rows = t["confirmation"]
+    rows = rows[(rows.metric == metric) & (rows.groups == "clean - messy")]
+    if subject is not None:
+        row = rows[(rows.subject == subject) & (rows.seed == 0)].iloc[0]
+        scale = row.standardised / row.difference if row.difference else 1.0
+        ends = sorted((row.low * scale, row.high * scale))
+        return Measurement(row.standardised, *ends, int(row.n))
+    null = t["confirmation_null"]
+    control = Measurement(over_dictionaries(null, metric).value, n=len(null))
+    return _measured(over_dictionaries(rows, "standardised"), control)
+
+
+def axes_improved(t: "Tables", subject: str) -> Measurement:
+    """How many of the two axes the clean group improves on fresh contexts, its interval excluding no difference."""
+    found = [payoff(t, "S_abs", subject), payoff(t, "C_per_E", subject)]
+    return Measurement(float((found[0].low > 0) + (found[1].high < 0)), n=2)
+
+
+def leading(univariate: "pd.DataFrame", label: str) -> "pd.DataFrame":
+    """The row of the strongest single predictor of a label, one a dictionary."""
+    rows = univariate[(univariate.control == "none") & (univariate.target == label)]
+    strength = rows["rho"].abs().groupby([rows[name] for name in DICTIONARY], sort=False)
+    return rows.loc[strength.idxmax()]
+
+
+def signature(t: "Tables", label: str = "C") -> Measurement:
+    """Share of pairs of dictionaries whose strongest single predictor of a label differs."""
+    lead = leading(t["univariate"].query("seed == 0"), label)["predictor"]
+    pairs = list(combinations(lead.tolist(), 2))
+    return Measurement(float(np.mean([a != b for a, b in pairs])) if pairs else 0.0, n=len(lead))
+
+
+def one_rho(t: "Tables", subject: str, predictor: str, label: str, primary: str = "primary") -> Measurement:
+    """A single rank correlation of Table 2, with its interval over features."""
+    rows = t["univariate"].query("control == 'none' and target == @label and predictor == @predictor and seed == 0")
+    row = rows[(rows.subject == subject) & (rows.primary == primary)].iloc[0]
+    return Measurement(row.rho, row.low, row.high, int(row.n))
+
+
+def widths(t: "Tables") -> "pd.DataFrame":
+    """Base and wide dictionary of each subject: rank correlation of the full set, payoff and its spread over splits."""
+    import pandas as pd
+
+    rows = []
+    for (subject, primary), splits in (
+        t["splits"].query("labels == 'real' and seed == 0").groupby(DICTIONARY, sort=False)
+    ):
+        if not (is_wide(primary) or any(is_wide(p, primary) for p in t["splits"]["primary"].unique())):
+            continue
+        chosen = (t["sets"].subject == subject) & (t["sets"].primary == primary) & (t["sets"].seed == 0)
+        scores = t["sets"][chosen].query("not residualised and set == 'full_no_magnitude'").set_index("target")
+        for label, sign in (("S_abs", 1), ("C_per_E", -1)):
+            pay = sign * splits[f"{label}: clean - messy"]
+            rows.append(
+                {
+                    "subject": subject,
+                    "primary": primary,
+                    "wide": is_wide(primary),
+                    "label": label,
+                    "rho": scores.pooled[label],
+                    "low": scores.low[label],
+                    "high": scores.high[label],
+                    "rho_C": scores.pooled["C"],
+                    "payoff": pay.mean(),
+                    "instability": pay.std() / abs(pay.mean()),
+                    "wrong": float((pay < 0).mean()),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def is_wide(primary: str, base: str | None = None) -> bool:
+    """Whether a dictionary is the wider of a pair (and `base` the other): `x_wide` and `x`, or Llama's 32x and 8x."""
+    pairs = {"llama-3.1-8b-32x/primary": "primary"}
+    other = pairs.get(primary, primary.removesuffix("_wide") if primary.endswith("_wide") else None)
+    return other is not None and base in (None, other)
+
+
+def width_signal(t: "Tables") -> Measurement:
+    """Out-of-fold rank correlation of the full set with the count, on the wide dictionary; interval over features."""
+    rows = t["sets"].query("not residualised and set == 'full_no_magnitude' and target == 'C' and seed == 0")
+    rows = rows[[is_wide(p) for p in rows["primary"]]]
+    return Measurement(rows.pooled.mean(), rows.low.mean(), rows.high.mean(), int(rows.n.sum()))
+
+
+def width_instability(t: "Tables") -> Measurement:
+    """Spread of the payoff over splits relative to its mean: wide over base, geometric mean over both axes."""
+    table = widths(t)
+    wide, base = (table[table.wide == w].set_index(["subject", "label"]).instability for w in (True, False))
+    return Measurement(float(np.exp(np.log(wide / base).mean())), n=len(wide))
+
+
+def random_directions(t: "Tables") -> Measurement:
+    """Crowding of the feature against the count of its norm-matched random direction."""
+    rows = t["sensitivity"].query("kind == 'direction' and value == 'random' and label == 'C'")
+    return _measured(over_dictionaries(rows, "rho"))
+
+
+def dose_sign(t: "Tables") -> Measurement:
+    """rho(crowding, count per effect) at the highest dose less that at the lowest."""
+    return _measured(over_dictionaries(t["dose_change"], "rho"))
+
+
+def reliability(t: "Tables", label: str) -> Measurement:
+    """Rank correlation of a label between two disjoint pools of contexts."""
+    return _measured(over_dictionaries(t["reliability"].query("label == @label"), "rho"))
+
+
+def forecast_gain(t: "Tables", forecaster: str, label: str) -> Measurement:
+    """rho(forecast) - rho(the paper's full set, out of fold)."""
+    rows = t["forecasts"].query("target == @label and forecaster == @forecaster")
+    return _measured(over_dictionaries(rows, "gain"))
+
+
+_ALWAYS: dict[str, Callable[["Tables"], Measurement]] = {
+    "predict.spread_over_frequency": lambda t: gain(t, "freq_only", "C"),
+    "predict.stability_over_frequency": lambda t: gain(t, "freq_only", "S_abs"),
+    "predict.spread_over_magnitude": lambda t: gain(t, "activation_magnitude_only", "C"),
+    "predict.stability_over_magnitude": lambda t: gain(t, "activation_magnitude_only", "S_abs"),
+    "predict.stability_residualised": lambda t: residualised(t, "S_abs"),
+    "predict.spread_residualised": lambda t: residualised(t, "C"),
+    "predict.signature": signature,
+    "screening.stability": lambda t: payoff(t, "S_abs"),
+    "screening.spread": lambda t: payoff(t, "C_per_E"),
+    "width.signal": width_signal,
+    "width.payoff": width_instability,
+    "labels.spread_reliability": lambda t: reliability(t, "C"),
+    "labels.stability_reliability": lambda t: reliability(t, "S_abs"),
+    "controls.random_directions": random_directions,
+    "controls.dose": dose_sign,
+    "forecast.spread": lambda t: forecast_gain(t, "C^jacobian", "C"),
+    "forecast.stability": lambda t: forecast_gain(t, "S^jacobian", "S_abs"),
+}
+_REAL: dict[str, tuple[str, Callable[["Tables"], Measurement]]] = {
+    "table2.gpt2_crowding": ("gpt2-small", lambda t: one_rho(t, "gpt2-small", "crowding", "C")),
+    "table2.pythia_logit": ("pythia-70m", lambda t: one_rho(t, "pythia-70m", "logit_l2", "C")),
+    "table2.pythia_stability": ("pythia-70m", lambda t: one_rho(t, "pythia-70m", "crowding", "S")),
+    "table2.gemma_encoder": ("gemma-2-2b", lambda t: one_rho(t, "gemma-2-2b", "encoder_norm", "S")),
+    "table2.llama_logit": ("llama-3.1-8b", lambda t: one_rho(t, "llama-3.1-8b", "logit_l2", "C")),
+    "screening.gpt2": ("gpt2-small", lambda t: axes_improved(t, "gpt2-small")),
+    "screening.pythia": ("pythia-70m", lambda t: payoff(t, "S_abs", "pythia-70m")),
+    "screening.llama": ("llama-3.1-8b", lambda t: payoff(t, "C_per_E", "llama-3.1-8b")),
+    "screening.gemma": ("gemma-2-2b", lambda t: axes_improved(t, "gemma-2-2b")),
+}
+
+
+def measurements(t: "Tables") -> dict[str, Measurement | None]:
+    """A measurement for every claim of the study; None where its model is not part of the run."""
+    subjects, primaries = set(t["sets"]["subject"]), set(t["sets"]["primary"])
+    wide = any(is_wide(p) for p in primaries)
+    found = {name: None if name.startswith("width.") and not wide else measure(t) for name, measure in _ALWAYS.items()}
+    found |= {name: measure(t) if subject in subjects else None for name, (subject, measure) in _REAL.items()}
+    return {f"side_effects.{name}": m for name, m in found.items()}
+
+
+def intervals(rows: "pd.DataFrame", value: str = "rho", low: str = "low", high: str = "high") -> list[stats.Interval]:
+    """The rows of a table as intervals, to draw them."""
+    n = rows["n"] if "n" in rows else [len(rows)] * len(rows)
+    columns = (rows[value], rows[low], rows[high], n)
+    return [stats.Interval(float(v), float(a), float(b), int(k)) for v, a, b, k in zip(*columns, strict=True)]
+
+
+PUBLISHED = (
+    ("gpt2-small", "crowding", "none", ".45 to .50 (replication .482, .450, .458; paper .466)"),
+    ("gpt2-small", "crowding", "controlled", ".40 to .52 (replication)"),
+    ("pythia-70m", "logit_l2", "none", ".391 (paper)"),
+    ("pythia-70m", "logit_l2", "controlled", ".343 [.23, .45] (replication)"),
+    ("gemma-2-2b", "encoder_decoder_cos", "controlled", "-.454 [-.55, -.34] (replication)"),
+    ("llama-3.1-8b", "logit_l2", "none", ".464 (paper)"),
+    ("llama-3.1-8b", "logit_top10", "controlled", "-.293 (replication)"),
+)
+"""Rank correlations with the raw count on the real models: subject, predictor, control, value."""
+RESIDUALISED = {"gpt2-small": 0.512, "pythia-70m": 0.521, "gemma-2-2b": 0.594, "llama-3.1-8b": 0.289}
+
+
+def published(t: "Tables") -> "pd.DataFrame":
+    """What others measured on the real models, beside the values of this run; empty on the embedded world."""
+    import pandas as pd
+
+    rows, first = [], t["univariate"][t["univariate"].seed == 0]
+    for subject, name, control, target in PUBLISHED:
+        found = first[(first.subject == subject) & (first.predictor == name) & (first.target == "C")]
+        found = found[(found.control == "none") == (control == "none")]
+        quantity = f"{name} and C, control {control}"
+        rows += [{"subject": subject, "quantity": quantity, "target": target, "here": rho} for rho in found.rho]
+    scores = t["sets"].query("residualised and set == 'full_no_magnitude' and target == 'C' and seed == 0")
+    for row in scores.itertuples():
+        if row.subject in RESIDUALISED:
+            target = f"{RESIDUALISED[row.subject]} within .10 (replication, mean over folds)"
+            rows.append(
+                {"subject": row.subject, "quantity": "residualised C, full set", "target": target, "here": row.per_fold}
+            )
+    return pd.DataFrame(rows, columns=["subject", "quantity", "target", "here"])
