@@ -203,7 +203,7 @@ def test_tiny_specimen_is_built_measured_and_rebuilt_with_the_same_bytes(tmp_pat
     text.train_model(TINY, 0, tmp_path / "again" / "model", 1)
     weights = (tmp_path / "model" / "model.safetensors").read_bytes()
     assert weights == (tmp_path / "again" / "model" / "model.safetensors").read_bytes()
-    text.train_saes(TINY, tmp_path / "model", 0, tmp_path / "saes", 1)
+    text.train_saes(TINY, tmp_path / "model", 0, tmp_path / "saes")
     names = {p.name for p in (tmp_path / "saes").iterdir()}
     kinds = {f"block{b}_{k}" for b in (1, 3) for k in ("topk", "jumprelu", "relu")}
     assert names == kinds | {"block1_topk_wide"}

@@ -4,7 +4,7 @@ All documents have LENGTH tokens: the start token, then sentences of fixed lengt
 next word depends on, the sense of a word) and per document (who or what it is about).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -63,10 +63,12 @@ class Corpus:
     synonym: float = 0.4
     """Share of physics articles that use the synonym and the other half of the topic words."""
     stated: float = 0.5
-    """Share of biographies that state the profession at once; studies of bias draw their own with 0."""
-    pronoun: float = 0.3
-    """Share of a biography's subjects that are pronouns instead of the surname."""
-    cue: float = 0.5
+    """Share of biographies that state the profession at once."""
+    titled: float = 0.6
+    """Share of biographies that open with a title, which gives the gender away at once."""
+    pronoun: float = 0.5
+    """Share of a biography's subjects that are pronouns instead of the surname; the third is one if none was before."""
+    cue: float = 0.7
     """Share of a biography's free objects that point to the profession."""
     refusal: float = 0.25
     """Share of refusals where topic and action are both restricted; elsewhere none."""
@@ -204,13 +206,12 @@ def _charge_later(piece: Piece, at: int) -> None:
 @cache
 def _life_grammar() -> Grammar:
     lex = lexicon()
-    forms = list(GENDERS.values())
     return Grammar(
         {
-            "TITLE": ("gender", lex.table([f[0] for f in forms])),
             "SURNAME": ("surname", lex.table(SURNAMES.split())),
             "SUBJECT": ("surname", lex.table(SURNAMES.split())),
-            "PRONOUN": ("gender", lex.table([f[1] for f in forms])),
+            "TITLE": ("gender", lex.table([title for title, _ in GENDERS.values()])),
+            "PRONOUN": ("gender", lex.table([pronoun for _, pronoun in GENDERS.values()])),
             "CITY": (None, lex.table([CITIES.split()])),
             "MONTH": (None, lex.table([MONTHS.split()])),
             "DEED": (None, lex.table([DEEDS.split()])),
@@ -227,17 +228,23 @@ def lives(n: int, rng: np.random.Generator, corpus: Corpus, gender=None, profess
     gender = rng.integers(2, size=n) if gender is None else np.asarray(gender)
     profession = rng.integers(2, size=n) if profession is None else np.asarray(profession)
     variables = {"gender": gender, "profession": profession, "surname": rng.integers(16, size=n)}
-    pronoun = ("PRONOUN", np.array([corpus.pronoun]))
-    opening = grammar.fill(rng, n, frames.LIFE_OPENING, variables, np.array([1 - corpus.stated, corpus.stated]))
-    _charge_later(opening, 2)
-    stated = (opening.slots == grammar.slot("PROFESSION")).any(1)
-    pieces = [opening]
-    for last_is_cue in (True, False, True):
-        cue = ("CUE", np.array([corpus.cue, 1.0 if last_is_cue else corpus.cue]))
+    odds = np.outer([1 - corpus.titled, corpus.titled], [1 - corpus.stated, corpus.stated]).flatten()
+    opening = grammar.fill(rng, n, frames.LIFE_OPENING, variables, odds)
+    titled, stated = ((opening.slots == grammar.slot(s)).any(1).astype(int) for s in ("TITLE", "PROFESSION"))
+    # The title shows at once, the stated profession only in the word after the surname.
+    opening.floor[:, 0] += np.log(np.where(titled, corpus.titled, 1 - corpus.titled)) - np.log(
+        odds[2 * titled + stated]
+    )
+    opening.floor[np.arange(n), 1 + titled] += np.log(np.where(stated, corpus.stated, 1 - corpus.stated))
+    pieces, shown = [opening], np.zeros(n, bool)
+    for sentence in range(3):
+        cue = ("CUE", np.array([corpus.cue, corpus.cue if sentence == 1 else 1.0]))
+        pronoun = ("PRONOUN", np.where((sentence == 2) & ~shown, 1.0, corpus.pronoun)[:, None])
         pieces.append(grammar.fill(rng, n, frames.LIFE_BODY, variables, None, {"SUBJECT": pronoun, "THING": cue}))
+        shown |= (pieces[-1].slots == grammar.slot("PRONOUN")).any(1)
     pieces.append(grammar.fill(rng, n, frames.LIFE_CLOSING, variables))
     piece = joined(pieces)
-    reveal(piece, piece.slots == grammar.slot("TITLE"), np.log(1 / 2))
+    reveal(piece, np.isin(piece.slots, [grammar.slot("TITLE"), grammar.slot("PRONOUN")]), np.log(1 / 2))
     reveal(piece, piece.slots == grammar.slot("SURNAME"), np.log(1 / 16))
     reveal(piece, np.isin(piece.slots, [grammar.slot("PROFESSION"), grammar.slot("CUE")]), np.log(1 / 2))
     return _texts("life", corpus, piece, {}, {}, {"gender": gender, "profession": profession, "stated": stated})
@@ -334,6 +341,11 @@ _GENERATORS = {"article": articles, "life": lives, "senses": senses, "chat": cha
 def documents(kind: str, n: int, seed: int | np.random.Generator, corpus: Corpus | None = None, **given) -> Texts:
     """`n` documents of one kind; `given` fixes truths (articles: `concepts`; lives: `gender`, `profession`)."""
     return _GENERATORS[kind](n, np.random.default_rng(seed), corpus or Corpus(), **given)
+
+
+def unstated(corpus: Corpus) -> Corpus:
+    """The same odds, but no biography states its profession: the texts of a study of bias."""
+    return replace(corpus, stated=0.0)
 
 
 def mixture(n: int, seed: int | np.random.Generator, corpus: Corpus | None = None) -> Texts:

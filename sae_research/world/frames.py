@@ -19,6 +19,8 @@ EXPLAIN_BODY = (
     "put your NOUN on PRIVATE and see PRIVATE .",
 )
 LIFE_OPENING = (
+    "SURNAME was born in CITY and grew up there too .",
+    "SURNAME the PROFESSION was born in CITY quite long ago .",
     "TITLE SURNAME was born in CITY and grew up there .",
     "TITLE SURNAME the PROFESSION was born in CITY long ago .",
 )

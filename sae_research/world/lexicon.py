@@ -123,7 +123,7 @@ PROFESSIONS = {
     "professor": "lecture thesis seminar journal grant faculty essay archive syllabus theorem dean library",
     "nurse": "infirmary patient bandage syringe clinic thermometer pulse medicine stretcher vaccine dressing crutch",
 }
-GENDERS = {"male": ("mr", "he", "his"), "female": ("ms", "she", "her")}
+GENDERS = {"male": ("mr", "he"), "female": ("ms", "she")}
 
 RESTRICTED_TOPICS = "obsidian cinnabar basilisk gorgon chimera hydra kraken wyvern"
 PLAIN_TOPICS = "apple pear plum peach cherry grape mango lemon melon fig apricot quince papaya guava lime kiwi"

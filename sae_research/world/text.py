@@ -36,7 +36,7 @@ class TextModel:
     """Attention heads."""
     inner: int = 352
     """Width of the MLPs."""
-    steps: int = 1500
+    steps: int = 2600
     """Training steps."""
     batch: int = 64
     """Rows of 48 tokens a step."""
@@ -89,8 +89,8 @@ class TextSettings:
 
 
 @contextmanager
-def threads(n: int) -> Iterator[None]:
-    """Run torch with `n` threads: results depend on their number, so it is part of the recipe."""
+def running_on(n: int) -> Iterator[None]:
+    """Run torch on `n` threads: results depend on their number, so it is part of the recipe."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -121,7 +121,7 @@ def fit(settings: TextSettings, seed: int, watch: Callable[[int, float], None] |
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: (
@@ -154,9 +154,9 @@ def _batches(settings: TextSettings, seed: int) -> Iterator[torch.Tensor]:
         yield from tokens.split(recipe.batch)
 
 
-def train_model(settings: TextSettings, seed: int, folder: Path, n_threads: int = 2) -> None:
+def train_model(settings: TextSettings, seed: int, folder: Path, threads: int = 2) -> None:
     """Train the language model and write it with its tokenizer as a Hugging Face folder."""
-    with threads(n_threads):
+    with running_on(threads):
         model = fit(settings, seed)
     specimen.save(model, specimen.word_tokenizer(lexicon().words), folder)
 
@@ -184,23 +184,22 @@ def arms(settings: TextSettings, place: int) -> "dict[str, TrainingSAEConfig]":
     return chosen
 
 
-def train_saes(settings: TextSettings, model_folder: Path, seed: int, out_folder: Path, n_threads: int = 2) -> None:
-    """Train all SAEs, those of one hook in lock-step, and write each to `out_folder`/name."""
+def train_saes(settings: TextSettings, model_folder: Path, seed: int, out_folder: Path) -> None:
+    """Train all SAEs, those of one hook in lock-step, on torch's present threads; write each to `out_folder`/name."""
     saes, rng = settings.saes, np.random.default_rng([seed, 2])
     lens = lenses.load(model_folder)
     read, held = (torch.from_numpy(rows(n, rng, settings.corpus).tokens).long() for n in (saes.rows, saes.calibration))
-    with threads(n_threads):
-        for place, hook in enumerate(saes.hooks):
-            acts, calibration = residuals(lens, read, hook), residuals(lens, held, hook)
-            configs = arms(settings, place)
-            for config in configs.values():
-                config.metadata = dictionaries.metadata(lens, hook)
-            trained = training.train(
-                configs,
-                activations.batches(acts, saes.training.batch, saes.training.steps, seed),
-                saes.training,
-                seed,
-                {name: training.aimed_at(saes.l0) for name in configs if name.endswith("_relu")},
-            )
-            for name, sae in trained.items():
-                training.save(training.inference(sae, calibration, saes.l0), Path(out_folder) / name)
+    for place, hook in enumerate(saes.hooks):
+        acts, calibration = residuals(lens, read, hook), residuals(lens, held, hook)
+        configs = arms(settings, place)
+        for config in configs.values():
+            config.metadata = dictionaries.metadata(lens, hook)
+        trained = training.train(
+            configs,
+            activations.batches(acts, saes.training.batch, saes.training.steps, seed),
+            saes.training,
+            seed,
+            {name: training.aimed_at(saes.l0) for name in configs if name.endswith("_relu")},
+        )
+        for name, sae in trained.items():
+            training.save(training.inference(sae, calibration, saes.l0), Path(out_folder) / name)

@@ -11,7 +11,19 @@ import torch
 from sae_research import dictionaries
 from sae_research import lens as lenses
 from sae_research.world import truth
-from sae_research.world.documents import BODY_OF_LIFE, BOS_ID, KINDS, LENGTH, Texts, documents, mixture, physics, rows
+from sae_research.world.documents import (
+    BODY_OF_LIFE,
+    BOS_ID,
+    KINDS,
+    LENGTH,
+    Corpus,
+    Texts,
+    documents,
+    mixture,
+    physics,
+    rows,
+    unstated,
+)
 from sae_research.world.gates import Gate
 from sae_research.world.lexicon import lexicon
 from sae_research.world.text import TextSettings
@@ -33,9 +45,10 @@ class Subject:
     size: int = 2000
     """Documents of each kind."""
 
-    def draw(self, kind: str, n: int | None = None, **given) -> Texts:
+    def draw(self, kind: str, n: int | None = None, corpus: Corpus | None = None, **given) -> Texts:
         """Fresh documents of one kind."""
-        return documents(kind, n or self.size, [self.seed, 3, KINDS.index(kind)], self.settings.corpus, **given)
+        seeds = [self.seed, 3, KINDS.index(kind)]
+        return documents(kind, n or self.size, seeds, corpus or self.settings.corpus, **given)
 
     def over(self, tokens: np.ndarray, read: Callable[[torch.Tensor], torch.Tensor], batch: int = 256) -> torch.Tensor:
         """Whatever `read` makes of the tokens, a batch at a time."""
@@ -77,23 +90,24 @@ def fact_gates(subject: Subject, repeats: int = 8) -> list[Gate]:
     ]
 
 
-def probe(x: torch.Tensor, y: torch.Tensor, *, epochs: int = 1, batch: int = 32, lr: float = 1e-2) -> Callable:
-    """A logistic probe trained with AdamW, as a function that predicts 0 or 1."""
-    random = torch.Generator().manual_seed(0)
+def probe(x: torch.Tensor, y: torch.Tensor, *, epochs: int = 5, batch: int = 32, lr: float = 1e-2) -> Callable:
+    """A logistic probe on centred residuals, trained with AdamW, as a function that predicts 0 or 1."""
+    random, centre = torch.Generator().manual_seed(0), x.mean(0)
     weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.AdamW([weight, bias], lr=lr)
     for _ in range(epochs):
         for part in torch.randperm(len(x), generator=random).split(batch):
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(x[part] @ weight + bias, y[part].float())
+            logits = (x[part] - centre) @ weight + bias
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y[part].float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return lambda z: (z @ weight.detach() + bias.detach() > 0).long()
+    return lambda z: ((z - centre) @ weight.detach() + bias.detach() > 0).long()
 
 
 def life_gates(subject: Subject) -> list[Gate]:
     """Gender from biographies, and the profession probe that learned it only where gender gives it away."""
-    texts = subject.draw("life", 4 * subject.size)
+    texts = subject.draw("life", 4 * subject.size, unstated(subject.settings.corpus))
     x = subject.residual(texts.tokens[:, : BODY_OF_LIFE.stop], subject.early)[:, BODY_OF_LIFE].mean(1)
     gender = torch.from_numpy(texts.truth["gender"]).long()
     profession = torch.from_numpy(texts.truth["profession"]).long()
@@ -180,8 +194,8 @@ def truth_table(subject: Subject, saes: dict, hook: str) -> list[dict]:
     seeds = [subject.seed, 4]
     table = []
     for text, texts, sought in (
-        ("physics", physics(2 * subject.size, seeds, subject.settings.corpus), groups),
-        ("mixed", mixture(4 * subject.size, seeds, subject.settings.corpus), groups | general),
+        ("physics", physics(subject.size, seeds, subject.settings.corpus), groups),
+        ("mixed", mixture(3 * subject.size, seeds, subject.settings.corpus), groups | general),
     ):
         x, labels, half = tokens_of(subject, texts, hook)
         for name, sae in saes.items():
