@@ -72,7 +72,7 @@ class Scores:
     population: float
     """WD(Pbar, pibar): the population part of the error."""
     rho_dev: float
-    """Correlation of predicted with true deviations of groups from the population, free of sampling noise."""
+    """Correlation of predicted with true deviations from the population, free of noise; 0 if none is predicted."""
     slope: float
     """Slope of predicted on true deviations: 1 is calibrated, above caricature, below flattening."""
     swap: float
@@ -97,7 +97,7 @@ def scores(exam: Exam, predicted: np.ndarray, unsteered: np.ndarray, noise: floa
     wd, before = exam.distance(predicted, truth), exam.distance(unsteered, truth)
     part = group_part(predicted, truth, weights, exam.mask)
     swap = swap_test(exam, predicted)
-    differs = exam_groups_that_differ(exam)
+    differs = groups_that_differ(exam)
     accuracy, chance = identification(exam, predicted)
     middle = (predicted + truth) / 2
     return Scores(
@@ -108,7 +108,7 @@ def scores(exam: Exam, predicted: np.ndarray, unsteered: np.ndarray, noise: floa
         spread=float(wd.mean(1).std()),
         improved=float((wd.mean(1) < before.mean(1)).mean()),
         population=float(exam.distance(*(np.tensordot(weights, p, 1) for p in (predicted, truth))).mean()),
-        rho_dev=part.rho / exam.reliability**0.5,
+        rho_dev=float(np.nan_to_num(part.rho)) / exam.reliability**0.5,
         slope=part.slope,
         swap=float(swap.mean()),
         swapped_groups=float((swap[differs] > 0).mean()) if differs.any() else float("nan"),
@@ -130,7 +130,7 @@ def swap_test(exam: Exam, predicted: np.ndarray) -> np.ndarray:
     return found
 
 
-def exam_groups_that_differ(exam: Exam, least: float = 0.005) -> np.ndarray:
+def groups_that_differ(exam: Exam, least: float = 0.005) -> np.ndarray:
     """Which groups lie at least `least` from their nearest sibling; a negative control has nothing to swap."""
     found = np.zeros(len(exam.survey.groups), dtype=bool)
     for group in exam.siblings():

@@ -1,0 +1,148 @@
+"""Study 1, the scores: analytic truths on the planted survey."""
+
+import numpy as np
+import pytest
+
+from sae_research.errors import ResearchError
+from sae_research.studies.opinion_qa import evaluate
+from sae_research.studies.opinion_qa.evaluate import Exam
+from sae_research.survey import logit, reliability
+from sae_research.world.survey_population import Population, PopulationSettings
+
+
+@pytest.fixture(scope="module")
+def population():
+    return Population(PopulationSettings())
+
+
+@pytest.fixture(scope="module")
+def exam(population):
+    survey = population.survey()
+    return Exam(survey, survey.rows("test"))
+
+
+@pytest.fixture(scope="module")
+def web(exam):
+    return np.repeat(exam.survey.web[exam.questions][None], len(exam.survey.groups), 0)
+
+
+def test_the_truth_gets_every_full_mark(exam, web):
+    found = evaluate.scores(exam, exam.truth, web)
+    assert (found.wd, found.worst, found.population) == (0, 0, 0)
+    assert found.kl == pytest.approx(0, abs=1e-12)
+    for name in ("rho_dev", "slope", "identification", "swapped_groups", "variance_ratio", "entropy_ratio", "skill"):
+        assert getattr(found, name) == pytest.approx(1), name
+    assert found.swap > 0.02
+    assert found.improved == 1
+    assert found.chance == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_one_answer_for_all_has_no_group_part_whatever_its_distance(exam, web):
+    population = np.repeat(exam.survey.overall[exam.questions][None], len(web), 0)
+    found = evaluate.scores(exam, population, web)
+    assert found.rho_dev == 0
+    assert found.swap == pytest.approx(0, abs=1e-12)
+    assert found.variance_ratio == pytest.approx(0, abs=1e-12)
+    assert found.identification == pytest.approx(1 / 3, abs=0.1)
+    assert found.wd < evaluate.scores(exam, web, web).wd
+
+
+def test_halved_differences_keep_the_correlation_and_halve_the_slope(exam, web):
+    mean = np.tensordot(exam.survey.weights, exam.truth, 1)
+    half = mean + 0.5 * (exam.truth - mean)
+    found = evaluate.scores(exam, half, web)
+    assert found.rho_dev > 0.98
+    assert found.slope == pytest.approx(0.5, abs=0.06)
+    assert found.variance_ratio == pytest.approx(0.25, abs=1e-6)
+
+
+def test_groups_swapped_at_random_have_a_group_part_of_nought(exam, web):
+    draws, found = np.random.default_rng(0), []
+    for _ in range(30):
+        wrong = exam.truth.copy()
+        for cluster in range(exam.clusters.max() + 1):
+            rows = exam.clusters == cluster
+            wrong[:, rows] = exam.truth[draws.permutation(len(wrong))][:, rows]
+        found.append(evaluate.scores(exam, wrong, web).rho_dev)
+    # a permutation has no expected agreement beyond the 1/(groups - 1) that centring costs
+    assert abs(np.mean(found)) < 0.1
+
+
+def test_the_split_half_debiasing_finds_the_noise_free_correlation(population, exam, web):
+    survey = population.survey()
+    mean = np.tensordot(exam.survey.weights, exam.truth, 1)
+    draws = np.random.default_rng(1)
+    predicted = np.clip(mean + 0.6 * (exam.truth - mean) + 0.02 * draws.normal(size=exam.truth.shape), 1e-4, None)
+    predicted = predicted * exam.mask / (predicted * exam.mask).sum(-1, keepdims=True)
+    exact = evaluate.scores(exam, predicted, web).rho_dev
+    poll = survey.sampled(400, 0)
+    plain = evaluate.scores(Exam(poll, exam.questions), predicted, web).rho_dev
+    debiased = evaluate.scores(Exam(poll, exam.questions, reliability(poll, 0)), predicted, web).rho_dev
+    assert plain < exact - 0.03
+    assert debiased == pytest.approx(exact, abs=0.04)
+
+
+def test_intervals_hold_the_value_and_paired_ones_are_tighter(exam, web):
+    mean = np.tensordot(exam.survey.weights, exam.truth, 1)
+    seeds = np.stack([mean + s * (exam.truth - mean) for s in (0.5, 0.6, 0.7)])
+    better = np.stack([mean + (s + 0.1) * (exam.truth - mean) for s in (0.5, 0.6, 0.7)])
+    rho = evaluate.rho_interval(exam, seeds, 0)
+    assert rho.value == pytest.approx(np.mean([evaluate.scores(exam, p, web).rho_dev for p in seeds]), abs=0.01)
+    assert rho.low <= rho.value <= rho.high
+    assert rho.n == 18
+    wd = evaluate.wd_interval(exam, seeds, 0)
+    assert wd.value == pytest.approx(exam.distance(seeds, exam.truth).mean())
+    paired = evaluate.wd_interval(exam, better, 0, less=seeds)
+    assert paired.high < 0
+    assert paired.high - paired.low < wd.high - wd.low
+    assert evaluate.rho_interval(exam, seeds, 0, less=seeds).value == 0
+    nothing = np.repeat(web[None], 2, 0)
+    assert evaluate.rho_interval(exam, nothing, 0).value == 0
+
+
+def test_a_single_cluster_has_no_interval(exam):
+    with pytest.raises(ResearchError, match="two clusters"):
+        evaluate.resampled(lambda s: s[..., 0], np.ones((2, 5, 1)), np.zeros(5), 0)
+
+
+def test_off_target_is_nought_for_calibration_and_sees_what_spills(exam, population):
+    mean = np.tensordot(exam.survey.weights, exam.truth, 1)
+    calibrated = np.repeat(mean[None], len(exam.truth), 0)
+    assert not evaluate.off_target(exam, calibrated, mean).any()
+    good = evaluate.off_target(exam, exam.truth, mean)
+    own = evaluate.on_target(exam, exam.truth, mean)
+    assert (own <= 0).all()
+    assert own[[0, 2]].max() < -0.1  # blue and red
+    spilled = exam.truth.copy()
+    spilled[0] = exam.truth[2]  # steering towards blue gives red
+    assert evaluate.on_target(exam, spilled, mean)[0] > 0.05
+    assert np.abs(good[12:]).max() < 1e-9  # the negative control moves nobody
+
+
+def test_canonical_correlations_see_a_linear_map_and_know_their_chance(exam):
+    survey, draws = exam.survey, np.random.default_rng(0)
+    turned = survey.traits @ draws.normal(size=(3, 3))
+    found = evaluate.canonical_correlations(turned, survey.traits, survey.weights)
+    assert np.allclose(found, 1)
+    noise = draws.normal(size=(14, 3))
+    chance = evaluate.chance_correlations(noise, survey.traits, survey.weights, 0)
+    assert 0.4 < chance[0] < 0.95
+    assert (np.diff(chance) <= 0).all()
+
+
+def test_consistency_is_one_for_a_group_and_less_for_a_mixture(exam):
+    topics = [exam.survey.questions[i].topic for i in exam.questions]
+    alone = Exam(exam.survey, exam.questions)
+    blue = evaluate.consistency(alone, exam.truth[0], topics)
+    odd = np.where((np.arange(len(topics)) % 2 == 0)[:, None], exam.truth[0], exam.truth[2])
+    assert 0 <= evaluate.consistency(alone, odd, topics) <= blue <= 1
+
+
+def test_jaccard():
+    a, b = np.array([1, 1, 0, 0], bool), np.array([0, 1, 1, 0], bool)
+    assert evaluate.jaccard(a, b) == pytest.approx(1 / 3)
+    assert evaluate.jaccard(a & b, a & ~a) == 0
+
+
+def test_logit_keeps_extremes_finite():
+    assert np.isfinite(logit(np.array([0.0, 1.0]))).all()
