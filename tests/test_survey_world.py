@@ -375,6 +375,7 @@ def tiny_settings():
         hooks=("blocks.0.hook_resid_post",),
         latents=64,
         l0=6,
+        relu_l0=6,
         documents=200,
         calibration=100,
         training=SAETraining(steps=60, batch=256, warm_up=5),

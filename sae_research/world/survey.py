@@ -37,13 +37,15 @@ class SurveySAEs:
     """Latents of each, eight times the residual's width."""
     wide: int = 4
     """The first kind is also trained this many times wider at the first hook (0: not)."""
-    l0: int = 10
+    l0: int = 8
     """Mean number of active latents a token."""
+    relu_l0: int = 20
+    """The same for ReLU SAEs, whose penalty also shrinks what is active."""
     documents: int = 6000
     """Documents whose residuals the SAEs are trained on."""
     calibration: int = 1000
     """Further documents on which thresholds are calibrated."""
-    training: SAETraining = field(default_factory=lambda: SAETraining(steps=800))
+    training: SAETraining = field(default_factory=lambda: SAETraining(steps=2000, batch=256, lr=3e-3))
     """How they are trained."""
 
 
@@ -173,7 +175,7 @@ def train_saes(settings: SurveySettings, model_folder: Path, seed: int, out_fold
             activations.batches(acts, saes.training.batch, saes.training.steps, seed),
             saes.training,
             seed,
-            {name: training.aimed_at(saes.l0) for name in configs if name.endswith("_relu")},
+            {name: training.aimed_at(saes.relu_l0) for name in configs if name.endswith("_relu")},
         )
         for name, sae in trained.items():
             training.save(training.inference(sae, calibration, saes.l0), Path(out_folder) / name)

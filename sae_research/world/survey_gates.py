@@ -133,9 +133,14 @@ def latent_gates(lens: Lens, sae: "SAE", population: Population, settings: Surve
     writer = Writer(population, lens.tokenizer.get_vocab())
     found = known(lens, sae, writer, settings, seed)
     return [
-        *(Gate(f"{name} with a latent, F1 .7", *found[name], safe, stretch) for name, safe, stretch in ()),
+        _share("values with a latent at their word, F1 .7", *found["values at the word"], 0.3, 0.8),
+        _share("verbs with a latent at their word, F1 .7", *found["verbs at the word"], 0.5, 1.0),
         Gate("latents eligible for screening", eligible(lens, sae, writer, settings, seed), 200, 400, n=1024),
     ]
+
+
+def _share(name: str, share: float, n: int, safe: float, stretch: float) -> Gate:
+    return Gate(name, share, safe, stretch, n=n)
 
 
 def known(lens: Lens, sae: "SAE", writer: Writer, settings: SurveySettings, seed: int) -> dict[str, tuple[float, int]]:
