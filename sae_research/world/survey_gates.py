@@ -132,15 +132,11 @@ def latent_gates(lens: Lens, sae: "SAE", population: Population, settings: Surve
     """Whether the early SAE has latents for what the documents state and ask, and enough latents to screen."""
     writer = Writer(population, lens.tokenizer.get_vocab())
     found = known(lens, sae, writer, settings, seed)
+    bars = {"values at the word": (0.3, 0.8), "verbs at the word": (0.5, 1.0)}
     return [
-        _share("values with a latent at their word, F1 .7", *found["values at the word"], 0.3, 0.8),
-        _share("verbs with a latent at their word, F1 .7", *found["verbs at the word"], 0.5, 1.0),
+        *(Gate(f"{name} with a latent, F1 .7", found[name][0], *bar, n=found[name][1]) for name, bar in bars.items()),
         Gate("latents eligible for screening", eligible(lens, sae, writer, settings, seed), 200, 400, n=1024),
     ]
-
-
-def _share(name: str, share: float, n: int, safe: float, stretch: float) -> Gate:
-    return Gate(name, share, safe, stretch, n=n)
 
 
 def known(lens: Lens, sae: "SAE", writer: Writer, settings: SurveySettings, seed: int) -> dict[str, tuple[float, int]]:
