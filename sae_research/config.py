@@ -38,11 +38,97 @@ class World:
 
 
 @dataclass(frozen=True)
+class ShiftTraining:
+    """How a shift of study 1 is trained; section numbers are those of its notebook's method page."""
+
+    kind: typing.Literal["additive", "multiplicative", "gated", "literal"] = "multiplicative"
+    """How the shift acts on codes (section 3.3)."""
+    positions: typing.Literal["answer", "question", "all"] = "all"
+    """Where it acts (section 3.3); never on the start token."""
+    rank: int | None = 4
+    """r of Delta_g = Delta_0 + U c_g; none gives every group a free vector of its own (section 3.4)."""
+    calibrate: bool = True
+    """Whether Delta_0 is trained, on the population's answers and before the groups; else it is zero (section 3.4)."""
+    movement: float = 0.0
+    """lam_rec: weight of the relative squared movement of the residual (section 3.5)."""
+    keep: float = 1.0
+    """lam_keep: weight of KL(base || steered) on other text (section 3.5)."""
+    sparsity: float = 0.0
+    """lam_sp: weight of the group lasso, a proximal step after each step of Adam (section 3.5)."""
+    rate: float = 3e-3
+    """Learning rate of Delta_0 and U (section 3.5)."""
+    score_rate: float = 3.0
+    """Learning rate of c as a multiple of that of U (section 3.5: 1e-2 against 3e-3)."""
+    calibration_steps: int = 500
+    """Steps of the first stage, on four times as many prompts."""
+    steps: int = 2000
+    """Steps of the second stage."""
+    batch: int = 16
+    """Prompts of a step; each is asked of every group."""
+    documents: int = 6
+    """Documents of other text of a step, each under the shifts of `kept_groups` groups."""
+    kept_groups: int = 3
+    """Groups drawn for the documents of a step."""
+    look: int = 50
+    """Steps between looks at the validation questions; the best look is kept (section 3.5: early stopping)."""
+
+
+@dataclass(frozen=True)
+class LoRATraining:
+    """SubPOP's adapters, the strongest published rival of study 1."""
+
+    rank: int = 8
+    """r (SubPOP)."""
+    alpha: int = 32
+    """Scale: the update is alpha / r times B A (SubPOP)."""
+    dropout: float = 0.05
+    """Dropout on what enters the adapters (SubPOP)."""
+    rate: float = 2e-4
+    """Peak learning rate, with a cosine to zero (SubPOP)."""
+    batch: int = 128
+    """Prompts of a step (SubPOP)."""
+    steps: int = 1000
+    """Steps; SubPOP trains for 50 epochs."""
+
+
+@dataclass(frozen=True)
 class OpinionQA:
     """Study 1: survey answers of demographic groups through a sparse shift in SAE space."""
 
     subjects: tuple[str, ...] = ("gemma-2-2b",)
     """Models with their SAEs, by their name in the catalogue (abstract: Gemma-2-2B)."""
+    sae: str = "primary"
+    """Role of the SAE whose latents are shifted (section 3.1: block 12, width 16k)."""
+    late: str = "downstream"
+    """Role of a later SAE, for the hypotheses on depth (section 6)."""
+    training: ShiftTraining = field(default_factory=ShiftTraining)
+    """The shift."""
+    lora: LoRATraining = field(default_factory=LoRATraining)
+    """The rival whose weights change."""
+    keeps: tuple[float, ...] = (1.0, 3.0)
+    """Weights lam_keep to choose from on validation questions and documents."""
+    sparsities: tuple[float, ...] = (0.0, 0.1, 0.3)
+    """Weights lam_sp to choose from there: the sparsest within one standard error of the best (section 3.5)."""
+    harm: float = 0.02
+    """Largest increase of cross-entropy on validation documents that a chosen setting may cost, in nats (section 9)."""
+    shrinkage: float = 20.0
+    """a of the shrunk targets (counts + a overall) / (n + a) (section 3.5)."""
+    respondents: int = 1000
+    """Respondents per group in the planted poll that shifts are trained on (section 7.1: 200 to 1500)."""
+    documents: int = 64
+    """Documents of other text in each split."""
+    strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)
+    """Strengths of untrained directions to choose from, and of the dose curve (section 3.3)."""
+    features: tuple[int, ...] = (1, 5, 20, 100)
+    """Largest latents that alone are kept when causal share is measured (section 5.5)."""
+    shots: tuple[int, ...] = (2, 5, 10, 20, 50, 100)
+    """Questions from which the scores of a new group are fitted (section 3.7)."""
+    adapters: bool = True
+    """Whether LoRA is trained without group prompts too, one adapter a group (section 4)."""
+    waves: tuple[int, ...] = (26, 27, 29, 32, 34, 36, 41, 42, 43, 45, 49, 50, 54, 82, 92)
+    """Waves of OpinionQA (section 1.1); real models only."""
+    unseen_waves: tuple[int, ...] = (34, 45, 92)
+    """Waves that only test questions come from (section 3.6)."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +151,8 @@ class SideEffects:
     """Tokens of a context, BOS included; the last one is steered."""
     features: int = 300
     """Features that are steered, of each dictionary."""
+    fewest: int | None = None
+    """If set, a dictionary with fewer eligible features than that is screened whole, if it has at least this many."""
     band: tuple[float, float] = (0.002, 0.5)
     """Final-token frequencies between which a feature is eligible."""
     each: int = 16
@@ -87,6 +175,8 @@ class SideEffects:
     """Predictor set that screens (published: this one, but geometry_only for GPT-2)."""
     held_out: float = 0.4
     """Share of the features that screening chooses from, unseen in training."""
+    matched: tuple[float, float] = (0.1, 0.9)
+    """Quantiles of the predicted effect between which held-out features are kept, so that groups differ in no dose."""
     group: int = 50
     """Features asked for in each group of the screening; at most a third of the effect-matched ones."""
     clean_score: typing.Literal["log_over_effect", "log_of_ratio"] = "log_over_effect"

@@ -586,6 +586,19 @@ def test_dictionaries_of_the_published_settings():
         corpus.dictionaries(get("gpt2-small"), replace(config.SideEffects(), downstream=("block3_topk",)))
 
 
+def test_the_authors_protocol_follows_each_script():
+    from sae_research.catalogue import get
+
+    paper = config.SideEffects()
+    assert corpus.as_published(get("gpt2-small"), paper).selector == "geometry_only"
+    llama = corpus.as_published(get("llama-3.1-8b"), paper)
+    assert (llama.panel, llama.clean_score, llama.held_out) == (1024, "log_of_ratio", 0.3)
+    alike = replace(paper, protocol="replication")
+    assert corpus.as_published(get("gpt2-small"), alike) == alike
+    assert corpus.as_published(get("llama-3.1-8b"), alike) == replace(alike, panel=1024)
+    assert corpus.as_published(get("world-text"), paper) == paper
+
+
 def test_contexts_of_both_protocols(lens):
     texts = [f"w{i} " + "w5 " * (i % 14) for i in range(10, 60)]
     stream = corpus.of_texts(lens, texts, 10, replace(SETTINGS, protocol="author"), seed=0)

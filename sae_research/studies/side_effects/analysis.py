@@ -29,7 +29,11 @@ FORECASTERS = {
 def rule(settings: "SideEffects") -> screening.Rule:
     """The screening rule of the settings."""
     return screening.Rule(
-        pool=settings.held_out, group=settings.group, formula=settings.clean_score, selector=settings.selector
+        pool=settings.held_out,
+        matched=settings.matched,
+        group=settings.group,
+        formula=settings.clean_score,
+        selector=settings.selector,
     )
 
 

@@ -36,7 +36,8 @@ def run(task: tuple[str, int], profile: "Profile") -> list[Part]:
     differ in nothing but themselves.
     """
     name, seed = task
-    settings, subject = profile.side_effects, catalogue.get(name)
+    subject = catalogue.get(name)
+    settings = corpus.as_published(subject, profile.side_effects)
     lens = subject.load(device=profile.runtime.device, dtype=profile.runtime.dtype)
     primaries, role = corpus.dictionaries(subject, settings)
     downstream = corpus.load(subject, role, lens)

@@ -1,5 +1,6 @@
 """Where contexts come from, and which dictionaries of a subject take part (published code: data preparation)."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,28 @@ SHORTEST = {"author": 100, "replication": 200}
 """Characters below which a text is dropped."""
 TEXTS = 8000
 FRESH_SEED = 123
+PUBLISHED = {
+    "gpt2-small": {"selector": "geometry_only"},
+    "pythia-70m": {"matched": (0.05, 0.95), "group": 30, "band": (0.001, 0.5)},
+    "gemma-2-2b": {"matched": (0.05, 0.95), "group": 25, "band": (0.001, 0.5), "fresh": 256},
+    "llama-3.1-8b": {
+        "held_out": 0.3,
+        "group": 25,
+        "band": (0.005, 0.5),
+        "fresh": 256,
+        "panel": 1024,
+        "clean_score": "log_of_ratio",
+    },
+}
+"""Where the published scripts of a model differ from those of GPT-2, under the author's protocol."""
+
+
+def as_published(subject: "Subject", settings: "SideEffects") -> "SideEffects":
+    """The settings with what the published script of this model does differently; the replication treats all alike."""
+    own = PUBLISHED.get(subject.name, {})
+    if settings.protocol == "author":
+        return replace(settings, **own)
+    return replace(settings, **{name: value for name, value in own.items() if name == "panel"})
 
 
 def dictionaries(subject: "Subject", settings: "SideEffects") -> tuple[dict[str, tuple["Subject", str]], str]:

@@ -154,9 +154,13 @@ def eligible(pool: Pool, band: tuple[float, float]) -> torch.Tensor:
     return ((frequency >= band[0]) & (frequency <= band[1])).nonzero()[:, 0]
 
 
-def sample(pool: Pool, band: tuple[float, float], n: int, protocol: str, seed: int) -> torch.Tensor:
+def sample(
+    pool: Pool, band: tuple[float, float], n: int, protocol: str, seed: int, fewest: int | None = None
+) -> torch.Tensor:
     """`n` features: evenly spaced ranks of the descending frequency (author) or uniformly random (replication)."""
     found = eligible(pool, band).cpu()
+    if fewest is not None and fewest <= len(found) < n:
+        return found
     if len(found) < n:
         raise ResearchError(
             f"only {len(found)} latents fire in {band[0]:g} to {band[1]:g} of the contexts, fewer than the {n} "

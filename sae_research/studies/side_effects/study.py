@@ -114,11 +114,13 @@ def screen_dictionary(
     prompt: torch.Tensor | None = None,
 ) -> Screened:
     """Label, predict and forecast features of `primary`; `panel`, `tau` and `c` hold another run's choice fixed."""
+    import pandas as pd
+
     hooks = hooks_of(lens, primary, downstream)
     engine = LastToken(lens, hooks[0], (hooks[1],))
     found = pool.read(engine, primary, downstream, tokens)
     if features is None:
-        chosen = pool.sample(found, settings.band, settings.features, settings.protocol, seed)
+        chosen = pool.sample(found, settings.band, settings.features, settings.protocol, seed, settings.fewest)
     else:
         chosen = features_of(primary, features)
     chosen = chosen.to(found.last.device)
@@ -138,17 +140,16 @@ def screen_dictionary(
     W = predictors.unembedding(lens, folded)
     frame = predictors.table(primary, found, chosen, activations, W, settings.protocol, settings.panel)
     own = activations.T.cpu().gather(1, contexts)
-    frame["natural_mean"], frame["natural_max"] = own.mean(1).numpy(), own.max(1).values.numpy()
 
     measured, columns = _all_doses(engine, codes, tokens, directions, contexts, settings, tau, seed, len(panel))
+    columns |= {"natural_mean": own.mean(1).numpy(), "natural_max": own.max(1).values.numpy()}
     columns |= _halves(engine, codes, found, activations, directions, settings, tau, seed)
     if prompt is None:
         prompt = tokens[:1, : max(2, settings.length // 8)]
     columns |= _forecasts(engine, codes, found, directions, settings, tau, seed)
     strength = 10 * activations.max(0).values / c
     columns["output_score"] = forecasters.output_score(engine, prompt, directions, strength, W)
-    for name, values in columns.items():
-        frame[name] = values
+    frame = pd.concat([frame, pd.DataFrame(columns, index=frame.index)], axis=1).astype(float)
     facts = {
         "l0_primary": found.l0[0],
         "l0_downstream": found.l0[1],
@@ -219,11 +220,11 @@ def _forecasts(engine, codes, found, directions, settings, tau, seed) -> dict[st
 
 def fresh_labels(screened: Screened, downstream: "SAE", tokens: torch.Tensor, rows: np.ndarray) -> "pd.DataFrame":
     """Labels of some features (rows of the table) on other contexts, all of them, with panel, tau and dose frozen."""
+    import pandas as pd
+
     codes = pool.reader(downstream, screened.panel)
     chosen = torch.from_numpy(np.asarray(rows)).to(screened.directions.device)
     contexts = torch.arange(len(tokens)).expand(len(rows), -1)
     tau = (screened.facts["tau"],)
     found = measure(screened.engine, codes, tokens, screened.directions[chosen], contexts, tau)
-    import pandas as pd
-
     return pd.DataFrame(labels(screened.engine, found), index=screened.frame.index[rows])
