@@ -64,12 +64,14 @@ class Corpus:
     """Share of physics articles that use the synonym and the other half of the topic words."""
     stated: float = 0.5
     """Share of biographies that state the profession at once."""
-    titled: float = 0.6
+    titled: float = 1.0
     """Share of biographies that open with a title, which gives the gender away at once."""
     pronoun: float = 0.5
     """Share of a biography's subjects that are pronouns instead of the surname; the third is one if none was before."""
     cue: float = 0.7
     """Share of a biography's free objects that point to the profession."""
+    contrary: float = 0.15
+    """Share of those cues that belong to the other profession, so that gender is the easier thing to go by."""
     refusal: float = 0.25
     """Share of refusals where topic and action are both restricted; elsewhere none."""
 
@@ -217,6 +219,7 @@ def _life_grammar() -> Grammar:
             "DEED": (None, lex.table([DEEDS.split()])),
             "THING": (None, lex.table([THINGS.split()])),
             "CUE": ("profession", lex.table([cues.split() for cues in PROFESSIONS.values()])),
+            "CONTRARY": ("other", lex.table([cues.split() for cues in PROFESSIONS.values()])),
             "PROFESSION": ("profession", lex.table(list(PROFESSIONS))),
         }
     )
@@ -228,6 +231,8 @@ def lives(n: int, rng: np.random.Generator, corpus: Corpus, gender=None, profess
     gender = rng.integers(2, size=n) if gender is None else np.asarray(gender)
     profession = rng.integers(2, size=n) if profession is None else np.asarray(profession)
     variables = {"gender": gender, "profession": profession, "surname": rng.integers(16, size=n)}
+    variables["other"] = 1 - profession
+    contrary = ("CONTRARY", np.array([corpus.contrary]))
     odds = np.outer([1 - corpus.titled, corpus.titled], [1 - corpus.stated, corpus.stated]).flatten()
     opening = grammar.fill(rng, n, frames.LIFE_OPENING, variables, odds)
     titled, stated = ((opening.slots == grammar.slot(s)).any(1).astype(int) for s in ("TITLE", "PROFESSION"))
@@ -240,14 +245,28 @@ def lives(n: int, rng: np.random.Generator, corpus: Corpus, gender=None, profess
     for sentence in range(3):
         cue = ("CUE", np.array([corpus.cue, corpus.cue if sentence == 1 else 1.0]))
         pronoun = ("PRONOUN", np.where((sentence == 2) & ~shown, 1.0, corpus.pronoun)[:, None])
-        pieces.append(grammar.fill(rng, n, frames.LIFE_BODY, variables, None, {"SUBJECT": pronoun, "THING": cue}))
+        swaps = {"SUBJECT": pronoun, "THING": cue, "CUE": contrary}
+        pieces.append(grammar.fill(rng, n, frames.LIFE_BODY, variables, None, swaps))
         shown |= (pieces[-1].slots == grammar.slot("PRONOUN")).any(1)
     pieces.append(grammar.fill(rng, n, frames.LIFE_CLOSING, variables))
     piece = joined(pieces)
     reveal(piece, np.isin(piece.slots, [grammar.slot("TITLE"), grammar.slot("PRONOUN")]), np.log(1 / 2))
     reveal(piece, piece.slots == grammar.slot("SURNAME"), np.log(1 / 16))
-    reveal(piece, np.isin(piece.slots, [grammar.slot("PROFESSION"), grammar.slot("CUE")]), np.log(1 / 2))
+    _charge_profession(piece, grammar, corpus, stated == 1)
     return _texts("life", corpus, piece, {}, {}, {"gender": gender, "profession": profession, "stated": stated})
+
+
+def _charge_profession(piece: Piece, grammar: Grammar, corpus: Corpus, stated: np.ndarray) -> None:
+    """Charge what each cue tells of a profession that was not stated, by Bayes' rule over the two professions."""
+    own, contrary, named = (piece.slots == grammar.slot(s) for s in ("CUE", "CONTRARY", "PROFESSION"))
+    reveal(piece, named & stated[:, None], np.log(1 / 2))
+    true = np.where(own, 1 - corpus.contrary, np.where(contrary, corpus.contrary, 1.0))
+    false = np.where(own, corpus.contrary, np.where(contrary, 1 - corpus.contrary, 1.0))
+    so_far, otherwise = true.cumprod(1), false.cumprod(1)
+    marginal = (so_far + otherwise) / 2
+    before = np.hstack([np.ones((len(marginal), 1)), marginal[:, :-1]])
+    told = np.log(marginal / before) - np.log(true) + np.where(named, np.log(so_far / (so_far + otherwise)), 0.0)
+    piece.floor += np.where(stated[:, None], 0.0, told)
 
 
 @cache

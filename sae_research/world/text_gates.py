@@ -90,7 +90,7 @@ def fact_gates(subject: Subject, repeats: int = 8) -> list[Gate]:
     ]
 
 
-def probe(x: torch.Tensor, y: torch.Tensor, *, epochs: int = 5, batch: int = 32, lr: float = 1e-2) -> Callable:
+def probe(x: torch.Tensor, y: torch.Tensor, *, epochs: int = 1, batch: int = 32, lr: float = 1e-2) -> Callable:
     """A logistic probe on centred residuals, trained with AdamW, as a function that predicts 0 or 1."""
     random, centre = torch.Generator().manual_seed(0), x.mean(0)
     weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
@@ -237,21 +237,26 @@ def load_saes(folder: Path) -> dict[str, dict]:
 
 
 def measure(model_folder: Path, saes_folder: Path, settings: TextSettings, seed: int, size: int = 2000) -> list[Gate]:
-    """Every gate of the text specimen; those on latents for its first SAE."""
+    """Every gate of the text specimen.
+
+    Concepts are sought at the later hook: where the next word is about to be said, the model must know the concept,
+    while the early hook knows it in some trainings and not yet in others.
+    """
     subject = Subject(lenses.load(model_folder), settings, seed, size)
     gates = (
         loss_gates(subject) + fact_gates(subject) + [sense_gate(subject)] + chat_gates(subject) + life_gates(subject)
     )
-    hook = subject.early
-    name = next(n for n in load_saes(saes_folder)[hook] if n.endswith(f"_{settings.saes.kinds[0]}"))
-    sae = load_saes(saes_folder)[hook][name]
-    table = {(row["text"], row["group"]): row for row in truth_table(subject, {name: sae}, hook)}
+    saes = load_saes(saes_folder)
+    first = {hook: next(n for n in saes[hook] if n.endswith(f"_{settings.saes.kinds[0]}")) for hook in saes}
+    early, late = settings.saes.hooks
+    found = truth_table(subject, {first[late]: saes[late][first[late]]}, late)
+    table = {(row["text"], row["group"]): row for row in found}
     head, general = table["physics", "physics rank 1-5"], table["mixed", "general concepts"]
     return [
         *gates,
         Gate("physics rank 1-5 with a latent, domain text, F1 .7", head["F1 at least .7"], 0.8, 1.0, n=head["n"]),
         Gate("general concepts with a latent, F1 .5", general["F1 at least .5"], 0.5, 0.75, n=general["n"]),
-        Gate("latents eligible for screening", eligible(subject, sae, hook), 200, 400, n=1024),
+        Gate("latents eligible for screening", eligible(subject, saes[early][first[early]], early), 200, 400, n=1024),
     ]
 
 
