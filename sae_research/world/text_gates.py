@@ -130,14 +130,17 @@ def life_gates(subject: Subject) -> list[Gate]:
 
 
 def sense_gate(subject: Subject) -> Gate:
-    """Whether a linear probe reads the sense of a polysemous word at the word itself."""
+    """Whether a linear probe reads the sense of a polysemous word at the word itself, at the later hook."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
     texts = subject.draw("senses")
     labels = texts.token_truth["sense"]
-    x = subject.residual(texts.tokens, subject.early)[torch.from_numpy(labels >= 0)].numpy()
-    y, half = labels[labels >= 0], (labels >= 0).sum() // 2
-    right = LogisticRegression(max_iter=300).fit(x[:half], y[:half]).score(x[half:], y[half:])
+    x = subject.residual(texts.tokens, subject.settings.saes.hooks[-1])[torch.from_numpy(labels >= 0)].numpy()
+    y, half = labels[labels >= 0], int((labels >= 0).sum()) // 2
+    reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    right = reader.fit(x[:half], y[:half]).score(x[half:], y[half:])
     return Gate("sense probe", float(right), 0.98, 1.0, n=len(y) - half)
 
 
