@@ -163,7 +163,7 @@ def test_results_from_a_zip_without_git_are_the_same_in_another_folder(tiny, tmp
     copy.env["PATH"] = str(tools)  # a machine without git
     printed = copy.run(*SMOKE)
     assert ran(printed) == CHAIN, "a fresh folder must run everything again"
-    for line in ("claims: 3 as committed", "figures: 1 as committed", "notebooks: 4 as committed"):
+    for line in ("claims: 3 as committed", "figures: 7 as committed", "notebooks: 4 as committed"):
         assert f"\n{line}\n" in printed
     assert copy.files(*RESULTS) == tiny.results
 
