@@ -127,8 +127,11 @@ def topk(d_in: int, d_sae: int, k: int, **given) -> "TrainingSAEConfig":
     return TopKTrainingSAEConfig(**_common(d_in, d_sae), k=k, **given)
 
 
-def jumprelu(d_in: int, d_sae: int, l0: float, coefficient: float = 1.0, **given) -> "TrainingSAEConfig":
-    """A JumpReLU arm with a quadratic pull of the mean L0 towards `l0`."""
+def jumprelu(d_in: int, d_sae: int, l0: float, coefficient: float = 0.2, **given) -> "TrainingSAEConfig":
+    """A JumpReLU arm with a quadratic pull of the mean L0 towards `l0`.
+
+    Only thresholds learn through the straight-through estimator: where it reaches the input too, most latents die.
+    """
     from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAEConfig
 
     shape = {
@@ -137,7 +140,8 @@ def jumprelu(d_in: int, d_sae: int, l0: float, coefficient: float = 1.0, **given
         "l0_coefficient": coefficient,
         "jumprelu_init_threshold": 0.1,
         "jumprelu_bandwidth": 0.1,
-        "jumprelu_ste_to_input": True,
+        "jumprelu_ste_to_input": False,
+        "l0_warm_up_steps": 500,
     }
     return JumpReLUTrainingSAEConfig(**_common(d_in, d_sae), **(shape | given))
 
