@@ -186,7 +186,7 @@ def tables(frame: "pd.DataFrame", settings: "SideEffects", seed: int) -> dict[st
         "sensitivity": sensitivity(frame, settings, seed),
         "dose_change": pd.DataFrame([{"rho": change.value, "low": change.low, "high": change.high, "n": change.n}]),
         "reliability": models.reliability(
-            frame, ("C", "C_per_E", "E", "S_abs", "S", "S_loo", "KL"), seed=seed, draws=settings.draws
+            frame, ("C/4", "C/2", "C", "C_per_E", "E", "S_abs", "S", "S_loo", "KL"), seed=seed, draws=settings.draws
         ),
     }
 

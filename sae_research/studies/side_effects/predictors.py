@@ -106,8 +106,8 @@ def direct_logits(directions: torch.Tensor, W: torch.Tensor) -> dict[str, np.nda
         rows["logit_linf"].append(size.max(1).values)
         rows["logit_entropy"].append(entropy)
         rows["logit_exp_entropy"].append(entropy.exp())
-        for k in (10, 50, 100, 500):
-            rows[f"logit_top{k}"].append(top[:, min(k, top.shape[1]) - 1])
+        for k in (10, 50, 100, 500):  # all of a small vocabulary is 1 exactly, without the noise of a sum
+            rows[f"logit_top{k}"].append(top[:, k - 1] if k < top.shape[1] else torch.ones(len(part)).to(top))
     return {name: torch.cat(parts).cpu().numpy() for name, parts in rows.items()}
 
 

@@ -11,7 +11,14 @@ from sae_research import dictionaries, steering
 from sae_research.errors import ResearchError
 from sae_research.last_token import LastToken
 from sae_research.studies.side_effects import forecasters, pool, predictors
-from sae_research.studies.side_effects.labels import Measured, labels, matched_random, measure, quantile_tau
+from sae_research.studies.side_effects.labels import (
+    Measured,
+    labels,
+    matched_random,
+    measure,
+    panel_labels,
+    quantile_tau,
+)
 from sae_research.studies.side_effects.pool import Pool
 
 if TYPE_CHECKING:
@@ -33,6 +40,8 @@ FORECASTS = (
     "C_per_E^jacobian",
 )
 IDENTITY_CONTEXTS = 128
+FEWER = (4, 2)
+"""Reliability is also measured with these fractions of the contexts: how it grows with them."""
 
 
 @dataclass
@@ -199,6 +208,8 @@ def _halves(engine, codes, found, activations, directions, settings, tau, seed) 
         contexts = pool.mixed_contexts(activations[rows.to(activations.device)], settings.each, seed + 1)
         half = measure(engine, codes, found.tokens, directions, rows[contexts], (tau,))
         columns |= {name + side: values for name, values in labels(engine, half).items()}
+        for part in FEWER:
+            columns[f"C/{part}{side}"] = panel_labels(half, slice(None, None, part))["C"]
     return columns
 
 
