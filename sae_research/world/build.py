@@ -2,53 +2,51 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from sae_research import store
+from sae_research import parallel, store
 from sae_research.paths import DATA, EMBEDDED
 
-SPECIMENS = ("text", "survey")
+SOURCES = {
+    "text": ("text", "documents", "frames", "grammar", "lexicon", "specimen"),
+    "survey": ("survey", "survey_population", "survey_text", "specimen"),
+}
+"""The specimens, each with the modules of this package that it is made by."""
 
 
-def _recipe(seed: int, threads: int) -> dict[str, str]:
-    """What the pieces depend on; a killed build goes on only with the same settings and the same code."""
+def _specimen(seed: int, folder: Path, name: str) -> list[Path]:
+    """Train one specimen and its SAEs below `folder`, or take up again what a killed build left there."""
     from sae_research import training
     from sae_research.world import survey, text
 
-    sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(training.__file__)]
-    return {
-        "text": store.fingerprint(text.TextSettings()),
-        "survey": store.fingerprint(survey.SurveySettings()),
-        "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
-        "seed": str(seed),
-        "threads": str(threads),
+    module, settings = {
+        "text": (text, text.TextSettings()),
+        "survey": (survey, survey.SurveySettings()),
+    }[name]
+    files = [*(Path(__file__).with_name(f"{source}.py") for source in SOURCES[name]), Path(training.__file__)]
+    key = {
+        "settings": store.fingerprint(settings),
+        "code": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
+        "seed": seed,
     }
+    model = store.resumed(
+        folder / name / "model", key, lambda part: module.train_model(settings, seed, part, threads=1)
+    )
+    saes = store.resumed(folder / name / "saes", key, lambda part: module.train_saes(settings, model, seed, part))
+    return [model, saes]
 
 
-def pieces(seed: int, folder: Path, threads: int = 2) -> Iterator[Path]:
-    """Build (or take up again) model and SAEs of each specimen below `folder`, yielding each as it is done."""
-    from sae_research.world import survey, text
-
-    key = _recipe(seed, threads)
-    for name, module, settings in (("survey", survey, survey.SurveySettings()), ("text", text, text.TextSettings())):
-        model = folder / name / "model"
-        yield store.resumed(model, key, lambda part, m=module, s=settings: m.train_model(s, seed, part, threads))
-        yield store.resumed(
-            folder / name / "saes",
-            key,
-            lambda part, m=module, s=settings, model=model: m.train_saes(s, model, seed, part),
-        )
+def specimens(seed: int, folder: Path, n_jobs: int = 2) -> list[Path]:
+    """Both specimens below `folder`, one process and one thread each, so that their bytes depend on the seed alone."""
+    done = parallel.shards(partial(_specimen, seed, folder), SOURCES, n_jobs, threads=1, desc="specimens")
+    return [piece for pieces in done for piece in pieces]
 
 
-def build(seed: int = 0, threads: int = 2) -> Path:
+def build(seed: int = 0) -> Path:
     """Make `data/embedded` anew from `seed`; a build that was killed goes on where it stopped."""
-    import torch
-
-    torch.set_num_threads(threads)
     part = DATA / "scratch" / f"world-{seed}"
-    done = list(pieces(seed, part, threads))
-    for piece in done:
+    for piece in specimens(seed, part):
         with store.writing(EMBEDDED / piece.relative_to(part)) as target:
             shutil.copytree(piece, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("key"))
     shutil.rmtree(part)

@@ -1,6 +1,6 @@
 """From gates to claims: what the ledger says of the world, over all seeds that it was built with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sae_research.claims import Measurement
 from sae_research.world.gates import Gate
@@ -8,6 +8,7 @@ from sae_research.world.gates import Gate
 GATES = {
     "world.survey.answer_kl": "answer KL(exact || model)",
     "world.survey.rho_dev": "persona prompt: rho_dev",
+    "world.survey.eligible_latents": "latents eligible for screening",
     "world.text.loss_floor": "loss minus floor",
     "world.text.facts_top1": "physics facts top-1",
     "world.text.senses": "sense probe",
@@ -23,6 +24,9 @@ GATES = {
 }
 """The gates that a claim of claims.yaml speaks of, by the beginning of their names; the worst of them counts."""
 
+Specimens = Mapping[str, Sequence[Gate]]
+"""Gates by specimen."""
+
 
 def worst(gates: Sequence[Gate], name: str) -> Gate:
     """The gate farthest on the wrong side among those whose name begins with `name`."""
@@ -30,10 +34,10 @@ def worst(gates: Sequence[Gate], name: str) -> Gate:
     return max(found, key=lambda gate: gate.value if gate.at_most else -gate.value)
 
 
-def measurements(by_seed: Sequence[Sequence[Gate]]) -> dict[str, Measurement]:
+def measurements(by_seed: Sequence[Specimens]) -> dict[str, Measurement]:
     """Mean over the seeds of each claim's worst gate, with the range over the seeds."""
     found = {}
     for claim, name in GATES.items():
-        values = [worst(gates, name).value for gates in by_seed]
+        values = [worst(gates[claim.split(".")[1]], name).value for gates in by_seed]
         found[claim] = Measurement(sum(values) / len(values), min(values), max(values), len(values))
     return found

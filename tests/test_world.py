@@ -1,0 +1,109 @@
+"""The embedded world as it is committed: whole, small, open to other tools, and good enough to stand on."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from sae_research import claims, dictionaries, lens, stats, store
+from sae_research.errors import ResearchError
+from sae_research.paths import EMBEDDED
+from sae_research.world import build, ledger, survey, survey_gates, text, text_gates, tour
+from sae_research.world.gates import Gate
+
+SLACK = 0.01
+"""How far a number may fall below its bar on fewer documents than notebook 00 measures."""
+
+
+@pytest.fixture(scope="module")
+def gates():
+    texts = text_gates.measure(
+        build.model_folder("text"), build.saes_folder("text"), text.TextSettings(), seed=900, size=1000
+    )
+    surveys = survey_gates.measure(
+        build.model_folder("survey"), build.saes_folder("survey"), survey.SurveySettings(), seed=900
+    )
+    return {"text": texts, "survey": surveys}
+
+
+@pytest.mark.slow
+def test_every_gate_is_met(gates):
+    missed = [f"{g.name}: {g.value:.4f}, bar {g.safe}" for specimen in gates.values() for g in specimen if not g.meets(g.safe, SLACK)]
+    assert not missed
+
+
+def test_the_world_fits_in_sixteen_megabytes():
+    assert sum(path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file()) <= 16 * 2**20
+
+
+@pytest.mark.parametrize("specimen", build.SPECIMENS)
+def test_models_and_saes_open_in_other_tools_and_fit(specimen):
+    from sae_lens import SAE
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = build.model_folder(specimen)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).vocab_size == model.config.vocab_size
+    adapter = lens.load(folder)
+    kinds = set()
+    for path in build.sae_folders(specimen).values():
+        sae = SAE.load_from_disk(path)
+        assert dictionaries.check_fit(adapter, sae).startswith("blocks.")
+        kinds.add((sae.cfg.architecture(), dictionaries.hook_of(sae)))
+    assert len({hook for _, hook in kinds}) == 2
+    assert {kind for kind, _ in kinds} == {"topk", "jumprelu", "standard"}
+
+
+def test_an_altered_file_is_named(tmp_path):
+    shutil.copytree(EMBEDDED / "survey", tmp_path / "survey")
+    weights = tmp_path / "survey" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ResearchError, match=r"model\.safetensors"):
+        build.model_folder("survey", tmp_path)
+    (tmp_path / "survey" / "model" / store.CHECKSUMS).unlink()
+    with pytest.raises(ResearchError, match="missing or incomplete"):
+        build.model_folder("survey", tmp_path)
+
+
+def test_the_worst_gate_counts_whichever_side_it_is_on():
+    high, low = Gate("loss: a", 0.2, 0.1, at_most=True), Gate("loss: b", 0.01, 0.1, at_most=True)
+    assert ledger.worst([low, high], "loss") is high
+    good, bad = Gate("facts: a", 0.99, 0.9), Gate("facts: b", 0.5, 0.9)
+    assert ledger.worst([good, bad], "facts") is bad
+
+
+def test_every_claim_about_the_world_has_a_gate_and_is_judged(gates):
+    assert set(ledger.GATES) == set(claims.stated("world"))
+    found = ledger.measurements([gates, gates])
+    for name, claim in claims.stated("world").items():
+        assert claims.judge(claim, found[name]) in claims.VERDICTS
+        assert found[name].low == found[name].high == pytest.approx(found[name].value)
+
+
+@pytest.fixture(scope="module")
+def reading():
+    settings = text.TextSettings()
+    subject = text_gates.Subject(lens.load(build.model_folder("text")), settings, 901, 400)
+    name = f"block{subject.early.split('.')[1]}_{settings.saes.kinds[0]}"
+    sae = text_gates.load_saes(build.saes_folder("text"))[subject.early][name]
+    return subject, sae, tour.read(subject, sae, subject.early)
+
+
+def test_steering_a_concept_beats_a_random_direction_and_no_dose_does_nothing(reading):
+    subject, sae, read = reading
+    told = tour.detectors(read)["concept_next"]
+    best = told.f1.nan_to_num(-1.0).argsort(descending=True, stable=True)[:6].tolist()
+    none, strong = tour.steer(subject, sae, subject.early, {c: int(told.latent[c]) for c in best}, [0.0, 0.8], 16)
+    assert np.array_equal(none.mass, none.control)
+    assert stats.mean_interval(strong.mass - strong.control).low > 0
+
+
+def test_contexts_show_the_token_at_which_a_latent_fires_most(reading):
+    _, _, read = reading
+    latent = int(read.codes.latent[read.codes.value.argmax()])
+    row = int(read.codes.token[read.codes.value.argmax()])
+    content = read.texts.tokens[read.texts.tokens != 1]
+    from sae_research.world.lexicon import lexicon
+
+    word = ["", "", "", "", *lexicon().words][content[row]]
+    assert f"[{word}]" in tour.contexts(read, latent)[0]
