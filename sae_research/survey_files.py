@@ -9,7 +9,7 @@ import csv
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from sae_research.errors import ResearchError
 from sae_research.paths import ROOT, relative
 from sae_research.survey import OVERALL, Group, Question, Survey
 
+SPLITS = ("train", "validation", "test")
 RESTRICTED = ("OpinionQA", "SubPOP")
 """Sources whose data must stay with the reader."""
 
@@ -99,7 +100,7 @@ def load_opinion_qa(folder: Path, waves: Sequence[int]) -> Survey:
     cells: list[Cell] = []
     for wave in waves:
         place = Path(folder) / "human_resp" / f"American_Trends_Panel_W{wave}"
-        items = [_opinion_item(row, place / "info.csv", line) for line, row in rows(place / "info.csv", _INFO)]
+        items = [_opinion_item(row, place / "info.csv", line, wave) for line, row in rows(place / "info.csv", _INFO)]
         attributes = {
             row["key"]: literal(row["options"], list, place / "metadata.csv", line)
             for line, row in rows(place / "metadata.csv", ("key", "options"))
@@ -127,7 +128,24 @@ def load_opinion_qa(folder: Path, waves: Sequence[int]) -> Survey:
 _INFO = ("key", "question", "references", "option_ordinal")
 
 
-def _opinion_item(row: dict[str, str], path: Path, line: int) -> tuple[Question, set[str]]:
+def split_by_wave(survey: Survey, unseen: Sequence[int], seed: int) -> Survey:
+    """Test questions: all of the `unseen` waves and a quarter of the others; the rest trains (60 of 75) or validates.
+
+    Questions that open with the same words belong to one battery and stay in one split.
+    """
+    apart = {f"wave {wave}" for wave in unseen}
+    batteries = [(q.topic, " ".join(q.text.lower().split()[:8])) for q in survey.questions]
+    names = list(dict.fromkeys(b for b in batteries if b[0] not in apart))
+    order = np.random.default_rng(seed).permutation(len(names))
+    bounds = (0.6 * len(names), 0.75 * len(names))
+    part = {names[i]: SPLITS[int(np.searchsorted(bounds, place, side="right"))] for place, i in enumerate(order)}
+    questions = [
+        replace(q, split=part.get(battery, "test")) for q, battery in zip(survey.questions, batteries, strict=True)
+    ]
+    return replace(survey, questions=tuple(questions))
+
+
+def _opinion_item(row: dict[str, str], path: Path, line: int, wave: int) -> tuple[Question, set[str]]:
     options = literal(row["references"], list, path, line)
     ordinal = literal(row["option_ordinal"], list, path, line)
     if not 2 <= len(ordinal) <= len(options):
@@ -135,7 +153,7 @@ def _opinion_item(row: dict[str, str], path: Path, line: int) -> tuple[Question,
             path, line, f"{len(options)} references but {len(ordinal)} ordinals; refusals alone may lack one"
         )
     item, _ = question(row["key"], row["question"], options[: len(ordinal)], ordinal)
-    return item, set(map(str, options[len(ordinal) :]))
+    return replace(item, topic=f"wave {wave}"), set(map(str, options[len(ordinal) :]))
 
 
 def _chosen(item: Question, refusals: set[str], people: list[tuple[int, dict]], path: Path) -> np.ndarray:

@@ -84,6 +84,26 @@ def test_damage_to_opinion_qa_is_named_by_file_line_and_reason(opinion_qa, file,
         survey_files.load_opinion_qa(opinion_qa, [27])
 
 
+def test_whole_waves_are_kept_for_the_test_and_batteries_stay_together():
+    questions = [
+        survey.Question(
+            f"Q{w}{i}", f"Is list {i // 2} of people one you trust: {i}", ("No", "Yes"), (1, 2), f"wave {w}"
+        )
+        for w in (26, 34)
+        for i in range(40)
+    ]
+    p = np.full((1, 80, 2), 0.5)
+    found = survey_files.split_by_wave(
+        survey.Survey(tuple(questions), (survey.Group("a", "b", 1.0),), p, p[0]), [34], seed=0
+    )
+    splits = np.array([q.split for q in found.questions])
+    assert (splits[40:] == "test").all()
+    assert [(splits[:40] == s).sum() for s in ("train", "validation", "test")] == [24, 6, 10]
+    assert (splits[:40:2] == splits[1:40:2]).all()
+    again = survey_files.split_by_wave(found, [34], seed=1)
+    assert [q.split for q in again.questions] != splits.tolist()
+
+
 def test_a_missing_wave_is_named(opinion_qa):
     with pytest.raises(ResearchError, match=r"info.csv cannot be read"):
         survey_files.load_opinion_qa(opinion_qa, [92])

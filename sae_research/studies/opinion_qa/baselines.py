@@ -58,7 +58,7 @@ def calibrate_letters(
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         logs = option_log_probs(scores * scale + bias, bench.prompts.ladder[rows], bench.prompts.reverse[rows])
-        loss = objective.forward_divergence(target, logs).mean() + 1e-4 * bias.square().sum()
+        loss = objective.forward_divergence(target, logs).mean() + 1e-6 * bias.square().sum()
         loss.backward()
         return loss
 

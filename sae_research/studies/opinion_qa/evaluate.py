@@ -40,7 +40,7 @@ class Exam:
     def clusters(self) -> np.ndarray:
         """Number of the cluster of each question: near-duplicates are resampled together."""
         names = [self.survey.questions[i] for i in self.questions]
-        keys = [f"{q.topic} {q.verb}" if q.topic else q.key for q in names]
+        keys = [f"{q.topic} {q.verb}" if q.verb else q.key for q in names]
         order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         return np.array([order[key] for key in keys])
 

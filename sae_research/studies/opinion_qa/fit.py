@@ -5,46 +5,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from sae_research.config import ShiftTraining
 from sae_research.errors import ResearchError
 from sae_research.studies.opinion_qa import objective
 from sae_research.studies.opinion_qa.bench import Bench
 from sae_research.studies.opinion_qa.shift import Basis, Shift, canonical, displacement
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a shift is trained."""
-
-    kind: str = "multiplicative"
-    """How the shift acts on codes (section 3.3): additive, multiplicative, gated or literal."""
-    positions: str = "all"
-    """Where it acts (section 3.3): answer, question or all."""
-    rank: int | None = 4
-    """r of Delta_g = Delta_0 + U c_g; None gives every group its own free vector (section 3.4)."""
-    calibrate: bool = True
-    """Whether Delta_0 is trained, on the population's answers and before the groups; else it is zero."""
-    movement: float = 0.0
-    """lam_rec: weight of the relative squared movement of the residual (section 3.5)."""
-    keep: float = 1.0
-    """lam_keep: weight of KL(base || steered) on other text (section 3.5)."""
-    sparsity: float = 0.0
-    """lam_sp: weight of the group lasso, a proximal step after each step of Adam (section 3.5)."""
-    rate: float = 0.03
-    """Learning rate of shifts and axes; scores take `score_rate` times it."""
-    score_rate: float = 3.0
-    """Learning rate of c as a multiple of that of U (section 3.5: 1e-2 against 3e-3)."""
-    calibration_steps: int = 80
-    """Steps of the first stage."""
-    steps: int = 160
-    """Steps of the second stage."""
-    batch: int = 16
-    """Prompts of a step; each is asked of every group."""
-    documents: int = 6
-    """Documents of other text of a step, each under `kept_groups` groups' shifts."""
-    kept_groups: int = 3
-    """Groups drawn for the documents of a step."""
-    look: int = 20
-    """Steps between looks at the validation questions; the best look is kept."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +54,7 @@ class _Stage:
     """One run of proximal Adam on the tables that make up the shifts of some targets."""
 
     def __init__(
-        self, bench: Bench, basis: Basis, training: Training, targets: Targets, answers: np.ndarray, seed: int
+        self, bench: Bench, basis: Basis, training: ShiftTraining, targets: Targets, answers: np.ndarray, seed: int
     ):
         self.bench, self.basis, self.training = bench, basis, training
         self.answers = torch.tensor(answers, dtype=torch.float32)
@@ -177,7 +142,7 @@ class _Stage:
 
 
 def fit(
-    bench: Bench, basis: Basis, training: Training, targets: Targets, seed: int, shared: torch.Tensor | None = None
+    bench: Bench, basis: Basis, training: ShiftTraining, targets: Targets, seed: int, shared: torch.Tensor | None = None
 ) -> Fit:
     """Train a shift; `shared` is a Delta_0 that was trained before (it depends on no group)."""
     if shared is None:
@@ -230,7 +195,7 @@ def _start(
     return axes, scores
 
 
-def calibrate(bench: Bench, basis: Basis, training: Training, targets: Targets, seed: int) -> torch.Tensor:
+def calibrate(bench: Bench, basis: Basis, training: ShiftTraining, targets: Targets, seed: int) -> torch.Tensor:
     """Delta_0: one shift for everybody, trained on the population's answers."""
     stage = _Stage(bench, basis, training, targets, targets.overall[None], seed)
     shared = torch.zeros(basis.size, 1, requires_grad=True)

@@ -101,12 +101,12 @@ def from_prompts(shift: Shift, states: torch.Tensor, ridge: float = 0.1) -> torc
 
     `states` is the mean residual over each group's prompts, [groups, d].
     """
-    x = states - states.mean(0)
-    x = x / x.norm(dim=1).mean()
-    gram = x @ x.T
     found = []
-    for g in range(len(x)):
-        rest = [h for h in range(len(x)) if h != g]
-        weights = torch.linalg.solve(gram[rest][:, rest] + ridge * torch.eye(len(rest)), shift.scores[rest])
-        found.append(gram[g, rest] @ weights)
+    for g in range(len(states)):
+        rest = [h for h in range(len(states)) if h != g]
+        x, c = states[rest] - states[rest].mean(0), shift.scores[rest] - shift.scores[rest].mean(0)
+        scale = x.norm(dim=1).mean()
+        gram = (x / scale) @ (x / scale).T + ridge * torch.eye(len(rest))
+        own = (states[g] - states[rest].mean(0)) / scale
+        found.append(shift.scores[rest].mean(0) + own @ (x / scale).T @ torch.linalg.solve(gram, c))
     return shift.shared + torch.stack(found) @ shift.axes.T

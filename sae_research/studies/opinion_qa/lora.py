@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sae_research.config import LoRATraining
 from sae_research.studies.opinion_qa import objective
 from sae_research.studies.opinion_qa.bench import Bench, Cost, Prompts
 from sae_research.studies.opinion_qa.fit import Targets
@@ -16,24 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PROJECTIONS = (("q_proj", "v_proj"), ("c_attn",), ("query_key_value",))
-
-
-@dataclass(frozen=True)
-class LoRATraining:
-    """SubPOP's adapters (its train_utils and peft settings)."""
-
-    rank: int = 8
-    """r."""
-    alpha: int = 32
-    """Scale: the update is alpha / r times B A."""
-    dropout: float = 0.05
-    """Dropout on what enters the adapters."""
-    rate: float = 2e-4
-    """Peak learning rate, with a cosine to zero."""
-    batch: int = 128
-    """Prompts of a step."""
-    steps: int = 1000
-    """Steps; SubPOP trains for 50 epochs."""
 
 
 @dataclass(frozen=True)

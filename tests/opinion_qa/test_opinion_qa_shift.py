@@ -9,14 +9,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from miniatures import random_sae  # noqa: E402
 
+from sae_research.config import ShiftTraining  # noqa: E402
 from sae_research.errors import ResearchError  # noqa: E402
 from sae_research.studies.opinion_qa import objective  # noqa: E402
-from sae_research.studies.opinion_qa.bench import Bench  # noqa: E402
-from sae_research.studies.opinion_qa.fit import Targets, Training, calibrate, fit  # noqa: E402
+from sae_research.studies.opinion_qa.fit import calibrate, fit  # noqa: E402
 from sae_research.studies.opinion_qa.letters import Letters, by_ordinal, single_tokens  # noqa: E402
 from sae_research.studies.opinion_qa.shift import (  # noqa: E402
     Shift,
@@ -33,61 +33,6 @@ from sae_research.survey import divergence  # noqa: E402
 
 HOOK = "blocks.0.hook_resid_post"
 GROUPS = ("red", "blue", "old", "young", "grey")
-
-
-@pytest.fixture(scope="module")
-def lens(tmp_path_factory):
-    """A survey specimen that was never trained, its weights scaled up so that everything matters."""
-    from sae_research import lens as lenses
-    from sae_research.world import specimen
-    from sae_research.world.survey_text import WORDS
-
-    tokenizer = specimen.word_tokenizer(WORDS)
-    model = specimen.small_llama(len(tokenizer), width=32, blocks=3, heads=4, inner=48, context=48, seed=1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(4 if weight.ndim > 1 else 1)
-    folder = tmp_path_factory.mktemp("survey") / "model"
-    specimen.save(model.eval(), tokenizer, folder)
-    return lenses.load(folder, name="world-survey")
-
-
-@pytest.fixture(scope="module")
-def population():
-    from sae_research.world.survey_population import Population, PopulationSettings
-
-    return Population(PopulationSettings())
-
-
-@pytest.fixture(scope="module")
-def bench(lens, population):
-    from sae_research.world.survey_text import Writer, prompt
-
-    writer, draws = Writer(population, lens.tokenizer.get_vocab()), np.random.default_rng(0)
-    texts = {s: torch.from_numpy(writer.off_task(8, draws).tokens) for s in ("train", "validation", "test")}
-    return Bench(lens, HOOK, population.questions[:18], lambda q, reverse: prompt(q, reverse=reverse), texts)
-
-
-@pytest.fixture(scope="module")
-def sae():
-    return random_sae("topk", width=32, latents=96, k=12)
-
-
-@pytest.fixture(scope="module")
-def basis(sae):
-    return sae_basis(sae)
-
-
-@pytest.fixture(scope="module")
-def targets():
-    draws = np.random.default_rng(3)
-    answers = np.zeros((5, 18, 4))
-    for q in range(18):
-        answers[:, q, : 2 + q % 3] = draws.dirichlet(np.ones(2 + q % 3), 5)
-    return Targets(
-        GROUPS, ("a", "a", "b", "b", "b"), np.array([0.5, 0.5, 0.2, 0.3, 0.5]), answers, answers.mean(0),
-        np.arange(12), np.arange(12, 18),
-    )  # fmt: skip
 
 
 def shift_of(basis, kind="multiplicative", scale=0.5, positions="all", rank=3, seed=0):
@@ -247,7 +192,7 @@ def test_shrunk_targets_lean_on_the_population_when_groups_are_small():
     assert torch.allclose(found, torch.tensor([[12 / 22, 10 / 22], [2010 / 2020, 10 / 2020]]))
 
 
-QUICK = Training(steps=12, calibration_steps=8, batch=6, documents=2, kept_groups=2, look=4, rank=2)
+QUICK = ShiftTraining(rate=0.03, steps=12, calibration_steps=8, batch=6, documents=2, kept_groups=2, look=4, rank=2)
 
 
 def test_a_strong_lasso_leaves_no_group_part_and_a_weak_one_is_exactly_sparse(bench, basis, targets):

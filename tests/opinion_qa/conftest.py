@@ -1,0 +1,75 @@
+"""A small survey world for the tests of study 1: a specimen that was never trained, so nothing holds by luck."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from miniatures import random_sae  # noqa: E402
+
+from sae_research.studies.opinion_qa.bench import Bench  # noqa: E402
+from sae_research.studies.opinion_qa.fit import Targets  # noqa: E402
+from sae_research.studies.opinion_qa.shift import sae_basis  # noqa: E402
+
+HOOK = "blocks.0.hook_resid_post"
+GROUPS = ("red", "blue", "old", "young", "grey")
+
+
+@pytest.fixture(scope="module")
+def lens(tmp_path_factory):
+    """A survey specimen that was never trained, its weights scaled up so that everything matters."""
+    from sae_research import lens as lenses
+    from sae_research.world import specimen
+    from sae_research.world.survey_text import WORDS
+
+    tokenizer = specimen.word_tokenizer(WORDS)
+    model = specimen.small_llama(len(tokenizer), width=32, blocks=3, heads=4, inner=48, context=48, seed=1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4 if weight.ndim > 1 else 1)
+    folder = tmp_path_factory.mktemp("survey") / "model"
+    specimen.save(model.eval(), tokenizer, folder)
+    return lenses.load(folder, name="world-survey")
+
+
+@pytest.fixture(scope="module")
+def population():
+    from sae_research.world.survey_population import Population, PopulationSettings
+
+    return Population(PopulationSettings())
+
+
+@pytest.fixture(scope="module")
+def bench(lens, population):
+    from sae_research.world.survey_text import Writer, prompt
+
+    writer, draws = Writer(population, lens.tokenizer.get_vocab()), np.random.default_rng(0)
+    texts = {s: torch.from_numpy(writer.off_task(8, draws).tokens) for s in ("train", "validation", "test")}
+    return Bench(lens, HOOK, population.questions[:18], lambda q, reverse: prompt(q, reverse=reverse), texts)
+
+
+@pytest.fixture(scope="module")
+def sae():
+    return random_sae("topk", width=32, latents=96, k=12)
+
+
+@pytest.fixture(scope="module")
+def basis(sae):
+    return sae_basis(sae)
+
+
+@pytest.fixture(scope="module")
+def targets():
+    draws = np.random.default_rng(3)
+    answers = np.zeros((5, 18, 4))
+    for q in range(18):
+        answers[:, q, : 2 + q % 3] = draws.dirichlet(np.ones(2 + q % 3), 5)
+    return Targets(
+        GROUPS, ("a", "a", "b", "b", "b"), np.array([0.5, 0.5, 0.2, 0.3, 0.5]), answers, answers.mean(0),
+        np.arange(12), np.arange(12, 18),
+    )  # fmt: skip

@@ -1,0 +1,329 @@
+"""Study 1, the rivals and new groups: what must hold whatever the model has learnt."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+
+from sae_research.config import LoRATraining, OpinionQA, ShiftTraining  # noqa: E402
+from sae_research.studies.opinion_qa import baselines, generalise, meaning, study  # noqa: E402
+from sae_research.studies.opinion_qa.evaluate import Exam  # noqa: E402
+from sae_research.studies.opinion_qa.letters import option_log_probs  # noqa: E402
+from sae_research.studies.opinion_qa.prompts import ENGLISH, SPECIMEN, english_block  # noqa: E402
+from sae_research.studies.opinion_qa.shift import Shift, canonical, residual_basis  # noqa: E402
+from sae_research.survey import Group, Question, divergence  # noqa: E402
+
+HOOK = "blocks.0.hook_resid_post"
+ITEM = Question("Q", "Is it so?", ("No", "Perhaps", "Yes"), (1.0, 2.0, 3.0))
+
+
+@pytest.fixture(scope="module")
+def small(population):
+    """The planted survey of 18 questions, as the bench asks them."""
+    survey = population.survey()
+    cut = slice(0, 18)
+    return replace(
+        survey,
+        questions=survey.questions[cut],
+        distributions=survey.distributions[:, cut],
+        overall=survey.overall[cut],
+        web=survey.web[cut],
+    )
+
+
+@pytest.fixture(scope="module")
+def asked(bench, small):
+    return baselines.prompted(bench, SPECIMEN, "BIO", small, np.arange(12))
+
+
+@pytest.fixture(scope="module")
+def everyone(small):
+    from sae_research.studies.opinion_qa.fit import Targets
+
+    names, attributes = ([getattr(g, f) for g in small.groups] for f in ("name", "attribute"))
+    return Targets(
+        tuple(names), tuple(attributes), small.weights, small.distributions, small.overall,
+        np.arange(12), np.arange(12, 18),
+    )  # fmt: skip
+
+
+def test_english_prompts_list_lettered_options_and_never_name_a_group_in_the_block():
+    block = english_block(ITEM, False)
+    assert block.splitlines() == [
+        "Question: Is it so?", "A. No", "B. Perhaps", "C. Yes", "Answer with A, B or C.", "", "Answer:",
+    ]  # fmt: skip
+    assert english_block(ITEM, True).splitlines()[1] == "A. Yes"
+    offered = english_block(ITEM, True, refusal=True)
+    assert "D. Prefer not to say" in offered
+    assert "A, B, C or D" in offered
+    group, other = Group("SEX", "Male", 0.5), Group("SEX", "Female", 0.5)
+    for form in ("QA", "BIO", "PORTRAY"):
+        text = ENGLISH.prompted(form, group, (other, group))(ITEM, False)
+        assert text.endswith(block)
+        assert "Male" in text
+    assert "Answer: B. Male" in ENGLISH.contexts["QA"](group, (other, group))
+
+
+def test_every_form_of_the_specimen_uses_words_that_it_knows(lens, small):
+    for form in SPECIMEN.contexts:
+        text = SPECIMEN.prompted(form, small.groups[2], small.groups[:3])(small.questions[0], False)
+        assert lens.tokenizer.unk_token_id not in lens.tokenizer(text)["input_ids"]
+        assert "red" in text
+
+
+def test_an_empty_context_gives_the_unsteered_answers(bench, small):
+    silent = replace(SPECIMEN, contexts={"none": lambda group, siblings: ""}, joint="")
+    found = baselines.prompted(bench, silent, "none", small, np.arange(12))
+    rows = bench.prompts.rows(range(18))
+    answers = baselines.read_scores(bench, found.scores[:, rows], rows)
+    assert np.abs(answers - bench.unsteered(range(18)).probabilities).max() < 1e-6
+    assert torch.allclose(found.block[0], bench.residual[bench.prompts.rows(range(12))][
+        bench.prompts.editable("question")[bench.prompts.rows(range(12))]].mean(0), atol=1e-5)  # fmt: skip
+    assert torch.allclose(found.block[0], found.block[1])
+
+
+def test_temperature_and_letter_bias_undo_what_they_model(bench):
+    rows = bench.prompts.rows(range(18))
+    scores = baselines.letter_scores(bench, bench.residual, bench.prompts.last)
+    scores = scores - scores.mean(-1, keepdim=True)
+    scores = 2 * scores / scores.std()
+    bent = 0.5 * scores + torch.tensor([1.0, 0.0, -1.0, 0.5])
+    truth = option_log_probs(scores, bench.prompts.ladder, bench.prompts.reverse).exp()
+    found = baselines.calibrate_letters(bench, bent[rows], rows, truth[rows])
+    again = option_log_probs(found(bent), bench.prompts.ladder, bench.prompts.reverse).exp()
+    assert found.scale == pytest.approx(2, rel=0.05)
+    assert (again - truth).abs().max() < 0.03
+
+
+def test_differences_of_means_cancel_between_two_siblings(asked, everyone):
+    found = baselines.difference_of_means(asked, everyone)
+    left, right = found[-2:]  # handedness has two values
+    assert torch.allclose(left, -right, atol=1e-5)
+    assert left.norm() > 0
+
+
+def test_the_most_selective_latents_are_found_and_alone_moved(bench, basis, asked, everyone):
+    contrast, statistic = baselines.latent_contrasts(bench, basis, asked, everyone)
+    top = baselines.top_features(contrast, statistic, 7)
+    assert int((top != 0).any(0).sum()) == 7
+    kept = (top != 0).any(0)
+    assert statistic[kept].min() >= statistic[~kept].max()
+
+
+def test_strength_nought_is_chosen_when_a_direction_only_harms(bench, everyone):
+    dense = residual_basis(32)
+    unsteered = bench.unsteered(range(18)).probabilities
+    own = replace(everyone, answers=np.repeat(unsteered, 14, 0))
+    part = torch.randn(14, 32, generator=torch.Generator().manual_seed(0)) * 3
+    shift = baselines.untrained("additive", bench, "all", own, torch.zeros(32), part)
+    strength, best = baselines.best_strength(bench, dense, shift, own, (0.0, 1.0, 2.0))
+    assert strength == 0.0
+    assert not best.scores.any()
+
+
+def test_a_screened_space_moves_only_its_latents(bench, basis):
+    keep = torch.tensor([3, 5, 60])
+    few = baselines.restricted(basis, keep, "few")
+    x = bench.residual[:2]
+    from sae_research.studies.opinion_qa.shift import displacement
+
+    small_delta, whole = torch.tensor([[0.4, -0.2, 0.3]]), torch.zeros(1, basis.size)
+    whole[0, keep] = small_delta[0]
+    for kind in ("additive", "multiplicative", "gated"):
+        a = displacement(few, kind, x, few.encode(x), small_delta)
+        b = displacement(basis, kind, x, basis.encode(x), whole)
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_readers_start_at_the_model_and_learn(bench, asked, everyone):
+    rows = baselines.unembedding_of_letters(bench)
+    same = baselines.Reader(rows, torch.zeros(4))
+    assert torch.allclose(same(asked.final), asked.scores, atol=1e-4)
+    found = baselines.linear_reader(bench, asked.hidden, everyone, ridges=(1e-2,))
+    before = baselines.read_scores(bench, asked.scores, bench.prompts.rows(range(18)))
+    after = baselines.read_scores(bench, found(asked.hidden), bench.prompts.rows(range(18)))
+    truth = everyone.answers[:, :12]
+    assert divergence(truth, after[:, :12]).mean() < divergence(truth, before[:, :12]).mean()
+    assert found.parameters == 4 * 32 + 4
+    own = baselines.linear_reader(bench, asked.hidden, everyone, by_group=True, ridges=(1e-2,))
+    assert own.parameters == 14 * (4 * 32 + 4)
+
+
+def test_shuffling_keeps_every_answer_and_breaks_groups_apart(everyone):
+    clusters = [q // 3 for q in range(18)]
+    found = baselines.groups_shuffled(everyone, clusters, 0)
+    assert np.allclose(np.sort(found.answers, 0), np.sort(everyone.answers, 0))
+    same = (found.answers == everyone.answers).all((0, 2))
+    assert not same.all()
+    for cluster in range(6):  # one permutation a cluster
+        rows = slice(3 * cluster, 3 * cluster + 3)
+        who = [int(np.abs(found.answers[0, rows] - everyone.answers[g, rows]).sum() < 1e-12) for g in range(14)]
+        assert sum(who) >= 1
+
+
+def test_lora_without_training_is_the_frozen_model_and_training_moves_it(bench, lens, everyone, asked):
+    from transformers import LlamaForCausalLM
+
+    from sae_research.studies.opinion_qa import lora
+
+    config = lens.bridge.original_model.config
+    state = {}
+    for name, value in lens.bridge.original_model.state_dict().items():
+        state[name.replace("_original_component.", "").replace("original_component.", "")] = value
+
+    def load():
+        model = LlamaForCausalLM(config)
+        model.load_state_dict(state, strict=False)
+        return model.eval()
+
+    exam = np.arange(12, 18)
+    own = [bench.prompts] * 14
+    model = lora.adapter(load(), LoRATraining(), 0).eval()
+    found = lora.answers_of(model, bench, bench.prompts, exam)
+    assert np.abs(found - bench.unsteered(exam).probabilities[0]).max() < 1e-4
+    assert lora.cost(model, bench).divergence == pytest.approx(0, abs=1e-5)
+    quick = LoRATraining(steps=3, batch=8, rate=0.05)
+    result = lora.train(load, bench, own, everyone.answers, everyone, quick, 0, exam)
+    assert result.answers.shape == (14, 6, 4)
+    assert result.parameters == 3 * 2 * 8 * 64
+    assert np.abs(result.answers[0] - found).max() > 1e-3
+    assert result.cost.divergence > 0
+
+
+# new groups
+
+
+def shift_for(targets, basis, rank=2, scale=0.3):
+    random = torch.Generator().manual_seed(4)
+    raw = Shift(
+        "multiplicative", HOOK, "all", targets.groups, 0.1 * torch.randn(basis.size, generator=random),
+        scale * torch.randn(basis.size, rank, generator=random),
+        torch.randn(len(targets.groups), rank, generator=random),
+    )  # fmt: skip
+    return canonical(raw, torch.tensor(targets.weights))
+
+
+def test_composition_adds_scores_and_a_margin_is_one_of_them(basis, everyone):
+    shift = shift_for(everyone, basis)
+    cells = [Group("party|age", "red|old", 0.1), Group("party|age", "blue|young", 0.1)]
+    both = generalise.composed(shift, cells)
+    parts = generalise.margin(shift, cells, 0) + generalise.margin(shift, cells, 1) - shift.shared
+    assert torch.allclose(both, parts, atol=1e-5)
+    assert torch.allclose(generalise.composed(shift, cells, 0.0), shift.shared.expand(2, -1))
+
+
+def test_the_right_shrinkage_is_found(bench, basis, everyone):
+    shift = shift_for(everyone, basis)
+    cells = [Group("party|age", "red|old", 0.1), Group("party|age", "blue|young", 0.1)]
+    delta = generalise.composed(shift, cells, 0.7)
+    answers = bench.answers(basis, shift.kind, delta, range(18), "all").probabilities
+    assert generalise.best_kappa(bench, basis, shift, cells, answers, np.arange(12, 18)) == 0.7
+
+
+def test_a_few_answers_bring_a_new_group_closer_and_a_stiff_ridge_keeps_the_population(bench, basis, everyone):
+    shift = shift_for(everyone, basis)
+    answers = everyone.answers[:3]
+
+    def loss(delta):
+        found = bench.answers(basis, shift.kind, delta, range(12), "all").probabilities
+        return divergence(answers[:, :12], found).mean()
+
+    found = generalise.few_shot(bench, basis, shift, answers, np.arange(12), ridge=1e-4, steps=60)
+    assert found.shape == (3, basis.size)
+    assert loss(found) < loss(shift.shared.expand(3, -1))
+    inside = torch.linalg.lstsq(shift.axes, (found - shift.shared).T).residuals
+    assert inside.numel() == 0 or inside.abs().max() < 1e-4  # U stays frozen
+    free = generalise.few_shot(bench, basis, shift, answers, np.arange(12), ridge=1e-4, steps=60, free=True)
+    assert loss(free) < loss(found)
+    stiff = generalise.few_shot(bench, basis, shift, answers, np.arange(12), ridge=1e6, steps=60)
+    assert (stiff - shift.shared).abs().max() < 0.05
+
+
+def test_groups_can_be_left_out(everyone):
+    found = generalise.without(everyone, [0, 13])
+    assert found.groups == everyone.groups[1:13]
+    assert found.answers.shape[0] == 12
+
+
+def test_scores_that_follow_the_prompts_are_found_from_the_prompts(basis, everyone):
+    shift = shift_for(everyone, basis)
+    states = shift.scores @ torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    found = generalise.from_prompts(shift, states, ridge=1e-4)
+    assert torch.allclose(found, shift.deltas, atol=0.05 * shift.deltas.abs().max().item())
+
+
+# what a shift is made of
+
+
+def test_latents_are_shown_where_they_fire(bench, basis, everyone):
+    shift = shift_for(everyone, basis)
+    found = meaning.latents(bench, basis, shift, 0, top=4)
+    assert len(found) == 4
+    for latent in found:
+        assert latent.weight == pytest.approx(float(shift.axes[latent.index, 0]))
+        assert latent.contexts
+        assert all(c.count("[") == 1 for c in latent.contexts)
+        assert 0 < latent.frequency <= 1
+
+
+def test_all_latents_keep_the_whole_gain(bench, basis, everyone, small):
+    shift = shift_for(everyone, basis)
+    exam = Exam(small, np.arange(12, 18))
+    calibrated = bench.answers(basis, shift.kind, shift.shared[None], exam.questions, "all").probabilities[0]
+    found = meaning.causal_share(bench, basis, shift, exam, calibrated, (0, basis.size))
+    assert found[basis.size] == pytest.approx(1)
+    assert found[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_selectivity_is_a_half_for_a_latent_that_knows_nothing_and_one_for_one_that_knows_all(basis, everyone):
+    from types import SimpleNamespace
+
+    hidden = torch.zeros(14, 10, 2)
+    hidden[0, :, 0] = 1.0  # fires for the first group alone
+    fake = replace(residual_basis(2), encode=lambda x: x)
+    found = meaning.selectivity(fake, SimpleNamespace(hidden=hidden), everyone.attributes)
+    assert found[0].tolist() == [1.0, 0.5]
+    assert found[1, 0] == pytest.approx(0.25)  # its sibling fires always, the other never
+
+
+def test_equal_shifts_are_perfectly_stable(basis, everyone):
+    shift = shift_for(everyone, basis)
+    assert meaning.stability([shift, shift, shift], top=10) == (1.0, pytest.approx(1.0))
+
+
+# end to end
+
+
+def test_the_laboratory_runs_every_kind_of_row(lens, sae, small, bench):
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = HOOK, "world-survey"
+    quick = ShiftTraining(rate=0.03, steps=4, calibration_steps=3, batch=4, documents=2, kept_groups=2, look=2, rank=2)
+    settings = OpinionQA(training=quick, respondents=300, strengths=(0.0, 1.0))
+    questions = tuple(replace(q, split=("train", "validation", "test")[i % 3]) for i, q in enumerate(small.questions))
+    lab = study.laboratory(settings, lens, sae, SPECIMEN, replace(small, questions=questions), bench.texts, 0)
+    assert lab.l0 == pytest.approx(12)
+    forms = {f: baselines.prompted(lab.bench, SPECIMEN, f, lab.survey, lab.targets.train) for f in ("BIO", "QA")}
+    chosen = study.choose(lab, lab.sae, quick, 0, (1.0,), (0.0, 1e3))
+    assert chosen.sparsity in (0.0, 1e3)
+    rows = [
+        *study.fixed_rows(lab),
+        *study.calibration_rows(lab, quick, 0),
+        *study.prompting_rows(lab, forms),
+        *study.reader_rows(lab, forms["BIO"]),
+        *study.untrained_rows(lab, forms["BIO"], lambda space: torch.zeros(space.size)),
+        study.shuffled(lab, quick, 0),
+        study.screened(lab, forms["BIO"], quick, 0, k=20),
+        *(study.trained(lab, name, replace(quick, **changes), 0) for name, (_, changes) in study.ARMS.items()),
+    ]
+    names = [row.name for row in rows]
+    assert len(names) == len(set(names))
+    for row in rows:
+        assert row.answers.shape == (14, 6, 4), row.name
+        assert np.allclose(row.answers.sum(-1), 1, atol=1e-5), row.name
+        assert 0 <= row.moved <= 1, row.name
+        assert row.parameters >= 0, row.name
+    silent = {row.name: row.cost.loss for row in rows}
+    assert silent["no steering"] == 0
+    assert silent["SAE additive"] != 0
