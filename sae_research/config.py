@@ -33,7 +33,7 @@ class World:
 
     rebuilds: tuple[int, ...] = ()
     """Further seeds that the whole world is built with, to show that its gates do not hold by luck."""
-    passages: int = 2000
+    passages: int = 800
     """Documents of each kind on which gates and latents are measured."""
 
 

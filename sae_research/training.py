@@ -182,6 +182,23 @@ def aimed_at(l0: float, rate: float = 0.01, gain: float = 0.5) -> "MakeTrainer":
     return lambda sae, settings: trainer(sae, settings, AimedTrainer)
 
 
+def held_at(l0: float, rate: float = 0.005) -> "MakeTrainer":
+    """A trainer that scales all thresholds of a JumpReLU so that the L0 found stays near `l0`.
+
+    The penalty alone is too slow: Adam moves a threshold by at most its learning rate a step.
+    """
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    class HeldTrainer(SAETrainer):
+        def step(self, batch: "Tensor"):
+            output = super().step(batch)
+            found = (output.feature_acts > 0).sum().item() / len(batch)
+            self.sae.threshold.data *= (max(found, 1e-3) / l0) ** rate
+            return output
+
+    return lambda sae, settings: trainer(sae, settings, HeldTrainer)
+
+
 def inference(sae: "TrainingSAE", activations: "Tensor", k: float | None = None) -> "SAE":
     """The inference SAE with weights rounded to float16 values: TopK and ReLU as trained, others of mean L0 `k`.
 

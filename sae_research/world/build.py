@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from sae_research import parallel, store
 from sae_research.paths import DATA, EMBEDDED
@@ -13,42 +14,61 @@ SOURCES = {
     "survey": ("survey", "survey_population", "survey_text", "specimen"),
 }
 """The specimens, each with the modules of this package that it is made by."""
+SPECIMENS = tuple(SOURCES)
 
 
-def _specimen(seed: int, folder: Path, name: str) -> list[Path]:
-    """Train one specimen and its SAEs below `folder`, or take up again what a killed build left there."""
+def _recipe(name: str, seed: int) -> tuple[ModuleType, object, dict]:
+    """The module and settings of a specimen, and the key under which a killed build may take up its pieces again."""
     from sae_research import training
     from sae_research.world import survey, text
 
-    module, settings = {
-        "text": (text, text.TextSettings()),
-        "survey": (survey, survey.SurveySettings()),
-    }[name]
+    module, settings = {"text": (text, text.TextSettings()), "survey": (survey, survey.SurveySettings())}[name]
     files = [*(Path(__file__).with_name(f"{source}.py") for source in SOURCES[name]), Path(training.__file__)]
-    key = {
-        "settings": store.fingerprint(settings),
-        "code": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
-        "seed": seed,
-    }
-    model = store.resumed(
-        folder / name / "model", key, lambda part: module.train_model(settings, seed, part, threads=1)
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return module, settings, {"settings": store.fingerprint(settings), "code": code, "seed": seed}
+
+
+def _model(seed: int, folder: Path, name: str) -> Path:
+    module, settings, key = _recipe(name, seed)
+    return store.resumed(folder / name / "model", key, lambda part: module.train_model(settings, seed, part, threads=1))
+
+
+def _saes(seed: int, folder: Path, piece: tuple[str, int]) -> Path:
+    name, place = piece
+    module, settings, key = _recipe(name, seed)
+    model = store.verified(folder / name / "model")
+    return store.resumed(
+        folder / name / f"saes-{place}", key, lambda part: module.train_saes(settings, model, seed, part, (place,))
     )
-    saes = store.resumed(folder / name / "saes", key, lambda part: module.train_saes(settings, model, seed, part))
-    return [model, saes]
 
 
-def specimens(seed: int, folder: Path, n_jobs: int = 2) -> list[Path]:
-    """Both specimens below `folder`, one process and one thread each, so that their bytes depend on the seed alone."""
-    done = parallel.shards(partial(_specimen, seed, folder), SOURCES, n_jobs, threads=1, desc="specimens")
-    return [piece for pieces in done for piece in pieces]
+def specimens(seed: int, folder: Path, n_jobs: int = 2) -> Path:
+    """Both specimens below `folder`: models first, then the SAEs of each hook.
+
+    Each piece has one thread whatever `n_jobs`, so that its bytes depend on the seed alone.
+    """
+    parallel.shards(partial(_model, seed, folder), SPECIMENS, n_jobs, desc="models")
+    pieces = [(name, place) for name in SPECIMENS for place in (0, 1)]
+    for (name, place), saes in zip(
+        pieces, parallel.shards(partial(_saes, seed, folder), pieces, n_jobs, desc="SAEs"), strict=True
+    ):
+        if place == 0:
+            _copied([saes, saes.with_name("saes-1")], folder / name / "saes")
+    return folder
+
+
+def _copied(pieces: list[Path], target: Path) -> None:
+    with store.writing(target) as part:
+        for piece in pieces:
+            shutil.copytree(store.verified(piece), part, dirs_exist_ok=True, ignore=shutil.ignore_patterns("key"))
 
 
 def build(seed: int = 0) -> Path:
     """Make `data/embedded` anew from `seed`; a build that was killed goes on where it stopped."""
-    part = DATA / "scratch" / f"world-{seed}"
-    for piece in specimens(seed, part):
-        with store.writing(EMBEDDED / piece.relative_to(part)) as target:
-            shutil.copytree(piece, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("key"))
+    part = specimens(seed, DATA / "scratch" / f"world-{seed}")
+    for name in SPECIMENS:
+        for piece in ("model", "saes"):
+            _copied([part / name / piece], EMBEDDED / name / piece)
     shutil.rmtree(part)
     return EMBEDDED
 

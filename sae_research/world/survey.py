@@ -1,5 +1,6 @@
 """The survey specimen: a small Llama that answers a planted survey as the persons it reads about, and its SAEs."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -156,8 +157,10 @@ def arms(saes: SurveySAEs, width: int, hook: str) -> "dict[str, TrainingSAEConfi
     return chosen
 
 
-def train_saes(settings: SurveySettings, model_folder: Path, seed: int, out_folder: Path) -> None:
-    """Train all SAEs, those of one hook in lock-step, and write each to `out_folder`/name."""
+def train_saes(
+    settings: SurveySettings, model_folder: Path, seed: int, out_folder: Path, places: Collection[int] = (0, 1)
+) -> None:
+    """Train the SAEs of some hooks (places in the settings), each hook's in lock-step, into `out_folder`/name."""
     saes, draws = settings.saes, np.random.default_rng([seed, 2])
     lens = lenses.load(model_folder, name=NAME)
     writer = Writer(Population(settings.population), lens.tokenizer.get_vocab())
@@ -165,7 +168,7 @@ def train_saes(settings: SurveySettings, model_folder: Path, seed: int, out_fold
         torch.from_numpy(writer.mixed(n, draws, settings.most_stated, settings.off_task).tokens)
         for n in (saes.documents, saes.calibration)
     )
-    for hook in saes.hooks:
+    for hook in (saes.hooks[place] for place in places):
         acts, calibration = (activations.collect(lens, tokens, hook, batch=256) for tokens in (read, held))
         configs = arms(saes, lens.d_model, hook)
         for config in configs.values():
@@ -175,7 +178,8 @@ def train_saes(settings: SurveySettings, model_folder: Path, seed: int, out_fold
             activations.batches(acts, saes.training.batch, saes.training.steps, seed),
             saes.training,
             seed,
-            {name: training.aimed_at(saes.relu_l0) for name in configs if name.endswith("_relu")},
+            {name: training.aimed_at(saes.relu_l0) for name in configs if name.endswith("_relu")}
+            | {name: training.held_at(saes.l0) for name in configs if name.endswith("_jumprelu")},
         )
         for name, sae in trained.items():
             training.save(training.inference(sae, calibration, saes.l0), Path(out_folder) / name)

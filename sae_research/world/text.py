@@ -1,7 +1,7 @@
 """The text specimen: a small Llama that reads the mixture of documents, and the SAEs of its residual stream."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +68,8 @@ class TextSAEs:
     """The first kind is also trained this many times wider at the first hook (0: not)."""
     l0: int = 10
     """Mean number of active latents a token."""
+    relu_l0: int = 20
+    """The same for the ReLU kind, whose L1 penalty shrinks all codes and costs too much at `l0`."""
     rows: int = 8192
     """Rows of text whose residuals the SAEs are trained on."""
     calibration: int = 512
@@ -184,12 +186,15 @@ def arms(settings: TextSettings, place: int) -> "dict[str, TrainingSAEConfig]":
     return chosen
 
 
-def train_saes(settings: TextSettings, model_folder: Path, seed: int, out_folder: Path) -> None:
-    """Train all SAEs, those of one hook in lock-step, on torch's present threads; write each to `out_folder`/name."""
+def train_saes(
+    settings: TextSettings, model_folder: Path, seed: int, out_folder: Path, places: Collection[int] = (0, 1)
+) -> None:
+    """Train the SAEs of some hooks (places in the settings), each hook's in lock-step, into `out_folder`/name."""
     saes, rng = settings.saes, np.random.default_rng([seed, 2])
     lens = lenses.load(model_folder)
     read, held = (torch.from_numpy(rows(n, rng, settings.corpus).tokens).long() for n in (saes.rows, saes.calibration))
-    for place, hook in enumerate(saes.hooks):
+    for place in places:
+        hook = saes.hooks[place]
         acts, calibration = residuals(lens, read, hook), residuals(lens, held, hook)
         configs = arms(settings, place)
         for config in configs.values():
@@ -199,7 +204,8 @@ def train_saes(settings: TextSettings, model_folder: Path, seed: int, out_folder
             activations.batches(acts, saes.training.batch, saes.training.steps, seed),
             saes.training,
             seed,
-            {name: training.aimed_at(saes.l0) for name in configs if name.endswith("_relu")},
+            {name: training.aimed_at(saes.relu_l0) for name in configs if name.endswith("_relu")}
+            | {name: training.held_at(saes.l0) for name in configs if name.endswith("_jumprelu")},
         )
         for name, sae in trained.items():
             training.save(training.inference(sae, calibration, saes.l0), Path(out_folder) / name)

@@ -31,6 +31,9 @@ from sae_research.world.text import TextSettings
 BANDS = {"rank 1-5": slice(0, 5), "rank 6-15": slice(5, 15), "rank 16-30": slice(15, 30), "rank 31-60": slice(30, 60)}
 """Physics concepts by frequency."""
 
+LIVES = 8000
+"""Biographies for the probes: one pass over half of them is all the training that a probe gets."""
+
 
 @dataclass
 class Subject:
@@ -107,7 +110,7 @@ def probe(x: torch.Tensor, y: torch.Tensor, *, epochs: int = 1, batch: int = 32,
 
 def life_gates(subject: Subject) -> list[Gate]:
     """Gender from biographies, and the profession probe that learned it only where gender gives it away."""
-    texts = subject.draw("life", 4 * subject.size, unstated(subject.settings.corpus))
+    texts = subject.draw("life", LIVES, unstated(subject.settings.corpus))
     x = subject.residual(texts.tokens[:, : BODY_OF_LIFE.stop], subject.early)[:, BODY_OF_LIFE].mean(1)
     gender = torch.from_numpy(texts.truth["gender"]).long()
     profession = torch.from_numpy(texts.truth["profession"]).long()
