@@ -96,3 +96,14 @@ def test_exports_have_exact_l0_and_survive_the_disk(sparse_data, tmp_path):
         assert loaded.W_dec.dtype == torch.float32
         assert torch.equal(loaded.encode(sparse_data), export.encode(sparse_data))
         assert loaded.cfg.architecture() == {"relu": "standard"}.get(name, name)
+
+
+def test_thresholds_are_held_at_the_wanted_l0(sparse_data):
+    """The penalty alone leaves far more latents active in the same number of steps."""
+    settings = training.SAETraining(steps=150, batch=256, warm_up=10)
+    configs = {name: training.jumprelu(sparse_data.shape[1], 64, 4) for name in ("held", "free")}
+    batches = activations.batches(sparse_data, settings.batch, settings.steps, 0)
+    trained = training.train(configs, batches, settings, 0, {"held": training.held_at(4, rate=0.02)})
+    l0 = {name: (sae.encode(sparse_data) > 0).sum(-1).float().mean().item() for name, sae in trained.items()}
+    assert abs(l0["held"] - 4) < 1.5
+    assert abs(l0["held"] - 4) < abs(l0["free"] - 4)
