@@ -229,11 +229,11 @@ def test_changed_code_and_a_changed_claim_rerun_their_stages_and_nothing_whose_i
 def smoke(tmp_path_factory):
     """A working copy after its smoke chain."""
     copy = copied(tmp_path_factory.mktemp("smoke"))
+    copy.commit()
     stale = subprocess.run(
         [sys.executable, "-m", "dvc", "status", "world"], cwd=copy.root, env=copy.env, capture_output=True, text=True
     )
     assert "up to date" in stale.stdout, f"data/embedded is not what its code makes: `dvc repro world`\n{stale.stdout}"
-    copy.commit()
     copy.printed = copy.run(*SMOKE)
     return copy
 

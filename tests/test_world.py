@@ -28,7 +28,12 @@ def gates():
 
 @pytest.mark.slow
 def test_every_gate_is_met(gates):
-    missed = [f"{g.name}: {g.value:.4f}, bar {g.safe}" for specimen in gates.values() for g in specimen if not g.meets(g.safe, SLACK)]
+    missed = [
+        f"{g.name}: {g.value:.4f}, bar {g.safe}"
+        for specimen in gates.values()
+        for g in specimen
+        if not g.meets(g.safe, SLACK)
+    ]
     assert not missed
 
 

@@ -158,9 +158,9 @@ def arms(saes: SurveySAEs, width: int, hook: str) -> "dict[str, TrainingSAEConfi
 
 
 def train_saes(
-    settings: SurveySettings, model_folder: Path, seed: int, out_folder: Path, places: Collection[int] = (0, 1)
+    settings: SurveySettings, model_folder: Path, seed: int, out_folder: Path, places: Collection[int] | None = None
 ) -> None:
-    """Train the SAEs of some hooks (places in the settings), each hook's in lock-step, into `out_folder`/name."""
+    """Train the SAEs of all hooks, or of those at `places`, each hook's in lock-step, into `out_folder`/name."""
     saes, draws = settings.saes, np.random.default_rng([seed, 2])
     lens = lenses.load(model_folder, name=NAME)
     writer = Writer(Population(settings.population), lens.tokenizer.get_vocab())
@@ -168,7 +168,9 @@ def train_saes(
         torch.from_numpy(writer.mixed(n, draws, settings.most_stated, settings.off_task).tokens)
         for n in (saes.documents, saes.calibration)
     )
-    for hook in (saes.hooks[place] for place in places):
+    for place, hook in enumerate(saes.hooks):
+        if places is not None and place not in places:
+            continue
         acts, calibration = (activations.collect(lens, tokens, hook, batch=256) for tokens in (read, held))
         configs = arms(saes, lens.d_model, hook)
         for config in configs.values():

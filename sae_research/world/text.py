@@ -187,14 +187,15 @@ def arms(settings: TextSettings, place: int) -> "dict[str, TrainingSAEConfig]":
 
 
 def train_saes(
-    settings: TextSettings, model_folder: Path, seed: int, out_folder: Path, places: Collection[int] = (0, 1)
+    settings: TextSettings, model_folder: Path, seed: int, out_folder: Path, places: Collection[int] | None = None
 ) -> None:
-    """Train the SAEs of some hooks (places in the settings), each hook's in lock-step, into `out_folder`/name."""
+    """Train the SAEs of all hooks, or of those at `places`, each hook's in lock-step, into `out_folder`/name."""
     saes, rng = settings.saes, np.random.default_rng([seed, 2])
     lens = lenses.load(model_folder)
     read, held = (torch.from_numpy(rows(n, rng, settings.corpus).tokens).long() for n in (saes.rows, saes.calibration))
-    for place in places:
-        hook = saes.hooks[place]
+    for place, hook in enumerate(saes.hooks):
+        if places is not None and place not in places:
+            continue
         acts, calibration = residuals(lens, read, hook), residuals(lens, held, hook)
         configs = arms(settings, place)
         for config in configs.values():
