@@ -14,16 +14,15 @@ if TYPE_CHECKING:
 def collect(lens: Lens, tokens: "LongTensor", hook: str, *, batch: int = 64, skip_bos: bool = True) -> "Tensor":
     """Activations [n_tokens, d] of the text positions of `tokens`, on the CPU in float32, rows in reading order.
 
-    Padding never counts; a leading BOS, whose residual is far larger than any other, only without `skip_bos`.
+    Padding never counts; BOS, whose residual is far larger than any other, only without `skip_bos`.
     """
     import torch
 
     found = []
     chunks = tokens.split(batch)
     for rows in bar(chunks, total=len(chunks), desc=f"residuals of {lens.name}"):
-        keep = lens.content(rows)
-        if not skip_bos:
-            keep[:, 0] = True
+        start = rows == lens.bos
+        keep = lens.content(rows) & ~start if skip_bos else lens.content(rows) | start
         found.append(lens.residual(rows, hook)[keep.to(lens.device)].float().cpu())
     return torch.cat(found)
 

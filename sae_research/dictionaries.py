@@ -102,15 +102,17 @@ def check_fit(lens: Lens, sae: "SAE") -> str:
     return lens.hook(hook_of(sae))
 
 
-def exact_l0(sae: "SAE", activations: "Tensor", k: float, batch: int = 4096) -> "SAE":
+def exact_l0(sae: "SAE", activations: "Tensor", k: float, batch: int = 4096, half: bool = False) -> "SAE":
     """A JumpReLU SAE with `sae`'s weights and unit decoder rows whose mean L0 on `activations` is `k`.
 
     All thresholds (those of a JumpReLU, else zero) move by one shift: the quantile of pre-activation less threshold
-    that leaves k active latents a token. `metadata.calibrated_l0` reports what that gave.
+    that leaves k active latents a token. `half` rounds the weights before, as `save` will, so that L0 stays exact.
     """
     import torch
 
     export = _unit_jumprelu(sae)
+    if half:
+        rounded(export)
     wanted = round(k * len(activations))
     best = torch.empty(0)
     active = 0
@@ -130,10 +132,23 @@ def exact_l0(sae: "SAE", activations: "Tensor", k: float, batch: int = 4096) -> 
         weakest = best[wanted - 1]
         shift = (weakest + best[wanted]) / 2 if active > wanted else weakest - weakest.abs() / 2
         export.threshold.data = (export.threshold + shift.item()).clamp(min=0)
-        l0 = sum((export.encode(x) > 0).sum().item() for x in activations.split(batch)) / len(activations)
-    export.cfg.metadata.calibrated_l0 = l0
-    export.cfg.metadata.calibration_tokens = len(activations)
-    return export
+    return calibrated(export, activations, batch)
+
+
+def calibrated(sae: "SAE", activations: "Tensor", batch: int = 4096) -> "SAE":
+    """The SAE, with its mean L0 on `activations` in its metadata."""
+    l0 = sum((sae.encode(x) > 0).sum().item() for x in activations.split(batch)) / len(activations)
+    sae.cfg.metadata.calibrated_l0 = l0
+    sae.cfg.metadata.calibration_tokens = len(activations)
+    return sae
+
+
+def rounded(sae: "SAE") -> "SAE":
+    """The SAE with everything but its thresholds rounded to float16 values, kept in its own format."""
+    for name, parameter in sae.named_parameters():
+        if name != "threshold":
+            parameter.data = parameter.half().to(parameter.dtype)
+    return sae
 
 
 def _unit_jumprelu(sae: "SAE") -> "SAE":
@@ -163,10 +178,14 @@ def _unit_jumprelu(sae: "SAE") -> "SAE":
     return _ready(export)
 
 
-def save(sae: "SAE", folder: Path) -> None:
-    """Write the SAE so that `SAE.load_from_disk` opens it, whole or not at all."""
+def save(sae: "SAE", folder: Path, half: bool = False) -> None:
+    """Write the SAE so that `SAE.load_from_disk` opens it, whole or not at all.
+
+    `half` takes half the space: float16 on disk, float32 when loaded, thresholds exact.
+    """
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
     from sae_lens.saes.sae import TrainingSAE
+    from safetensors.torch import load_file, save_file
 
     if isinstance(sae, BatchTopKTrainingSAE):
         raise ResearchError("a BatchTopK SAE in training has no threshold to save; calibrate it with `exact_l0` first.")
@@ -175,6 +194,10 @@ def save(sae: "SAE", folder: Path) -> None:
             sae.save_inference_model(partial)
         else:
             sae.save_model(partial)
+        if half:
+            path = partial / "sae_weights.safetensors"
+            weights = {name: w if name == "threshold" else w.half() for name, w in load_file(path).items()}
+            save_file({name: w.contiguous() for name, w in weights.items()}, path)
 
 
 def quality(lens: Lens, sae: "SAE", tokens: "LongTensor", hook: str | None = None, batch: int = 32) -> dict[str, float]:

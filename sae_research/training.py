@@ -8,13 +8,12 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
 
-from sae_research import dictionaries, store
+from sae_research import dictionaries
 from sae_research.errors import ResearchError
 from sae_research.progress import bar
 
@@ -200,50 +199,12 @@ def held_at(l0: float, rate: float = 0.005) -> "MakeTrainer":
 
 
 def inference(sae: "TrainingSAE", activations: "Tensor", k: float | None = None) -> "SAE":
-    """The inference SAE with weights rounded to float16 values: TopK and ReLU as trained, others of mean L0 `k`.
-
-    Rounding comes first and the threshold after it, so that the stored SAE has the L0 that it reports.
-    """
+    """The inference SAE with weights rounded to float16 values: TopK and ReLU as trained, others of mean L0 `k`."""
     from sae_lens import SAE
 
-    if sae.cfg.architecture() in ("topk", "standard"):
-        with TemporaryDirectory() as folder, dictionaries.quiet():
-            sae.save_inference_model(folder)
-            export = SAE.load_from_disk(folder).eval().requires_grad_(False)
-        _round(export)
-    else:
-        export = dictionaries.exact_l0(sae, activations, k)
-        _round(export)
-        export.threshold += _shift(export, activations, k)
-    l0 = sum((export.encode(x) > 0).sum().item() for x in activations.split(4096)) / len(activations)
-    export.cfg.metadata.calibrated_l0 = l0
-    export.cfg.metadata.calibration_tokens = len(activations)
-    return export
-
-
-def _round(sae: "SAE") -> None:
-    """Round everything but thresholds to float16 values, kept in float32."""
-    for name, parameter in sae.named_parameters():
-        if name != "threshold":
-            parameter.data = parameter.half().to(parameter.dtype)
-
-
-def _shift(sae: "SAE", activations: "Tensor", k: float) -> float:
-    """By how much all thresholds must move so that `k` latents fire a token on average."""
-    wanted, margins = round(k * len(activations)), []
-    for x in activations.split(4096):
-        margin = (sae.process_sae_in(x) @ sae.W_enc + sae.b_enc - sae.threshold).flatten()
-        margins.append(margin.topk(min(len(margin), 2 * int(k * len(x)))).values)
-    margins = torch.cat(margins).sort(descending=True).values
-    return ((margins[wanted - 1] + margins[wanted]) / 2).item()
-
-
-def save(sae: "SAE", folder: Path) -> None:
-    """Write the SAE in half the space: float16 on disk, float32 when loaded; thresholds stay exact."""
-    from safetensors.torch import load_file, save_file
-
-    with store.writing(folder) as partial:
-        sae.save_model(partial)
-        path = partial / "sae_weights.safetensors"
-        weights = {name: w if name == "threshold" else w.half() for name, w in load_file(path).items()}
-        save_file({name: w.contiguous() for name, w in weights.items()}, path)
+    if sae.cfg.architecture() not in ("topk", "standard"):
+        return dictionaries.exact_l0(sae, activations, k, half=True)
+    with TemporaryDirectory() as folder, dictionaries.quiet():
+        sae.save_inference_model(folder)
+        export = SAE.load_from_disk(folder).eval().requires_grad_(False)
+    return dictionaries.calibrated(dictionaries.rounded(export), activations)

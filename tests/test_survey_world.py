@@ -369,9 +369,10 @@ def test_every_document_reaches_the_screening_length(writer):
 
 def tiny_settings():
     from sae_research.training import SAETraining
-    from sae_research.world.survey import SurveySAEs, SurveySettings
+    from sae_research.world.saes import SpecimenSAEs
+    from sae_research.world.survey import SurveySettings
 
-    saes = SurveySAEs(
+    saes = SpecimenSAEs(
         hooks=("blocks.0.hook_resid_post",),
         latents=64,
         l0=6,

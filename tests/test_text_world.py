@@ -7,6 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from sae_research.training import SAETraining  # noqa: E402
 from sae_research.world import text, text_gates, truth  # noqa: E402
 from sae_research.world.documents import (  # noqa: E402
     BOS_ID,
@@ -24,8 +25,14 @@ from sae_research.world.lexicon import ENDINGS, PROFESSIONS, TOPICS, lexicon  # 
 LEX = lexicon()
 TINY = text.TextSettings(
     model=text.TextModel(width=16, blocks=4, heads=2, inner=24, steps=12, batch=16, warm_up=4),
-    saes=text.TextSAEs(
-        width=32, wide=2, l0=4, rows=48, calibration=24, training=text.SAETraining(steps=12, batch=128, warm_up=2)
+    saes=replace(
+        text.TextSettings().saes,
+        latents=32,
+        wide=2,
+        l0=4,
+        documents=48,
+        calibration=24,
+        training=SAETraining(steps=12, batch=128, warm_up=2),
     ),
 )
 

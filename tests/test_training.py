@@ -91,7 +91,7 @@ def test_exports_have_exact_l0_and_survive_the_disk(sparse_data, tmp_path):
         l0 = (export.encode(sparse_data) > 0).double().sum(-1).mean().item()
         assert l0 == pytest.approx(K, rel=0.25 if name == "relu" else 2e-3)
         assert export.cfg.metadata.calibrated_l0 == pytest.approx(l0, abs=1e-6)
-        training.save(export, tmp_path / name)
+        dictionaries.save(export, tmp_path / name, half=True)
         loaded = dictionaries.load(tmp_path / name)
         assert loaded.W_dec.dtype == torch.float32
         assert torch.equal(loaded.encode(sparse_data), export.encode(sparse_data))

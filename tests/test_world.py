@@ -89,16 +89,17 @@ def test_every_claim_about_the_world_has_a_gate_and_is_judged(gates):
 def reading():
     settings = text.TextSettings()
     subject = text_gates.Subject(lens.load(build.model_folder("text")), settings, 901, 400)
-    name = f"block{subject.early.split('.')[1]}_{settings.saes.kinds[0]}"
-    sae = text_gates.load_saes(build.saes_folder("text"))[subject.early][name]
-    return subject, sae, tour.read(subject, sae, subject.early)
+    sae = dictionaries.load(build.sae_folders("text")[settings.saes.first[settings.saes.hooks[0]]])
+    return subject, sae, tour.read(subject, sae, dictionaries.hook_of(sae))
 
 
 def test_steering_a_concept_beats_a_random_direction_and_no_dose_does_nothing(reading):
     subject, sae, read = reading
     told = tour.detectors(read)["concept_next"]
     best = told.f1.nan_to_num(-1.0).argsort(descending=True, stable=True)[:6].tolist()
-    none, strong = tour.steer(subject, sae, subject.early, {c: int(told.latent[c]) for c in best}, [0.0, 0.8], 16)
+    none, strong = tour.steer(
+        subject, sae, dictionaries.hook_of(sae), {c: int(told.latent[c]) for c in best}, [0.0, 0.8], 16
+    )
     assert np.array_equal(none.mass, none.control)
     assert stats.mean_interval(strong.mass - strong.control).low > 0
 

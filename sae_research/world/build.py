@@ -10,8 +10,8 @@ from sae_research import parallel, store
 from sae_research.paths import DATA, EMBEDDED
 
 SOURCES = {
-    "text": ("text", "documents", "frames", "grammar", "lexicon", "specimen"),
-    "survey": ("survey", "survey_population", "survey_text", "specimen"),
+    "text": ("text", "documents", "frames", "grammar", "lexicon", "specimen", "saes"),
+    "survey": ("survey", "survey_population", "survey_text", "specimen", "saes"),
 }
 """The specimens, each with the modules of this package that it is made by."""
 SPECIMENS = tuple(SOURCES)

@@ -8,6 +8,7 @@ from sae_research.world.gates import Gate
 GATES = {
     "world.survey.answer_kl": "answer KL(exact || model)",
     "world.survey.rho_dev": "persona prompt: rho_dev",
+    "world.survey.one_direction": "persona as one direction",
     "world.survey.eligible_latents": "latents eligible for screening",
     "world.text.loss_floor": "loss minus floor",
     "world.text.facts_top1": "physics facts top-1",

@@ -3,51 +3,23 @@
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import LlamaForCausalLM
 
-from sae_research import activations, dictionaries, training
 from sae_research import lens as lenses
 from sae_research.errors import ResearchError
 from sae_research.progress import bar
 from sae_research.training import SAETraining
-from sae_research.world import specimen
+from sae_research.world import saes, specimen
+from sae_research.world.saes import SpecimenSAEs
 from sae_research.world.survey_population import Population, PopulationSettings
 from sae_research.world.survey_text import WORDS, Batch, Writer
 
-if TYPE_CHECKING:
-    from sae_lens.saes.sae import TrainingSAEConfig
-
 NAME = "world-survey"
 """How SAEs refer to the specimen."""
-
-
-@dataclass(frozen=True)
-class SurveySAEs:
-    """The SAEs of the survey specimen: three kinds at two hooks, and one four times wider."""
-
-    hooks: tuple[str, ...] = ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post")
-    """An early hook, where personas are told from each other best, and one two blocks later."""
-    kinds: tuple[str, ...] = ("topk", "jumprelu", "relu")
-    """Kinds of SAE at every hook."""
-    latents: int = 512
-    """Latents of each, eight times the residual's width."""
-    wide: int = 4
-    """The first kind is also trained this many times wider at the first hook (0: not)."""
-    l0: int = 8
-    """Mean number of active latents a token."""
-    relu_l0: int = 20
-    """The same for ReLU SAEs, whose penalty also shrinks what is active."""
-    documents: int = 6000
-    """Documents whose residuals the SAEs are trained on."""
-    calibration: int = 1000
-    """Further documents on which thresholds are calibrated."""
-    training: SAETraining = field(default_factory=lambda: SAETraining(steps=2000, batch=256, lr=3e-3))
-    """How they are trained."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +36,9 @@ class SurveySettings:
     """Attention heads of a block."""
     inner: int = 128
     """Width of the feed-forward layer."""
+    gathering: int = 1
+    """First blocks whose feed-forward layer is held at zero: they only gather what was stated, so that a persona lies
+    in the stream as a direction of its own before any layer multiplies it with the question."""
     context: int = 48
     """Longest document in tokens."""
     scale: float = 0.1
@@ -84,7 +59,16 @@ class SurveySettings:
     """Weight of the exact answers beside next tokens, which survey documents teach on every second step only."""
     clip: float = 1.0
     """Largest norm of the gradient."""
-    saes: SurveySAEs = field(default_factory=SurveySAEs)
+    saes: SpecimenSAEs = field(
+        default_factory=lambda: SpecimenSAEs(
+            hooks=("blocks.0.hook_resid_post", "blocks.2.hook_resid_post"),
+            latents=512,
+            l0=8,
+            documents=6000,
+            calibration=1000,
+            training=SAETraining(steps=2000, batch=256, lr=3e-3),
+        )
+    )
     """Its SAEs."""
 
 
@@ -103,6 +87,8 @@ def train_model(settings: SurveySettings, seed: int, folder: Path, threads: int 
         seed=seed,
         scale=settings.scale,
     )
+    for block in model.model.layers[: settings.gathering]:
+        block.mlp.down_proj.weight.data.zero_().requires_grad_(False)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
@@ -143,45 +129,14 @@ def next_token_loss(model: LlamaForCausalLM, hidden: torch.Tensor, batch: Batch,
     return cross_entropy(logits.transpose(1, 2), following[read], ignore_index=model.config.pad_token_id)
 
 
-def arms(saes: SurveySAEs, width: int, hook: str) -> "dict[str, TrainingSAEConfig]":
-    """The SAEs at one hook, by name."""
-    make = {
-        "topk": lambda latents: training.topk(width, latents, saes.l0),
-        "jumprelu": lambda latents: training.jumprelu(width, latents, saes.l0),
-        "relu": lambda latents: training.relu(width, latents),
-    }
-    block = hook.split(".")[1]
-    chosen = {f"block{block}_{kind}": make[kind](saes.latents) for kind in saes.kinds}
-    if saes.wide and hook == saes.hooks[0]:
-        chosen[f"block{block}_{saes.kinds[0]}_wide"] = make[saes.kinds[0]](saes.wide * saes.latents)
-    return chosen
-
-
 def train_saes(
-    settings: SurveySettings, model_folder: Path, seed: int, out_folder: Path, places: Collection[int] | None = None
+    settings: SurveySettings, model_folder: Path, seed: int, folder: Path, places: Collection[int] | None = None
 ) -> None:
-    """Train the SAEs of all hooks, or of those at `places`, each hook's in lock-step, into `out_folder`/name."""
-    saes, draws = settings.saes, np.random.default_rng([seed, 2])
+    """Train the SAEs of all hooks, or of those at `places`, on documents of the mixture, into `folder`/name."""
+    draws, sizes = np.random.default_rng([seed, 2]), (settings.saes.documents, settings.saes.calibration)
     lens = lenses.load(model_folder, name=NAME)
     writer = Writer(Population(settings.population), lens.tokenizer.get_vocab())
     read, held = (
-        torch.from_numpy(writer.mixed(n, draws, settings.most_stated, settings.off_task).tokens)
-        for n in (saes.documents, saes.calibration)
+        torch.from_numpy(writer.mixed(n, draws, settings.most_stated, settings.off_task).tokens) for n in sizes
     )
-    for place, hook in enumerate(saes.hooks):
-        if places is not None and place not in places:
-            continue
-        acts, calibration = (activations.collect(lens, tokens, hook, batch=256) for tokens in (read, held))
-        configs = arms(saes, lens.d_model, hook)
-        for config in configs.values():
-            config.metadata = dictionaries.metadata(lens, hook)
-        trained = training.train(
-            configs,
-            activations.batches(acts, saes.training.batch, saes.training.steps, seed),
-            saes.training,
-            seed,
-            {name: training.aimed_at(saes.relu_l0) for name in configs if name.endswith("_relu")}
-            | {name: training.held_at(saes.l0) for name in configs if name.endswith("_jumprelu")},
-        )
-        for name, sae in trained.items():
-            training.save(training.inference(sae, calibration, saes.l0), Path(out_folder) / name)
+    saes.train(settings.saes, lens, read, held, seed, folder, places)

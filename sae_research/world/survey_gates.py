@@ -1,6 +1,6 @@
 """What the survey specimen must show before study 1 may stand on it, measured against the planted truth."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,10 +9,11 @@ import torch
 
 from sae_research import activations, dictionaries
 from sae_research import lens as lenses
-from sae_research.lens import Lens
+from sae_research.lens import Edit, Lens
 from sae_research.survey import Question, divergence, group_part, total_variation, wasserstein
 from sae_research.world import truth
 from sae_research.world.gates import Gate
+from sae_research.world.saes import eligible, load
 from sae_research.world.survey import NAME, SurveySettings
 from sae_research.world.survey_population import ATTRIBUTES, TOPICS, VERBS, Population
 from sae_research.world.survey_text import CONTEXT, LETTERS, Batch, Writer, by_letter, prompt
@@ -21,13 +22,19 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 
-def answers(lens: Lens, questions: Sequence[Question], personas: Sequence[Sequence[str]], reverse: bool) -> np.ndarray:
+def answers(
+    lens: Lens,
+    questions: Sequence[Question],
+    personas: Sequence[Sequence[str]],
+    reverse: bool,
+    edits: dict[str, Edit] | None = None,
+) -> np.ndarray:
     """Next-token probability of each option's letter, [personas, questions, 4]; what goes to other words is missing."""
     letters = lens.tokenizer.convert_tokens_to_ids(list(LETTERS))
     ladders = np.tile([q.ladder for q in questions], len(personas))
     tokens = lens.tokens([prompt(question, stated, reverse) for stated in personas for question in questions])
     at = lens.content(tokens).sum(-1)
-    found = _next_words(lens, tokens, at)[:, letters]
+    found = _next_words(lens, tokens, at, edits)[:, letters]
     return by_letter(found, ladders, reverse).reshape(len(personas), len(questions), len(LETTERS))
 
 
@@ -35,12 +42,12 @@ def measure(model_folder: Path, saes_folder: Path, settings: SurveySettings, see
     """Every gate of the survey specimen and its SAEs; `seed` draws the documents that they are measured on."""
     lens = lenses.load(model_folder, name=NAME)
     population = Population(settings.population)
-    saes = dict(load_saes(saes_folder))
-    first = next(name for name in saes if name.endswith(f"_{settings.saes.kinds[0]}"))
+    early = dictionaries.load(Path(saes_folder) / settings.saes.first[settings.saes.hooks[0]])
     return [
         *planted_gates(population),
         *model_gates(lens, population, settings, seed),
-        *latent_gates(lens, saes[first], population, settings, seed),
+        steering_gate(lens, population, settings.saes.hooks[0]),
+        *latent_gates(lens, early, population, settings, seed),
     ]
 
 
@@ -52,16 +59,10 @@ def sae_quality(model_folder: Path, saes_folder: Path, settings: SurveySettings,
     return [
         {"sae": name, "hook": dictionaries.hook_of(sae), "kind": sae.cfg.architecture(), "latents": sae.cfg.d_sae}
         | dictionaries.quality(lens, sae, torch.from_numpy(held.tokens), batch=200)
-        | {"eligible": eligible(lens, sae, writer, settings, seed)}
+        | {"eligible": eligible(lens, sae, contexts(writer, settings, seed))}
         | {name: share for name, (share, _) in known(lens, sae, writer, settings, seed).items()}
-        for name, sae in load_saes(saes_folder)
+        for name, sae in load(saes_folder).items()
     ]
-
-
-def load_saes(folder: Path) -> Iterator[tuple[str, "SAE"]]:
-    """The SAEs of a folder with their names, early hooks first."""
-    for path in sorted(p for p in Path(folder).iterdir() if (p / "cfg.json").is_file()):
-        yield path.name, dictionaries.load(path)
 
 
 def planted_gates(population: Population) -> list[Gate]:
@@ -105,6 +106,38 @@ def model_gates(lens: Lens, population: Population, settings: SurveySettings, se
     ]
 
 
+def steering_gate(lens: Lens, population: Population, hook: str) -> Gate:
+    """Whether a stated value is one direction: what it adds to training questions steers validation questions.
+
+    The mean difference between residuals with and without the value is added to every token of a question that states
+    nothing. Test questions are left to study 1.
+    """
+    survey = population.survey()
+    learnt, judged = ([survey.questions[i] for i in survey.rows(split)] for split in ("train", "validation"))
+    plain, steered = mean_residual(lens, hook, learnt, ()), []
+    for group in survey.groups:
+        edit = added(mean_residual(lens, hook, learnt, (group.name,)) - plain)
+        found = [answers(lens, judged, [()], reverse, {hook: edit})[0] for reverse in (False, True)]
+        steered.append(np.mean(found, axis=0))
+    rows = survey.rows("validation")
+    part = group_part(np.stack(steered), survey.distributions[:, rows], survey.weights, survey.mask[rows])
+    n = len(survey.groups) * len(rows)
+    return Gate("persona as one direction, added after the first block: rho_dev", part.rho, 0.5, 0.7, n=n)
+
+
+def mean_residual(lens: Lens, hook: str, questions: Sequence[Question], stated: Sequence[str]) -> torch.Tensor:
+    """Mean residual over the tokens of questions in both option orders, those that state something left out."""
+    tokens = lens.tokens([prompt(q, stated, reverse) for q in questions for reverse in (False, True)])
+    asked = lens.content(tokens)
+    asked[:, : 1 + len(prompt(questions[0], stated).split()) - len(prompt(questions[0]).split())] = False
+    return lens.residual(tokens, hook)[asked].mean(0)
+
+
+def added(direction: torch.Tensor) -> Edit:
+    """The edit that adds a direction to every token but the first."""
+    return lambda residual: torch.cat([residual[:, :1], residual[:, 1:] + direction.to(residual)], 1)
+
+
 def answer_kl(lens: Lens, batch: Batch) -> float:
     """Mean KL of the model's letters (of the whole vocabulary) to the exact ones, over documents with a question."""
     letters = lens.tokenizer.convert_tokens_to_ids(list(LETTERS))
@@ -120,11 +153,11 @@ def off_task_excess(lens: Lens, batch: Batch) -> float:
     return float(np.nanmean(losses - batch.surprisal[:, 1:]))
 
 
-def _next_words(lens: Lens, tokens: torch.Tensor, at: torch.Tensor) -> np.ndarray:
+def _next_words(lens: Lens, tokens: torch.Tensor, at: torch.Tensor, edits: dict[str, Edit] | None = None) -> np.ndarray:
     """Probability of each word after position `at` of each row."""
     rows = zip(tokens.split(512), at.split(512), strict=True)
     with torch.no_grad():
-        found = [lens.logits(t)[torch.arange(len(t)), a].softmax(-1) for t, a in rows]
+        found = [lens.logits(t, edits)[torch.arange(len(t)), a].softmax(-1) for t, a in rows]
     return torch.cat(found).double().cpu().numpy()
 
 
@@ -135,7 +168,7 @@ def latent_gates(lens: Lens, sae: "SAE", population: Population, settings: Surve
     bars = {"values at the word": (0.3, 0.8), "verbs at the word": (0.5, 1.0)}
     return [
         *(Gate(f"{name} with a latent, F1 .7", found[name][0], *bar, n=found[name][1]) for name, bar in bars.items()),
-        Gate("latents eligible for screening", eligible(lens, sae, writer, settings, seed), 200, 400, n=1024),
+        Gate("latents eligible for screening", eligible(lens, sae, contexts(writer, settings, seed)), 200, 400, n=1024),
     ]
 
 
@@ -173,10 +206,7 @@ def _labels(tokens: torch.Tensor, words: list[int]) -> torch.Tensor:
     return label
 
 
-def eligible(lens: Lens, sae: "SAE", writer: Writer, settings: SurveySettings, seed: int) -> int:
-    """Latents that fire on the last token of .2 to 50 % of 1,024 contexts, as a screening study needs them."""
-    batch = writer.mixed(1024, np.random.default_rng([seed, 5]), settings.most_stated, settings.off_task)
-    with torch.no_grad():
-        last = lens.residual(torch.from_numpy(batch.tokens[:, :CONTEXT]), dictionaries.hook_of(sae))[:, -1]
-        frequency = (sae.encode(last) > 0).double().mean(0)
-    return int(((frequency >= 0.002) & (frequency <= 0.5)).sum())
+def contexts(writer: Writer, settings: SurveySettings, seed: int, n: int = 1024) -> torch.Tensor:
+    """Documents cut to one length, so that they end anywhere."""
+    batch = writer.mixed(n, np.random.default_rng([seed, 5]), settings.most_stated, settings.off_task)
+    return torch.from_numpy(batch.tokens[:, :CONTEXT])

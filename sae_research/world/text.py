@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sae_research import activations, dictionaries, training
 from sae_research import lens as lenses
 from sae_research.errors import ResearchError
 from sae_research.progress import bar
-from sae_research.training import SAETraining
-from sae_research.world import specimen
+from sae_research.world import saes, specimen
 from sae_research.world.documents import BOS_ID, LENGTH, Corpus, rows
 from sae_research.world.lexicon import lexicon
+from sae_research.world.saes import SpecimenSAEs
 
 if TYPE_CHECKING:
-    from sae_lens.saes.sae import TrainingSAEConfig
     from transformers import LlamaForCausalLM
 
 
@@ -55,30 +53,6 @@ class TextModel:
 
 
 @dataclass(frozen=True)
-class TextSAEs:
-    """The SAEs of the text specimen: three kinds at two hooks, and one four times wider."""
-
-    hooks: tuple[str, ...] = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
-    """An early-middle hook and one two blocks later."""
-    kinds: tuple[str, ...] = ("topk", "jumprelu", "relu")
-    """Kinds of SAE at every hook."""
-    width: int = 1024
-    """Latents of each, eight times the residual's width."""
-    wide: int = 4
-    """The first kind is also trained this many times wider at the first hook (0: not)."""
-    l0: int = 10
-    """Mean number of active latents a token."""
-    relu_l0: int = 20
-    """The same for the ReLU kind, whose L1 penalty shrinks all codes and costs too much at `l0`."""
-    rows: int = 8192
-    """Rows of text whose residuals the SAEs are trained on."""
-    calibration: int = 512
-    """Further rows on which thresholds are calibrated."""
-    training: SAETraining = field(default_factory=SAETraining)
-    """How they are trained."""
-
-
-@dataclass(frozen=True)
 class TextSettings:
     """Everything that the text specimen depends on."""
 
@@ -86,7 +60,15 @@ class TextSettings:
     """The odds of the text generators."""
     model: TextModel = field(default_factory=TextModel)
     """The language model."""
-    saes: TextSAEs = field(default_factory=TextSAEs)
+    saes: SpecimenSAEs = field(
+        default_factory=lambda: SpecimenSAEs(
+            hooks=("blocks.1.hook_resid_post", "blocks.3.hook_resid_post"),
+            latents=1024,
+            l0=10,
+            documents=8192,
+            calibration=512,
+        )
+    )
     """Its SAEs."""
 
 
@@ -163,50 +145,10 @@ def train_model(settings: TextSettings, seed: int, folder: Path, threads: int = 
     specimen.save(model, specimen.word_tokenizer(lexicon().words), folder)
 
 
-def residuals(lens: lenses.Lens, tokens: torch.Tensor, hook: str, batch: int = 128) -> torch.Tensor:
-    """Residuals of every text position of packed rows, [tokens, width]; start tokens are left out wherever they are."""
-    found = []
-    for chunk in bar(tokens.split(batch), total=math.ceil(len(tokens) / batch), desc=f"residuals at {hook}"):
-        found.append(lens.residual(chunk, hook)[chunk != BOS_ID])
-    return torch.cat(found)
-
-
-def arms(settings: TextSettings, place: int) -> "dict[str, TrainingSAEConfig]":
-    """The SAEs at one hook (its place in the settings), by name."""
-    width, saes = settings.model.width, settings.saes
-    make = {
-        "topk": lambda latents: training.topk(width, latents, saes.l0),
-        "jumprelu": lambda latents: training.jumprelu(width, latents, saes.l0),
-        "relu": lambda latents: training.relu(width, latents),
-    }
-    block = saes.hooks[place].split(".")[1]
-    chosen = {f"block{block}_{kind}": make[kind](saes.width) for kind in saes.kinds}
-    if saes.wide and place == 0:
-        chosen[f"block{block}_{saes.kinds[0]}_wide"] = make[saes.kinds[0]](saes.wide * saes.width)
-    return chosen
-
-
 def train_saes(
-    settings: TextSettings, model_folder: Path, seed: int, out_folder: Path, places: Collection[int] | None = None
+    settings: TextSettings, model_folder: Path, seed: int, folder: Path, places: Collection[int] | None = None
 ) -> None:
-    """Train the SAEs of all hooks, or of those at `places`, each hook's in lock-step, into `out_folder`/name."""
-    saes, rng = settings.saes, np.random.default_rng([seed, 2])
-    lens = lenses.load(model_folder)
-    read, held = (torch.from_numpy(rows(n, rng, settings.corpus).tokens).long() for n in (saes.rows, saes.calibration))
-    for place, hook in enumerate(saes.hooks):
-        if places is not None and place not in places:
-            continue
-        acts, calibration = residuals(lens, read, hook), residuals(lens, held, hook)
-        configs = arms(settings, place)
-        for config in configs.values():
-            config.metadata = dictionaries.metadata(lens, hook)
-        trained = training.train(
-            configs,
-            activations.batches(acts, saes.training.batch, saes.training.steps, seed),
-            saes.training,
-            seed,
-            {name: training.aimed_at(saes.relu_l0) for name in configs if name.endswith("_relu")}
-            | {name: training.held_at(saes.l0) for name in configs if name.endswith("_jumprelu")},
-        )
-        for name, sae in trained.items():
-            training.save(training.inference(sae, calibration, saes.l0), Path(out_folder) / name)
+    """Train the SAEs of all hooks, or of those at `places`, on packed rows of the mixture, into `folder`/name."""
+    rng, sizes = np.random.default_rng([seed, 2]), (settings.saes.documents, settings.saes.calibration)
+    read, held = (torch.from_numpy(rows(n, rng, settings.corpus).tokens).long() for n in sizes)
+    saes.train(settings.saes, lenses.load(model_folder), read, held, seed, folder, places)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +25,14 @@ from sae_research.world.documents import (
 )
 from sae_research.world.gates import Gate
 from sae_research.world.lexicon import lexicon
+from sae_research.world.saes import eligible, load
 from sae_research.world.text import TextSettings
 
 BANDS = {"rank 1-5": slice(0, 5), "rank 6-15": slice(5, 15), "rank 16-30": slice(15, 30), "rank 31-60": slice(30, 60)}
 """Physics concepts by frequency."""
 
 LIVES = 8000
-"""Biographies for the probes: one pass over half of them is all the training that a probe gets."""
+"""Biographies for the probes: one pass over half of them is all the training that a profession probe gets."""
 
 
 @dataclass
@@ -62,10 +62,10 @@ class Subject:
         """Residuals [rows, LENGTH, d]."""
         return self.over(tokens, lambda part: self.lens.residual(part, hook))
 
-    @cached_property
-    def early(self) -> str:
-        """The early-middle hook, where the probes read."""
-        return self.settings.saes.hooks[0]
+    @property
+    def later(self) -> str:
+        """The later hook, where the probes read."""
+        return self.settings.saes.hooks[1]
 
 
 def loss_gates(subject: Subject) -> list[Gate]:
@@ -111,7 +111,7 @@ def probe(x: torch.Tensor, y: torch.Tensor, *, epochs: int = 1, batch: int = 32,
 def life_gates(subject: Subject) -> list[Gate]:
     """Gender from biographies, and the profession probe that learned it only where gender gives it away."""
     texts = subject.draw("life", LIVES, unstated(subject.settings.corpus))
-    x = subject.residual(texts.tokens[:, : BODY_OF_LIFE.stop], subject.early)[:, BODY_OF_LIFE].mean(1)
+    x = subject.residual(texts.tokens[:, : BODY_OF_LIFE.stop], subject.later)[:, BODY_OF_LIFE].mean(1)
     gender = torch.from_numpy(texts.truth["gender"]).long()
     profession = torch.from_numpy(texts.truth["profession"]).long()
     train = torch.arange(len(x)) < len(x) // 2
@@ -121,7 +121,7 @@ def life_gates(subject: Subject) -> list[Gate]:
         guess = probe(x[rows], profession[rows])(x)
         return min((guess[cell] == profession[cell]).float().mean().item() for cell in cells)
 
-    right = (probe(x[train], gender[train])(x) == gender)[~train].float().mean().item()
+    right = (probe(x[train], gender[train], epochs=10)(x) == gender)[~train].float().mean().item()
     n = int(min(cell.sum() for cell in cells))
     original = worst(train & (gender == profession))
     return [
@@ -140,7 +140,7 @@ def sense_gate(subject: Subject) -> Gate:
 
     texts = subject.draw("senses")
     labels = texts.token_truth["sense"]
-    x = subject.residual(texts.tokens, subject.settings.saes.hooks[-1])[torch.from_numpy(labels >= 0)].numpy()
+    x = subject.residual(texts.tokens, subject.later)[torch.from_numpy(labels >= 0)].numpy()
     y, half = labels[labels >= 0], int((labels >= 0).sum()) // 2
     reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     right = reader.fit(x[:half], y[:half]).score(x[half:], y[half:])
@@ -224,45 +224,38 @@ def truth_table(subject: Subject, saes: dict, hook: str) -> list[dict]:
     return table
 
 
-def eligible(subject: Subject, sae, hook: str) -> int:
-    """Latents that fire on the last token of .2 to 50 % of 1,024 contexts, as a screening study needs them."""
-    texts = rows(1200, [subject.seed, 5], subject.settings.corpus)
-    tokens = texts.tokens[texts.tokens[:, -1] != BOS_ID][:1024]
-    last = subject.residual(tokens, hook)[:, -1]
-    frequency = (sae.encode(last) > 0).double().mean(0)
-    return int(((frequency >= 0.002) & (frequency <= 0.5)).sum())
-
-
-def load_saes(folder: Path) -> dict[str, dict]:
-    """The SAEs of a folder by hook and name."""
-    by_hook = {}
-    for path in sorted(p for p in Path(folder).iterdir() if (p / "cfg.json").is_file()):
-        sae = dictionaries.load(path)
-        by_hook.setdefault(dictionaries.hook_of(sae), {})[path.name] = sae
-    return by_hook
+def contexts(subject: Subject, n: int = 1024) -> torch.Tensor:
+    """Packed rows that end within a document."""
+    tokens = rows(n + n // 4, [subject.seed, 5], subject.settings.corpus).tokens
+    return torch.from_numpy(tokens[tokens[:, -1] != BOS_ID][:n]).long()
 
 
 def measure(model_folder: Path, saes_folder: Path, settings: TextSettings, seed: int, size: int = 2000) -> list[Gate]:
     """Every gate of the text specimen.
 
-    Concepts are sought at the later hook: where the next word is about to be said, the model must know the concept,
-    while the early hook knows it in some trainings and not yet in others.
+    Truths are sought at the later hook: where the next word is about to be said, the model must know what it depends
+    on, while the early hook knows it in some trainings and not yet in others.
     """
     subject = Subject(lenses.load(model_folder), settings, seed, size)
     gates = (
         loss_gates(subject) + fact_gates(subject) + [sense_gate(subject)] + chat_gates(subject) + life_gates(subject)
     )
-    saes = load_saes(saes_folder)
-    first = {hook: next(n for n in saes[hook] if n.endswith(f"_{settings.saes.kinds[0]}")) for hook in saes}
+    saes, first = load(saes_folder), settings.saes.first
     early, late = settings.saes.hooks
-    found = truth_table(subject, {first[late]: saes[late][first[late]]}, late)
+    found = truth_table(subject, {first[late]: saes[first[late]]}, late)
     table = {(row["text"], row["group"]): row for row in found}
     head, general = table["physics", "physics rank 1-5"], table["mixed", "general concepts"]
     return [
         *gates,
         Gate("physics rank 1-5 with a latent, domain text, F1 .7", head["F1 at least .7"], 0.8, 1.0, n=head["n"]),
         Gate("general concepts with a latent, F1 .5", general["F1 at least .5"], 0.5, 0.75, n=general["n"]),
-        Gate("latents eligible for screening", eligible(subject, saes[early][first[early]], early), 200, 400, n=1024),
+        Gate(
+            "latents eligible for screening",
+            eligible(subject.lens, saes[first[early]], contexts(subject)),
+            200,
+            400,
+            n=1024,
+        ),
     ]
 
 
@@ -272,13 +265,14 @@ def sae_quality(
     """Each SAE on held-out text: what it reconstructs, what it costs, and which truths it has latents for."""
     subject = Subject(lenses.load(model_folder), settings, seed, size)
     tokens = torch.from_numpy(mixture(max(64, size // 4), [seed, 6], settings.corpus).tokens).long()
-    result = []
-    for hook, saes in load_saes(saes_folder).items():
-        table = truth_table(subject, saes, hook)
-        for name, sae in saes.items():
+    result, saes, ends = [], load(saes_folder), contexts(subject)
+    for hook in settings.saes.hooks:
+        here = {name: sae for name, sae in saes.items() if dictionaries.hook_of(sae) == hook}
+        table = truth_table(subject, here, hook)
+        for name, sae in here.items():
             result.append(
                 {"sae": name, "hook": hook, "kind": sae.cfg.architecture(), "width": sae.cfg.d_sae}
                 | dictionaries.quality(subject.lens, sae, tokens)
-                | {"eligible": eligible(subject, sae, hook), "truth": [row for row in table if row["sae"] == name]}
+                | {"eligible": eligible(subject.lens, sae, ends), "truth": [row for row in table if row["sae"] == name]}
             )
     return result

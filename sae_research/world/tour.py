@@ -147,9 +147,18 @@ class Dose:
 
 
 def steer(
-    subject: Subject, sae: "SAE", hook: str, latents: dict[int, int], doses: list[float], contexts: int = 64
+    subject: Subject,
+    sae: "SAE",
+    hook: str,
+    latents: dict[int, int],
+    doses: list[float],
+    contexts: int = 64,
+    controls: int = 3,
 ) -> list[Dose]:
-    """Add a concept's latent (`latents`: concept to latent) to articles about other concepts, at every dose."""
+    """Add a concept's latent (`latents`: concept to latent) to articles about other concepts, at every dose.
+
+    The control is the mean over `controls` random directions for each concept.
+    """
     lex = lexicon()
     rng = np.random.default_rng([subject.seed, 8])
     others = np.setdiff1d(np.flatnonzero(lex.topic_of > 0), list(latents))
@@ -159,20 +168,26 @@ def steer(
     residual = subject.residual(texts.tokens, hook)
     norm = residual[due].norm(dim=-1).mean()
     rows = steering.directions(sae)
-    random = torch.nn.functional.normalize(torch.from_numpy(rng.standard_normal((len(latents), rows.shape[1]))), dim=-1)
-    found = []
-    for dose in doses:
-        mass = {"mass": [], "control": []}
-        for (concept, latent), control in zip(latents.items(), random.to(rows), strict=True):
-            words = [lex.ids[lex.concepts[concept] + ending] for ending in ENDINGS]
-            unit = torch.nn.functional.normalize(rows[latent], dim=0)
-            for name, direction in (("mass", unit), ("control", control)):
-                edit = steering.add_direction(direction, float(dose * norm), due)
-                with torch.no_grad():
-                    p = subject.lens.logits(tokens, {hook: edit})[due].softmax(-1)
-                mass[name].append(p[:, words].sum(-1).mean().item())
-        found.append(Dose(dose, np.array(mass["mass"]), np.array(mass["control"])))
-    return found
+    random = torch.from_numpy(rng.standard_normal((len(latents), controls, rows.shape[1]))).to(rows)
+
+    def mass(direction: torch.Tensor, dose: float, words: list[int]) -> float:
+        unit = torch.nn.functional.normalize(direction, dim=0)
+        edit = steering.add_direction(unit, float(dose * norm), due)
+        with torch.no_grad():
+            p = subject.lens.logits(tokens, {hook: edit})[due].softmax(-1)
+        return p[:, words].sum(-1).mean().item()
+
+    own = [[lex.ids[lex.concepts[concept] + ending] for ending in ENDINGS] for concept in latents]
+    return [
+        Dose(
+            dose,
+            np.array([mass(rows[latent], dose, words) for latent, words in zip(latents.values(), own, strict=True)]),
+            np.array(
+                [np.mean([mass(d, dose, words) for d in drawn]) for drawn, words in zip(random, own, strict=True)]
+            ),
+        )
+        for dose in doses
+    ]
 
 
 def continued(subject: Subject, sae: "SAE", hook: str, latent: int, dose: float, opening: str, n: int = 24) -> str:
