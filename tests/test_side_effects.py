@@ -197,6 +197,7 @@ def test_labels_equal_those_from_full_logits(architecture, tokens):
             assert found[name][f] == pytest.approx(value, rel=1e-4, abs=1e-5), name
         p0, p1 = l0.log_softmax(-1), l1.log_softmax(-1)
         assert found["KL"][f] == pytest.approx(float((p0.exp() * (p0 - p1)).sum(-1).mean()), rel=1e-3, abs=1e-6)
+        assert found["KL_reverse"][f] == pytest.approx(float((p1.exp() * (p1 - p0)).sum(-1).mean()), rel=1e-3, abs=1e-6)
         count = ((downstream.encode(h1) - downstream.encode(h0)).abs() > 0.05).sum(1).float().mean()
         assert found["C"][f] == pytest.approx(float(count), abs=1e-6)
         assert found["C_per_E"][f] == pytest.approx(float(count) / truth["E"], rel=1e-4)
@@ -362,6 +363,15 @@ def test_frequency_only_mechanism_is_not_beaten_by_the_full_set():
     gain = models.gains(frame, ("C",), baselines=("freq_only",), draws=500).iloc[0]
     assert gain["low"] > 0.3
     assert gain["holm"] < 0.01
+
+
+def test_boosted_trees_see_a_bend_that_ridge_does_not_and_nothing_in_noise():
+    frame, rng = table(300), np.random.default_rng(5)
+    frame["C"] = frame["crowding"] ** 2 + 0.1 * rng.standard_normal(300)
+    frame["S_abs"] = rng.standard_normal(300)
+    found = models.boosted(frame, ("C", "S_abs"), draws=300).set_index("target")
+    assert found.loc["C", "low"] > 0.1
+    assert abs(found.loc["S_abs", "boosted"]) < 0.2
 
 
 def test_permuted_labels_are_not_predicted():
@@ -581,7 +591,8 @@ def test_dictionaries_of_the_published_settings():
     assert list(primaries) == ["primary", "llama-3.1-8b-32x/primary"]
     assert primaries["llama-3.1-8b-32x/primary"][0].name == "llama-3.1-8b-32x"
     assert downstream == "downstream"
-    assert list(corpus.dictionaries(get("gpt2-small"), config.SideEffects())[0]) == ["primary"]
+    gpt2 = list(corpus.dictionaries(get("gpt2-small"), config.SideEffects())[0])
+    assert gpt2 == ["primary", *(f"width_{n}" for n in (768, 1536, 3072, 6144, 12288, 24576, 49152, 98304))]
     with pytest.raises(ResearchError, match="but none of the primaries"):
         corpus.dictionaries(get("gpt2-small"), replace(config.SideEffects(), downstream=("block3_topk",)))
 
@@ -648,6 +659,13 @@ def test_parts_come_back_from_disk_as_they_were(parts, tmp_path):
         pd.testing.assert_frame_equal(one.frame, again.frame, check_names=False)
         assert set(one.tables) == set(again.tables)
         pd.testing.assert_frame_equal(one.tables["sets"], again.tables["sets"])
+
+
+def test_the_ladder_of_widths_has_no_vote_outside_the_comparison_of_widths():
+    rows = pd.DataFrame({"subject": "gpt2-small", "primary": ["primary", "width_768", "wide"], "rho": [0.2, 9.0, 0.4]})
+    assert findings.over_dictionaries(rows, "rho").value == pytest.approx(0.3)
+    assert findings.is_wide("width_98304", "width_24576")
+    assert not findings.is_wide("width_24576")
 
 
 def test_width_tables_compare_the_pair(parts):

@@ -15,10 +15,18 @@ if TYPE_CHECKING:
     Tables = dict[str, pd.DataFrame]
 
 DICTIONARY = ["subject", "primary"]
+LADDER = "width_"
+"""How the roles of GPT-2's ladder of widths begin."""
+PAIRS = {"llama-3.1-8b-32x/primary": "primary", f"{LADDER}98304": f"{LADDER}24576"}
+"""Published dictionaries four times wider than another one of the same hook, which is their base."""
 
 
 def over_dictionaries(rows: "pd.DataFrame", column: str) -> stats.Interval:
-    """Mean over dictionaries (each first averaged over its seeds) with Student's interval over dictionaries."""
+    """Mean over dictionaries (each first averaged over its seeds) with Student's interval over dictionaries.
+
+    The ladder of widths is left out: eight dictionaries of one hook would outvote all other settings.
+    """
+    rows = rows[~rows["primary"].str.startswith(LADDER)]
     values = rows.groupby(DICTIONARY, sort=False)[column].mean().to_numpy()
     if len(values) < 2:
         return stats.Interval(float(values[0]), float("-inf"), float("inf"), 1)
@@ -123,9 +131,8 @@ def widths(t: "Tables") -> "pd.DataFrame":
 
 
 def is_wide(primary: str, base: str | None = None) -> bool:
-    """Whether a dictionary is the wider of a pair (and `base` the other): `x_wide` and `x`, or Llama's 32x and 8x."""
-    pairs = {"llama-3.1-8b-32x/primary": "primary"}
-    other = pairs.get(primary, primary.removesuffix("_wide") if primary.endswith("_wide") else None)
+    """Whether a dictionary is the wider of a pair (and `base` the other): `x_wide` and `x`, or one of PAIRS."""
+    other = PAIRS.get(primary, primary.removesuffix("_wide") if primary.endswith("_wide") else None)
     return other is not None and base in (None, other)
 
 

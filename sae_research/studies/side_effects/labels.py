@@ -128,6 +128,7 @@ def logit_labels(
         if divergence:
             p0, p1 = l0.log_softmax(-1), l1.log_softmax(-1)
             labels["KL"] = float((p0.exp() * (p0 - p1)).sum(-1).mean())
+            labels["KL_reverse"] = float((p1.exp() * (p1 - p0)).sum(-1).mean())
             labels["KL_per_E"] = labels["KL"] / (labels["E"] + EPS)
         for name, value in labels.items():
             found.setdefault(name, []).append(value)
