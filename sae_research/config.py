@@ -137,8 +137,9 @@ class SideEffects:
 
     subjects: tuple[str, ...] = ("gpt2-small", "pythia-70m", "gemma-2-2b", "llama-3.1-8b")
     """Models with their SAEs, by their name in the catalogue (abstract)."""
-    primaries: tuple[str, ...] = ("primary", "llama-3.1-8b-32x/primary")
-    """Roles of the dictionaries that are screened, the main one first; a subject skips those it lacks (App. G: 32x)."""
+    primaries: tuple[str, ...] = ("primary", "llama-3.1-8b-32x/primary", *(f"width_{768 * 2**i}" for i in range(8)))
+    """Roles of the dictionaries that are screened, the main one first; a subject skips those it lacks (App. G: 32x; the
+    ladder of widths of GPT-2 is ours and serves the comparison of widths alone)."""
     downstream: tuple[str, ...] = ("downstream",)
     """Role of the dictionary in which side effects are counted, whatever the primary: the first that a subject has."""
     protocol: typing.Literal["author", "replication"] = "author"
