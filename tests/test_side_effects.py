@@ -661,6 +661,34 @@ def test_parts_come_back_from_disk_as_they_were(parts, tmp_path):
         pd.testing.assert_frame_equal(one.tables["sets"], again.tables["sets"])
 
 
+def test_a_signature_is_more_than_the_luck_of_the_features():
+    def led_by(planted):
+        rows = []
+        for i, name in enumerate(planted):
+            frame, rng = table(200), np.random.default_rng(20 + i)
+            frame["C"] = rng.standard_normal(200) + (3 * frame[name] / frame[name].std() if name else 0)
+            rows.append(models.leaders(frame, "C", seed=i).assign(subject="m", primary=f"d{i}", seed=0))
+        return findings.signature({"leaders": pd.concat(rows)})
+
+    noise = led_by([None] * 4)
+    assert noise.value < 0.35, "pure noise names another leader in every dictionary, but in every resample as well"
+    planted = led_by(["crowding", "encoder_norm", "crowding", "encoder_norm"])
+    assert planted.value == pytest.approx(4 / 6, abs=0.05)
+    assert planted.low > 0
+    assert led_by(["crowding"] * 4).value == pytest.approx(0, abs=0.02)
+
+
+def test_clean_scores_of_the_replication_know_nothing_of_held_out_labels():
+    frame = labelled()
+    rule = screening.Rule(frozen=True)
+    groups = screening.split(frame, rule, seed=0)
+    changed = frame.copy()
+    changed.loc[changed.index[groups.held_out], ["S_abs", "C", "E"]] *= 7
+    again = screening.split(changed, rule, seed=0)
+    assert np.array_equal(groups.clean, again.clean)
+    assert np.array_equal(groups.candidates, again.candidates)
+
+
 def test_the_ladder_of_widths_has_no_vote_outside_the_comparison_of_widths():
     rows = pd.DataFrame({"subject": "gpt2-small", "primary": ["primary", "width_768", "wide"], "rho": [0.2, 9.0, 0.4]})
     assert findings.over_dictionaries(rows, "rho").value == pytest.approx(0.3)

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from sae_research.config import SideEffects
 
-HEADLINES = ("C", "C_per_E", "S_abs", "S")
+HEADLINES = ("C", "C_per_E", "S_abs", "S_loo", "S")
 """The labels of the two axes: spread and stability."""
 FORECASTERS = {
     "C": ("C^identity", "C^mean_jacobian", "C^random_map", "C^jacobian", "output_score"),
     "C_per_E": ("C_per_E^jacobian", "output_score"),
-    "S_abs": ("S^jacobian", "output_score"),
+    "S_abs": ("S_abs^jacobian", "output_score"),
     "E": ("E^jacobian", "output_score"),
 }
 """What forecasts each label; the output score steers one prompt a feature, the others none."""
@@ -34,13 +34,8 @@ def rule(settings: "SideEffects") -> screening.Rule:
         group=settings.group,
         formula=settings.clean_score,
         selector=settings.selector,
+        frozen=settings.protocol == "replication",
     )
-
-
-def nuisances(settings: "SideEffects") -> tuple[tuple[str, ...], bool]:
-    """What is removed before predicting, and whether (as published) the fit may see held-out labels."""
-    author = settings.protocol == "author"
-    return (models.AUTHOR_NUISANCES if author else models.NUISANCES), author
 
 
 def univariate(frame: "pd.DataFrame", settings: "SideEffects", seed: int) -> "pd.DataFrame":
@@ -54,20 +49,28 @@ def univariate(frame: "pd.DataFrame", settings: "SideEffects", seed: int) -> "pd
 
 
 def prediction(frame: "pd.DataFrame", settings: "SideEffects", seed: int) -> dict[str, "pd.DataFrame"]:
-    """Scores of the ten sets, raw and residualised, gains over both baselines, boosted trees, and the permuted null."""
+    """Scores of the ten sets, raw and residualised, gains over both baselines, boosted trees, controls and nulls.
+
+    `as_published` removes nuisances from stability with a fit that sees held-out labels.
+    """
     import pandas as pd
 
-    given, everywhere = nuisances(settings)
     raw = models.score_table(frame, HEADLINES, seed=seed, draws=settings.draws).assign(residualised=False)
-    left = models.score_table(
-        frame, HEADLINES, seed=seed, draws=settings.draws, nuisances=given, everywhere=everywhere
-    ).assign(residualised=True)
+    left = models.score_table(frame, HEADLINES, seed=seed, draws=settings.draws, nuisances=models.NUISANCES).assign(
+        residualised=True
+    )
     targets = tuple(dict.fromkeys((*HEADLINES, *models.TARGETS)))
     gains = models.gains(frame, targets, seed=seed, draws=settings.draws)
+    random = models.gains(frame, ("C@random", "S_abs@random"), seed=seed, draws=settings.draws)
     null = {t: models.permuted(frame, t, seed=seed, draws=settings.permutations) for t in ("C", "S_abs")}
     return {
         "sets": pd.concat([raw, left], ignore_index=True),
         "gains": gains,
+        "gains_random": random,
+        "leaders": models.leaders(frame, "C", seed=seed),
+        "as_published": models.score_table(
+            frame, ("S_abs", "S"), seed=seed, draws=settings.draws, nuisances=models.AUTHOR_NUISANCES, everywhere=True
+        ),
         "boosted": models.boosted(frame, ("C", "S_abs"), seed=seed, draws=settings.draws),
         "null": pd.DataFrame(null),
     }

@@ -70,9 +70,11 @@ def load(subject: "Subject", role: str, lens: "Lens") -> "SAE":
     return subject.sae(role, device=lens.device, dtype="float32")
 
 
-def contexts(subject: "Subject", lens: "Lens", settings: "SideEffects", *, fresh: bool = False) -> torch.Tensor:
-    """[contexts, T] tokens without padding, BOS first; `fresh` ones come from other text."""
-    n, seed = (settings.fresh, FRESH_SEED) if fresh else (settings.contexts, 0)
+def contexts(
+    subject: "Subject", lens: "Lens", settings: "SideEffects", *, fresh: bool = False, seed: int = 0
+) -> torch.Tensor:
+    """[contexts, T] tokens without padding, BOS first; `fresh` ones come from other text, another `seed` draws anew."""
+    n, seed = (settings.fresh, FRESH_SEED + seed) if fresh else (settings.contexts, seed)
     if subject.embedded:
         return _specimen(subject.model, lens, n, settings.length, seed)
     return of_texts(lens, _wikitext(fresh, settings.protocol), n, settings, seed)
@@ -84,7 +86,10 @@ def of_texts(lens: "Lens", texts: list[str], n: int, settings: "SideEffects", se
         order = np.random.default_rng(seed).permutation(len(texts))
         rows = lens.packed([texts[i] for i in order], settings.length)
     else:
-        rows = lens.tokens(texts, settings.length)
+        order = (
+            np.random.default_rng(seed).permutation(len(texts)) if seed not in (0, FRESH_SEED) else range(len(texts))
+        )
+        rows = lens.tokens([texts[i] for i in order], settings.length)
         rows = rows[rows[:, -1] != lens.pad]  # a shorter text would end in padding
     if len(rows) < n:
         raise ResearchError(

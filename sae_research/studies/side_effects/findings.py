@@ -40,35 +40,46 @@ def _measured(found: stats.Interval, control: Measurement | None = None) -> Meas
     return Measurement(found.value, found.low, found.high, found.n, control)
 
 
-def _null(t: "Tables", label: str) -> Measurement:
-    """The same model on permuted labels: mean rank correlation."""
-    return Measurement(float(t["null"][label].mean()), n=len(t["null"]))
-
-
 def gain(t: "Tables", baseline: str, label: str) -> Measurement:
-    """rho(full set without magnitude) - rho(baseline), out of fold."""
-    rows = t["gains"].query("baseline == @baseline and target == @label")
-    return _measured(over_dictionaries(rows, "gain"), _null(t, label))
+    """rho(full set without magnitude) - rho(baseline), out of fold; control: the same for random directions' labels."""
+    rows, random = t["gains"], t["gains_random"]
+    rows = rows[(rows.baseline == baseline) & (rows.target == label)]
+    random = random[(random.baseline == baseline) & (random.target == f"{label}@random")]
+    control = over_dictionaries(random, "gain") if len(random) else stats.Interval(0.0, 0.0, 0.0, 0)
+    return _measured(over_dictionaries(rows, "gain"), Measurement(control.value, n=control.n))
 
 
-def residualised(t: "Tables", label: str) -> Measurement:
-    """Out-of-fold rank correlation of the full set with what the nuisances leave of the label."""
-    rows = t["sets"].query("residualised and target == @label and set == 'full_no_magnitude'")
-    return _measured(over_dictionaries(rows, "pooled"), _null(t, label))
+def residualised(t: "Tables", label: str, control: str | None = None) -> Measurement:
+    """Out-of-fold rank correlation of the full set with what the nuisances leave of the label, and of another one."""
+    rows = t["sets"].query("residualised and set == 'full_no_magnitude'")
+    found, other = (over_dictionaries(rows[rows.target == name], "pooled") for name in (label, control or label))
+    return _measured(found, Measurement(other.value, n=other.n) if control else None)
 
 
 def payoff(t: "Tables", metric: str, subject: str | None = None) -> Measurement:
-    """Clean less messy group on fresh contexts, in standard deviations of the steered features."""
+    """Clean less messy group on fresh contexts, in standard deviations of the steered features.
+
+    Control: the share of dictionaries whose payoff lies past all but 2.5 % of those of permuted training labels.
+    """
     rows = t["confirmation"]
     rows = rows[(rows.metric == metric) & (rows.groups == "clean - messy")]
     if subject is not None:
-        row = rows[(rows.subject == subject) & (rows.seed == 0)].iloc[0]
+        row = rows[(rows.subject == subject) & (rows.primary == "primary") & (rows.seed == 0)].iloc[0]
         scale = row.standardised / row.difference if row.difference else 1.0
         ends = sorted((row.low * scale, row.high * scale))
         return Measurement(row.standardised, *ends, int(row.n))
-    null = t["confirmation_null"]
-    control = Measurement(over_dictionaries(null, metric).value, n=len(null))
-    return _measured(over_dictionaries(rows, "standardised"), control)
+    sign, keys = (1 if metric.startswith("S") else -1), [*DICTIONARY, "seed"]
+    past = (sign * t["confirmation_null"].set_index(keys)[metric]).groupby(level=keys, sort=False).quantile(0.975)
+    beats = (sign * rows.set_index(keys)["standardised"] > past).astype(float).rename("share").reset_index()
+    control = over_dictionaries(beats, "share")
+    return _measured(over_dictionaries(rows, "standardised"), Measurement(control.value, n=control.n))
+
+
+def mainly_stability(t: "Tables", subject: str) -> Measurement:
+    """Payoff on stability less that on the count per effect (fewer is better), in standard deviations."""
+    S, C = payoff(t, "S_abs", subject), payoff(t, "C_per_E", subject)
+    value, half = S.value + C.value, float(np.hypot(S.high - S.low, C.high - C.low)) / 2
+    return Measurement(value, value - half, value + half, S.n)
 
 
 def axes_improved(t: "Tables", subject: str) -> Measurement:
@@ -84,11 +95,18 @@ def leading(univariate: "pd.DataFrame", label: str) -> "pd.DataFrame":
     return rows.loc[strength.idxmax()]
 
 
-def signature(t: "Tables", label: str = "C") -> Measurement:
-    """Share of pairs of dictionaries whose strongest single predictor of a label differs."""
-    lead = leading(t["univariate"].query("seed == 0"), label)["predictor"]
-    pairs = list(combinations(lead.tolist(), 2))
-    return Measurement(float(np.mean([a != b for a, b in pairs])) if pairs else 0.0, n=len(lead))
+def signature(t: "Tables") -> Measurement:
+    """How much more often the strongest single predictor differs between dictionaries than between resamples of one."""
+    rows = t["leaders"].query("seed == 0")
+    rows = rows[~rows["primary"].str.startswith(LADDER)]
+    lead = rows.pivot_table(index="draw", columns=DICTIONARY, values="predictor", aggfunc="first").to_numpy()
+    pairs = list(combinations(range(lead.shape[1]), 2))
+    if not pairs:
+        return Measurement(0.0, n=lead.shape[1])
+    across = np.mean([lead[:, i] != lead[:, j] for i, j in pairs], axis=0)
+    within = np.mean(lead != np.roll(lead, 1, axis=0), axis=1)
+    low, high = np.quantile(across - within, [0.025, 0.975])
+    return Measurement(float(np.mean(across - within)), float(low), float(high), lead.shape[1])
 
 
 def one_rho(t: "Tables", subject: str, predictor: str, label: str, primary: str = "primary") -> Measurement:
@@ -99,35 +117,40 @@ def one_rho(t: "Tables", subject: str, predictor: str, label: str, primary: str 
 
 
 def widths(t: "Tables") -> "pd.DataFrame":
-    """Base and wide dictionary of each subject: rank correlation of the full set, payoff and its spread over splits."""
+    """Base and wide dictionary of each pair: rank correlation of the full set, payoff and its spread over splits."""
     import pandas as pd
 
-    rows = []
-    for (subject, primary), splits in (
-        t["splits"].query("labels == 'real' and seed == 0").groupby(DICTIONARY, sort=False)
-    ):
-        if not (is_wide(primary) or any(is_wide(p, primary) for p in t["splits"]["primary"].unique())):
-            continue
-        chosen = (t["sets"].subject == subject) & (t["sets"].primary == primary) & (t["sets"].seed == 0)
-        scores = t["sets"][chosen].query("not residualised and set == 'full_no_magnitude'").set_index("target")
-        for label, sign in (("S_abs", 1), ("C_per_E", -1)):
-            pay = sign * splits[f"{label}: clean - messy"]
-            rows.append(
-                {
-                    "subject": subject,
-                    "primary": primary,
-                    "wide": is_wide(primary),
-                    "label": label,
-                    "rho": scores.pooled[label],
-                    "low": scores.low[label],
-                    "high": scores.high[label],
-                    "rho_C": scores.pooled["C"],
-                    "payoff": pay.mean(),
-                    "instability": pay.std() / abs(pay.mean()),
-                    "wrong": float((pay < 0).mean()),
-                }
-            )
+    rows, real = [], t["splits"].query("labels == 'real' and seed == 0")
+    for subject, here in real.groupby("subject", sort=False):
+        names = here["primary"].unique()
+        for wide, base in ((w, b) for w in names for b in names if is_wide(w, b)):
+            rows += [
+                _width(t, here, subject, name, f"{subject} {wide}", name == wide, i)
+                for name in (base, wide)
+                for i in (0, 1)
+            ]
     return pd.DataFrame(rows)
+
+
+def _width(t: "Tables", splits: "pd.DataFrame", subject: str, primary: str, pair: str, wide: bool, axis: int) -> dict:
+    label, sign = (("S_abs", 1), ("C_per_E", -1))[axis]
+    chosen = (t["sets"].subject == subject) & (t["sets"].primary == primary) & (t["sets"].seed == 0)
+    scores = t["sets"][chosen].query("not residualised and set == 'full_no_magnitude'").set_index("target")
+    pay = sign * splits[splits["primary"] == primary][f"{label}: clean - messy"]
+    return {
+        "pair": pair,
+        "subject": subject,
+        "primary": primary,
+        "wide": wide,
+        "label": label,
+        "rho": scores.pooled[label],
+        "low": scores.low[label],
+        "high": scores.high[label],
+        "rho_C": scores.pooled["C"],
+        "payoff": pay.mean(),
+        "instability": pay.std() / abs(pay.mean()),
+        "wrong": float((pay < 0).mean()),
+    }
 
 
 def is_wide(primary: str, base: str | None = None) -> bool:
@@ -137,23 +160,42 @@ def is_wide(primary: str, base: str | None = None) -> bool:
 
 
 def width_signal(t: "Tables") -> Measurement:
-    """Out-of-fold rank correlation of the full set with the count, on the wide dictionary; interval over features."""
+    """Out-of-fold rank correlation of the full set with the count in wide dictionaries, mean and interval of the mean.
+
+    Control: what it loses against the base dictionary.
+    """
     rows = t["sets"].query("not residualised and set == 'full_no_magnitude' and target == 'C' and seed == 0")
     rows = rows[[is_wide(p) for p in rows["primary"]]]
-    return Measurement(rows.pooled.mean(), rows.low.mean(), rows.high.mean(), int(rows.n.sum()))
+    half = float(np.sqrt((((rows.high - rows.low) / 2) ** 2).sum())) / len(rows)
+    value, table = float(rows.pooled.mean()), widths(t).drop_duplicates(["pair", "wide"]).set_index("pair")
+    lost = (table[~table.wide].rho_C - table[table.wide].rho_C).mean()
+    return Measurement(value, value - half, value + half, len(rows), Measurement(float(lost), n=len(rows)))
 
 
 def width_instability(t: "Tables") -> Measurement:
-    """Spread of the payoff over splits relative to its mean: wide over base, geometric mean over both axes."""
+    """Spread of the payoff over splits relative to its mean: wide over base, geometric mean over pairs and axes.
+
+    Control: how much more often the payoff has the wrong sign in the wide dictionary, which no small mean inflates.
+    """
     table = widths(t)
-    wide, base = (table[table.wide == w].set_index(["subject", "label"]).instability for w in (True, False))
-    return Measurement(float(np.exp(np.log(wide / base).mean())), n=len(wide))
+    wide, base = (table[table.wide == w].set_index(["pair", "label"]) for w in (True, False))
+    more = float((wide.wrong - base.wrong).mean())
+    ratio = float(np.exp(np.log(wide.instability / base.instability).mean()))
+    return Measurement(ratio, n=table["pair"].nunique(), control=Measurement(more, n=len(wide)))
 
 
 def random_directions(t: "Tables") -> Measurement:
-    """Crowding of the feature against the count of its norm-matched random direction."""
-    rows = t["sensitivity"].query("kind == 'direction' and value == 'random' and label == 'C'")
-    return _measured(over_dictionaries(rows, "rho"))
+    """Crowding of the feature against the count of its norm-matched random direction.
+
+    Control: the rank correlation with the count of the SAE's own direction, in size, less that.
+    """
+    rows = t["sensitivity"].query("kind == 'direction' and label == 'C'")
+    own, random = (
+        over_dictionaries(rows[rows.value == v].assign(size=rows.rho.abs()), "size") for v in ("SAE", "random")
+    )
+    return _measured(
+        over_dictionaries(rows[rows.value == "random"], "rho"), Measurement(own.value - random.value, n=own.n)
+    )
 
 
 def dose_sign(t: "Tables") -> Measurement:
@@ -177,7 +219,7 @@ _ALWAYS: dict[str, Callable[["Tables"], Measurement]] = {
     "predict.stability_over_frequency": lambda t: gain(t, "freq_only", "S_abs"),
     "predict.spread_over_magnitude": lambda t: gain(t, "activation_magnitude_only", "C"),
     "predict.stability_over_magnitude": lambda t: gain(t, "activation_magnitude_only", "S_abs"),
-    "predict.stability_residualised": lambda t: residualised(t, "S_abs"),
+    "predict.stability_residualised": lambda t: residualised(t, "S_abs", "S_loo"),
     "predict.spread_residualised": lambda t: residualised(t, "C"),
     "predict.signature": signature,
     "screening.stability": lambda t: payoff(t, "S_abs"),
@@ -189,7 +231,7 @@ _ALWAYS: dict[str, Callable[["Tables"], Measurement]] = {
     "controls.random_directions": random_directions,
     "controls.dose": dose_sign,
     "forecast.spread": lambda t: forecast_gain(t, "C^jacobian", "C"),
-    "forecast.stability": lambda t: forecast_gain(t, "S^jacobian", "S_abs"),
+    "forecast.stability": lambda t: forecast_gain(t, "S_abs^jacobian", "S_abs"),
 }
 _REAL: dict[str, tuple[str, Callable[["Tables"], Measurement]]] = {
     "table2.gpt2_crowding": ("gpt2-small", lambda t: one_rho(t, "gpt2-small", "crowding", "C")),
@@ -198,8 +240,8 @@ _REAL: dict[str, tuple[str, Callable[["Tables"], Measurement]]] = {
     "table2.gemma_encoder": ("gemma-2-2b", lambda t: one_rho(t, "gemma-2-2b", "encoder_norm", "S")),
     "table2.llama_logit": ("llama-3.1-8b", lambda t: one_rho(t, "llama-3.1-8b", "logit_l2", "C")),
     "screening.gpt2": ("gpt2-small", lambda t: axes_improved(t, "gpt2-small")),
-    "screening.pythia": ("pythia-70m", lambda t: payoff(t, "S_abs", "pythia-70m")),
-    "screening.llama": ("llama-3.1-8b", lambda t: payoff(t, "C_per_E", "llama-3.1-8b")),
+    "screening.pythia": ("pythia-70m", lambda t: mainly_stability(t, "pythia-70m")),
+    "screening.llama": ("llama-3.1-8b", lambda t: mainly_stability(t, "llama-3.1-8b")),
     "screening.gemma": ("gemma-2-2b", lambda t: axes_improved(t, "gemma-2-2b")),
 }
 

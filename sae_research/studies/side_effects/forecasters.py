@@ -71,7 +71,7 @@ def jacobians(engine: LastToken, tokens: torch.Tensor, step: float = 1e-2) -> Ja
 def linear_labels(
     J: Jacobians, engine: LastToken, codes: Codes, directions: torch.Tensor, tau: float
 ) -> dict[str, np.ndarray]:
-    """C^, E^ and S^ of every direction if the upper blocks were linear around each context: d_f J_x is one product."""
+    """C^, E^ and |S|^ of every direction, were the upper blocks linear around each context: d_f J_x is one product."""
     found = {"C^jacobian": count_moved(codes, J.below, directions @ J.read, tau)}
     G = engine.gram()
     if G is None:  # with a softcap the head is not linear either; its slope at the clean state is left out
@@ -80,7 +80,7 @@ def linear_labels(
     parts = [stability(dz[:, f] @ G @ dz[:, f].T) for f in range(len(directions))]
     return found | {
         "E^jacobian": np.array([p["E"] for p in parts]),
-        "S^jacobian": np.array([p["S"] for p in parts]),
+        "S_abs^jacobian": np.array([p["S_abs"] for p in parts]),
     }
 
 

@@ -175,6 +175,25 @@ def _swap_test(a: np.ndarray, b: np.ndarray, y: np.ndarray, seed: int, draws: in
     return float((1 + np.sum(np.abs(swapped) >= abs((a - b) @ y) - 1e-9)) / (draws + 1))
 
 
+def leaders(
+    frame: "pd.DataFrame", target: str, names: Sequence[str] = predictors.ALL, *, seed: int = 0, draws: int = 100
+) -> "pd.DataFrame":
+    """The strongest single predictor of a label in each of many resamples of the features: how far it is chance."""
+    import pandas as pd
+    from scipy.stats import rankdata
+
+    rng, names = np.random.default_rng(seed), [name for name in names if np.ptp(frame[name].to_numpy(float)) > 0]
+    X, y = frame[names].to_numpy(float), frame[target].to_numpy(float)
+    found = []
+    for draw in range(draws):
+        rows = rng.integers(0, len(y), len(y))
+        ranks, label = rankdata(X[rows], axis=0), rankdata(y[rows])
+        ranks, label = ranks - ranks.mean(0), label - label.mean()
+        strength = np.abs(label @ ranks) / np.maximum(np.linalg.norm(ranks, axis=0), 1e-12)
+        found.append({"draw": draw, "predictor": names[int(strength.argmax())]})
+    return pd.DataFrame(found)
+
+
 def boosted(
     frame: "pd.DataFrame",
     targets: Sequence[str],

@@ -16,16 +16,25 @@ METRICS = ("S_abs", "S", "C_per_E", "C", "E", "KL_per_E")
 """What the groups are compared on; the paper's payoff is on S_abs and C_per_E."""
 
 
-def _z(x: np.ndarray) -> np.ndarray:
-    return (x - x.mean()) / (x.std() + 1e-12)
+def _z(x: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+    return (x - x[rows].mean()) / (x[rows].std() + 1e-12)
 
 
-def clean_score(S_abs: np.ndarray, C: np.ndarray, E: np.ndarray, formula: str = "log_over_effect") -> np.ndarray:
-    """z(|S|) - z(ln(1+C)/E) (GPT-2, Pythia, Gemma) or z(|S|) - z(ln(1+C/E)) (`log_of_ratio`, Llama)."""
+def clean_score(
+    S_abs: np.ndarray,
+    C: np.ndarray,
+    E: np.ndarray,
+    formula: str = "log_over_effect",
+    rows: np.ndarray | slice = slice(None),
+) -> np.ndarray:
+    """z(|S|) - z(ln(1+C)/E) (GPT-2, Pythia, Gemma) or z(|S|) - z(ln(1+C/E)) (`log_of_ratio`, Llama).
+
+    Both are standardised by the mean and spread of `rows`.
+    """
     formulas = {"log_over_effect": np.log1p(C) / (E + 1e-8), "log_of_ratio": np.log1p(C / (E + 1e-8))}
     if formula not in formulas:
         raise ResearchError(f"unknown clean score '{formula}'; valid: {', '.join(formulas)}.")
-    return _z(S_abs) - _z(formulas[formula])
+    return _z(S_abs, rows) - _z(formulas[formula], rows)
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,8 @@ class Rule:
     """Which clean score, see `clean_score`."""
     selector: str = "full_no_magnitude"
     """Predictor set of the selector (published: geometry_only for GPT-2)."""
+    frozen: bool = False
+    """Whether the score is standardised on training features alone; as published, held-out labels enter too."""
 
 
 @dataclass
@@ -73,7 +84,8 @@ def split(frame: "pd.DataFrame", rule: Rule, seed: int, permuted: int | None = N
     held = round(rule.pool * n)
     held_out, train = order[:held], order[held:]
     S, C, E = (frame[name].to_numpy(float) for name in ("S_abs", "C", "E"))
-    Y = np.stack([clean_score(S, C, E, rule.formula), E], axis=1)[train]
+    seen = train if rule.frozen else slice(None)
+    Y = np.stack([clean_score(S, C, E, rule.formula, seen), E], axis=1)[train]
     X = columns_of(frame, rule.selector)
     if permuted is not None:
         Y = np.random.default_rng([seed, permuted]).permutation(Y)

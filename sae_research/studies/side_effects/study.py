@@ -36,10 +36,12 @@ FORECASTS = (
     "C^mean_jacobian",
     "C^random_map",
     "E^jacobian",
-    "S^jacobian",
+    "S_abs^jacobian",
     "C_per_E^jacobian",
 )
 IDENTITY_CONTEXTS = 128
+GATE_BAND = (0.002, 0.5)
+"""Final-token frequencies of the eligible features that the catalogue counts."""
 FEWER = (4, 2)
 """Reliability is also measured with these fractions of the contexts: how it grows with them."""
 
@@ -93,7 +95,10 @@ def dose(settings: "SideEffects", found: Pool, activations: torch.Tensor, direct
 
 
 def gate(subject: "Subject", facts: dict[str, float], slack: float = 0.05) -> list[str]:
-    """Compare L0 and eligible features with what a replication measured; stop a run on the wrong weights."""
+    """Compare L0 and eligible features with what a replication measured; stop a run on the wrong weights.
+
+    `eligible` counts features in the band of the catalogue's numbers, `GATE_BAND`, whatever band the run samples from.
+    """
     expected = {f"l0_{role}": value for role, value in subject.mean_l0.items()}
     if subject.eligible is not None and facts["contexts"] == 2048:
         expected["eligible"] = subject.eligible
@@ -121,13 +126,20 @@ def screen_dictionary(
     tau: float | None = None,
     c: float | None = None,
     prompt: torch.Tensor | None = None,
+    expected: "Subject | None" = None,
 ) -> Screened:
-    """Label, predict and forecast features of `primary`; `panel`, `tau` and `c` hold another run's choice fixed."""
+    """Label, predict and forecast features of `primary`; `panel`, `tau` and `c` hold another run's choice fixed.
+
+    `expected` is the catalogue's entry that model and dictionary must agree with before any feature is steered.
+    """
     import pandas as pd
 
     hooks = hooks_of(lens, primary, downstream)
     engine = LastToken(lens, hooks[0], (hooks[1],))
     found = pool.read(engine, primary, downstream, tokens)
+    if expected is not None:
+        clean = {"l0_primary": found.l0[0], "l0_downstream": found.l0[1], "contexts": len(tokens)}
+        gate(expected, clean | {"eligible": len(pool.eligible(found, GATE_BAND))})
     if features is None:
         chosen = pool.sample(found, settings.band, settings.features, settings.protocol, seed, settings.fewest)
     else:
@@ -166,6 +178,8 @@ def screen_dictionary(
         "eligible": len(pool.eligible(found, settings.band)),
         "features": len(chosen),
         "contexts": len(tokens),
+        "steered_rows": contexts.numel(),
+        "jacobian_rows": 2 * lens.d_model * min(settings.linear_contexts, len(tokens)),
         "panel": len(panel),
         "tau": tau,
         "c": c,
