@@ -47,8 +47,9 @@ class ShiftTraining:
     """Where it acts (section 3.3); never on the start token."""
     rank: int | None = 4
     """r of Delta_g = Delta_0 + U c_g; none gives every group a free vector of its own (section 3.4)."""
-    calibrate: bool = True
-    """Whether Delta_0 is trained, on the population's answers and before the groups; else it is zero (section 3.4)."""
+    calibration: typing.Literal["first", "axes", "none"] = "first"
+    """Delta_0: `first` is free and trained on the population's answers before the groups, `axes` is U c_0 and trained
+    with them, `none` is zero (section 3.4)."""
     movement: float = 0.0
     """lam_rec: weight of the relative squared movement of the residual (section 3.5)."""
     keep: float = 1.0
@@ -101,6 +102,10 @@ class OpinionQA:
     """Role of the SAE whose latents are shifted (section 3.1: block 12, width 16k)."""
     late: str = "downstream"
     """Role of a later SAE, for the hypotheses on depth (section 6)."""
+    once: tuple[str, ...] = ()
+    """Trained methods that only the first seed runs."""
+    ranks: tuple[int, ...] = (1, 2, 3, 8)
+    """Further ranks of the headline shift (section 3.4)."""
     training: ShiftTraining = field(default_factory=ShiftTraining)
     """The shift."""
     lora: LoRATraining = field(default_factory=LoRATraining)
@@ -115,6 +120,8 @@ class OpinionQA:
     """a of the shrunk targets (counts + a overall) / (n + a) (section 3.5)."""
     respondents: int = 1000
     """Respondents per group in the planted poll that shifts are trained on (section 7.1: 200 to 1500)."""
+    thinning: int = 1
+    """Ask only every n-th cluster of near-duplicate questions."""
     documents: int = 64
     """Documents of other text in each split."""
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)

@@ -1,6 +1,7 @@
 """A small survey world for the tests of study 1: a specimen that was never trained, so nothing holds by luck."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +74,35 @@ def targets():
         GROUPS, ("a", "a", "b", "b", "b"), np.array([0.5, 0.5, 0.2, 0.3, 0.5]), answers, answers.mean(0),
         np.arange(12), np.arange(12, 18),
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(population):
+    """The planted survey of 18 questions, as the bench asks them."""
+    survey = population.survey()
+    cut = slice(0, 18)
+    return replace(
+        survey,
+        questions=survey.questions[cut],
+        distributions=survey.distributions[:, cut],
+        overall=survey.overall[cut],
+        web=survey.web[cut],
+    )
+
+
+@pytest.fixture(scope="module")
+def fresh(lens):
+    """Loads the specimen's weights anew."""
+    from transformers import LlamaForCausalLM
+
+    original = lens.bridge.original_model
+    state = {}
+    for name, value in original.state_dict().items():
+        state[name.replace("_original_component.", "").replace("original_component.", "")] = value
+
+    def load():
+        model = LlamaForCausalLM(original.config)
+        model.load_state_dict(state, strict=False)
+        return model.eval()
+
+    return load

@@ -8,9 +8,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 
-from sae_research.config import LoRATraining, OpinionQA, ShiftTraining  # noqa: E402
-from sae_research.studies.opinion_qa import baselines, generalise, meaning, study  # noqa: E402
+from sae_research.config import LoRATraining, ShiftTraining  # noqa: E402
+from sae_research.studies.opinion_qa import (  # noqa: E402
+    baselines,
+    generalise,
+    meaning,
+    rivals,
+    study,
+)
 from sae_research.studies.opinion_qa.evaluate import Exam  # noqa: E402
+from sae_research.studies.opinion_qa.fit import fit  # noqa: E402
 from sae_research.studies.opinion_qa.letters import option_log_probs  # noqa: E402
 from sae_research.studies.opinion_qa.prompts import ENGLISH, SPECIMEN, english_block  # noqa: E402
 from sae_research.studies.opinion_qa.shift import Shift, canonical, residual_basis  # noqa: E402
@@ -18,20 +25,6 @@ from sae_research.survey import Group, Question, divergence  # noqa: E402
 
 HOOK = "blocks.0.hook_resid_post"
 ITEM = Question("Q", "Is it so?", ("No", "Perhaps", "Yes"), (1.0, 2.0, 3.0))
-
-
-@pytest.fixture(scope="module")
-def small(population):
-    """The planted survey of 18 questions, as the bench asks them."""
-    survey = population.survey()
-    cut = slice(0, 18)
-    return replace(
-        survey,
-        questions=survey.questions[cut],
-        distributions=survey.distributions[:, cut],
-        overall=survey.overall[cut],
-        web=survey.web[cut],
-    )
 
 
 @pytest.fixture(scope="module")
@@ -164,29 +157,17 @@ def test_shuffling_keeps_every_answer_and_breaks_groups_apart(everyone):
         assert sum(who) >= 1
 
 
-def test_lora_without_training_is_the_frozen_model_and_training_moves_it(bench, lens, everyone, asked):
-    from transformers import LlamaForCausalLM
-
+def test_lora_without_training_is_the_frozen_model_and_training_moves_it(bench, fresh, everyone, asked):
     from sae_research.studies.opinion_qa import lora
-
-    config = lens.bridge.original_model.config
-    state = {}
-    for name, value in lens.bridge.original_model.state_dict().items():
-        state[name.replace("_original_component.", "").replace("original_component.", "")] = value
-
-    def load():
-        model = LlamaForCausalLM(config)
-        model.load_state_dict(state, strict=False)
-        return model.eval()
 
     exam = np.arange(12, 18)
     own = [bench.prompts] * 14
-    model = lora.adapter(load(), LoRATraining(), 0).eval()
+    model = lora.adapter(fresh(), LoRATraining(), 0).eval()
     found = lora.answers_of(model, bench, bench.prompts, exam)
     assert np.abs(found - bench.unsteered(exam).probabilities[0]).max() < 1e-4
     assert lora.cost(model, bench).divergence == pytest.approx(0, abs=1e-5)
     quick = LoRATraining(steps=3, batch=8, rate=0.05)
-    result = lora.train(load, bench, own, everyone.answers, everyone, quick, 0, exam)
+    result = lora.train(fresh, bench, own, everyone.answers, everyone, quick, 0, exam)
     assert result.answers.shape == (14, 6, 4)
     assert result.parameters == 3 * 2 * 8 * 64
     assert np.abs(result.answers[0] - found).max() > 1e-3
@@ -294,36 +275,52 @@ def test_equal_shifts_are_perfectly_stable(basis, everyone):
     assert meaning.stability([shift, shift, shift], top=10) == (1.0, pytest.approx(1.0))
 
 
-# end to end
+def test_a_group_without_answers_is_placed_by_its_state(basis, everyone):
+    shift = shift_for(everyone, basis)
+    states = shift.scores @ torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    known = list(range(13))
+    others = replace(shift, groups=shift.groups[:13], scores=shift.scores[:13])
+    found = generalise.from_states(others, states[known], states[[13]], ridge=1e-4)
+    assert torch.allclose(found, shift.deltas[[13]], atol=0.05 * shift.deltas.abs().max().item())
 
 
-def test_the_laboratory_runs_every_kind_of_row(lens, sae, small, bench):
-    sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = HOOK, "world-survey"
-    quick = ShiftTraining(rate=0.03, steps=4, calibration_steps=3, batch=4, documents=2, kept_groups=2, look=2, rank=2)
-    settings = OpinionQA(training=quick, respondents=300, strengths=(0.0, 1.0))
-    questions = tuple(replace(q, split=("train", "validation", "test")[i % 3]) for i, q in enumerate(small.questions))
-    lab = study.laboratory(settings, lens, sae, SPECIMEN, replace(small, questions=questions), bench.texts, 0)
-    assert lab.l0 == pytest.approx(12)
-    forms = {f: baselines.prompted(lab.bench, SPECIMEN, f, lab.survey, lab.targets.train) for f in ("BIO", "QA")}
-    chosen = study.choose(lab, lab.sae, quick, 0, (1.0,), (0.0, 1e3))
-    assert chosen.sparsity in (0.0, 1e3)
-    rows = [
-        *study.fixed_rows(lab),
-        *study.calibration_rows(lab, quick, 0),
-        *study.prompting_rows(lab, forms),
-        *study.reader_rows(lab, forms["BIO"]),
-        *study.untrained_rows(lab, forms["BIO"], lambda space: torch.zeros(space.size)),
-        study.shuffled(lab, quick, 0),
-        study.screened(lab, forms["BIO"], quick, 0, k=20),
-        *(study.trained(lab, name, replace(quick, **changes), 0) for name, (_, changes) in study.ARMS.items()),
-    ]
-    names = [row.name for row in rows]
-    assert len(names) == len(set(names))
-    for row in rows:
-        assert row.answers.shape == (14, 6, 4), row.name
-        assert np.allclose(row.answers.sum(-1), 1, atol=1e-5), row.name
-        assert 0 <= row.moved <= 1, row.name
-        assert row.parameters >= 0, row.name
-    silent = {row.name: row.cost.loss for row in rows}
-    assert silent["no steering"] == 0
-    assert silent["SAE additive"] != 0
+def test_one_group_of_every_larger_attribute_is_held_out(everyone):
+    out = generalise.held_out(everyone)
+    assert [everyone.groups[g] for g in out] == ["red", "old", "graduate", "south"]
+
+
+def test_a_shared_part_along_the_axes_is_learnt_with_the_groups(bench, basis, everyone):
+    training = ShiftTraining(
+        kind="gated", calibration="axes", rate=0.03, steps=20, batch=6, look=5, rank=2, keep=0.0, sparsity=0.5
+    )
+    found = fit(bench, basis, training, everyone, 0).shift
+    along = found.axes @ torch.linalg.lstsq(found.axes, found.shared[:, None]).solution
+    assert found.shared.abs().max() > 0
+    assert torch.allclose(along[:, 0], found.shared, atol=1e-4 * float(found.shared.abs().max()))
+    assert found.parameters == 2 + 2 * int(found.active.sum()) + 2 * 14
+    free = fit(bench, basis, replace(training, rank=None), everyone, 0).shift
+    assert free.rank == 14
+    assert free.shared.abs().max() > 0
+    for one in (found, free):
+        weights = torch.tensor(everyone.weights[:3], dtype=torch.float32)
+        assert (weights @ (one.deltas - one.shared)[:3]).abs().max() < 1e-4
+
+
+def test_refusals_are_read_from_the_last_letter_offered(bench):
+    short = [q for q in bench.questions if q.ladder < 4]
+    few = type(bench)(bench.lens, HOOK, short, bench.write, bench.texts)
+    found = rivals.refusals(few, lambda question, reverse: english_block(question, reverse, refusal=True))
+    assert found.shape == (len(short),)
+    assert ((found > 0) & (found < 1)).all()
+
+
+def test_thinning_keeps_whole_clusters_of_every_split(population):
+    survey = population.survey()
+    few = study.thinned(survey, 6)
+    assert study.thinned(survey, 1).questions == survey.questions
+    sizes = {s: len({(q.topic, q.verb) for q in few.questions if q.split == s}) for s in study.SPLITS}
+    assert sizes == {"train": 7, "validation": 2, "test": 3}
+    assert len(few.questions) == 36  # three ladders each
+    place = survey.questions.index(few.questions[-1])
+    assert np.array_equal(few.distributions[:, -1], survey.distributions[:, place])
+    assert np.array_equal(few.overall[-1], survey.overall[place])

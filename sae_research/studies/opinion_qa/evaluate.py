@@ -189,6 +189,12 @@ def wd_interval(exam: Exam, predicted: np.ndarray, seed: int, less: np.ndarray |
     return resampled(lambda s: s[..., 0] / s[..., 1], np.stack([wd, np.ones_like(wd)], -1), exam.clusters, seed)
 
 
+def wd_ratio(exam: Exam, predicted: np.ndarray, other: np.ndarray, seed: int) -> Interval:
+    """Mean WD of one method over that of another, both [seeds, groups, questions, options], on the same questions."""
+    table = np.stack([exam.distance(p, exam.truth).mean(1) for p in (predicted, other)], -1)
+    return resampled(lambda s: s[..., 0] / np.maximum(s[..., 1], 1e-12), table, exam.clusters, seed)
+
+
 def rho_interval(exam: Exam, predicted: np.ndarray, seed: int, less: np.ndarray | None = None) -> Interval:
     """rho_dev of [seeds, groups, questions, options]; with `less`, the paired difference to another method's."""
     first = _products(exam, predicted)

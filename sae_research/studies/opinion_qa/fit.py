@@ -1,4 +1,4 @@
-"""Training a shift in two stages: Delta_0 on the population's answers, then U and c on the groups' (section 3.4)."""
+"""Training a shift: Delta_0 on the population's answers, then U and c on the groups', or all at once (section 3.4)."""
 
 from dataclasses import dataclass, replace
 
@@ -146,34 +146,38 @@ def fit(
 ) -> Fit:
     """Train a shift; `shared` is a Delta_0 that was trained before (it depends on no group)."""
     if shared is None:
-        shared = calibrate(bench, basis, training, targets, seed) if training.calibrate else torch.zeros(basis.size)
+        free = training.calibration == "first"
+        shared = calibrate(bench, basis, training, targets, seed) if free else torch.zeros(basis.size)
     stage = _Stage(bench, basis, training, targets, targets.answers, seed)
-    centring, groups = targets.centring(), len(targets.groups)
-    amount = objective.lasso_weights(basis, training.kind, bench.block)
+    centring, groups, weights = targets.centring(), len(targets.groups), torch.tensor(targets.weights).float()
+    amount, joint = objective.lasso_weights(basis, training.kind, bench.block), training.calibration == "axes"
+    middle = torch.zeros(1, training.rank or groups)
     if training.rank is None:
-        axes = torch.zeros(basis.size, groups, requires_grad=True)
+        axes = torch.zeros(basis.size, groups + joint, requires_grad=True)
         scores = torch.eye(groups)
         tables = [{"params": [axes], "lr": training.rate}]
     else:
-        axes, scores = _start(stage, shared, centring, training.rank, groups)
-        tables = [
-            {"params": [axes], "lr": training.rate},
-            {"params": [scores], "lr": training.rate * training.score_rate},
-        ]
+        axes, scores = _start(stage, shared, torch.eye(groups) if joint else centring, training.rank, groups)
+        rate = training.rate * training.score_rate
+        tables = [{"params": [axes], "lr": training.rate}, {"params": [scores], "lr": rate}]
+        if joint:
+            middle = (weights @ scores.detach() / weights.sum())[None].requires_grad_()
+            tables.append({"params": [middle], "lr": rate})
 
-    def deltas() -> torch.Tensor:
-        return shared + centring @ scores @ axes.T
+    def mixture() -> torch.Tensor:
+        """What each group takes of each column of U: c_0 + c_g; of free vectors, the shared one and its own."""
+        if training.rank is None and joint:
+            return torch.cat([torch.ones(groups, 1), centring], 1)
+        return middle + centring @ scores
 
-    looks = stage.run(tables, deltas, training.steps, axes, amount)
-    found = Shift(
-        training.kind,
-        bench.hook,
-        training.positions,
-        targets.groups,
-        shared,
-        axes.detach(),
-        (centring @ scores).detach(),
-    )
+    looks = stage.run(tables, lambda: shared + mixture() @ axes.T, training.steps, axes, amount)
+    axes = axes.detach()
+    if joint:
+        own = axes[:, 1:] if training.rank is None else axes
+        shared = axes[:, 0] if training.rank is None else (middle.detach() @ axes.T)[0]
+        axes = own
+    scores = (centring @ scores).detach()
+    found = Shift(training.kind, bench.hook, training.positions, targets.groups, shared, axes, scores)
     return Fit(canonical(found, torch.tensor(targets.weights)), min(looks), tuple(looks))
 
 

@@ -96,17 +96,30 @@ def few_shot(
     return (shift.shared + scores @ axes.T).detach()
 
 
-def from_prompts(shift: Shift, states: torch.Tensor, ridge: float = 0.1) -> torch.Tensor:
-    """Shifts [groups, M] without any answers: c_g regressed on the model's own state for the group, leave one out.
+def held_out(targets: Targets) -> list[int]:
+    """Groups to keep for later: the last one of every attribute that has more than two."""
+    names = np.array(targets.attributes)
+    places = [np.flatnonzero(names == attribute) for attribute in dict.fromkeys(targets.attributes)]
+    return [int(place[-1]) for place in places if len(place) > 2]
 
-    `states` is the mean residual over each group's prompts, [groups, d].
+
+def from_states(shift: Shift, known: torch.Tensor, new: torch.Tensor, ridge: float = 0.1) -> torch.Tensor:
+    """Shifts [new groups, M] without any answers: c_g regressed on the model's own state for the group.
+
+    States are the mean residuals over each group's prompts; `known`, [groups, d], are those of the shift's groups.
     """
+    centre, c = known.mean(0), shift.scores - shift.scores.mean(0)
+    scale = (known - centre).norm(dim=1).mean()
+    x, own = (known - centre) / scale, (new - centre) / scale
+    fitted = own @ x.T @ torch.linalg.solve(x @ x.T + ridge * torch.eye(len(x)), c)
+    return shift.shared + (shift.scores.mean(0) + fitted) @ shift.axes.T
+
+
+def from_prompts(shift: Shift, states: torch.Tensor, ridge: float = 0.1) -> torch.Tensor:
+    """`from_states` for every group of the shift itself, left out in its turn, [groups, M]."""
     found = []
     for g in range(len(states)):
         rest = [h for h in range(len(states)) if h != g]
-        x, c = states[rest] - states[rest].mean(0), shift.scores[rest] - shift.scores[rest].mean(0)
-        scale = x.norm(dim=1).mean()
-        gram = (x / scale) @ (x / scale).T + ridge * torch.eye(len(rest))
-        own = (states[g] - states[rest].mean(0)) / scale
-        found.append(shift.scores[rest].mean(0) + own @ (x / scale).T @ torch.linalg.solve(gram, c))
-    return shift.shared + torch.stack(found) @ shift.axes.T
+        others = replace(shift, groups=tuple(shift.groups[h] for h in rest), scores=shift.scores[rest])
+        found.append(from_states(others, states[rest], states[[g]], ridge))
+    return torch.cat(found)

@@ -20,6 +20,8 @@ class Dialect:
     """Text before the block that says who answers, by form; takes the group and all groups of its attribute."""
     joint: str
     """What stands between context and block."""
+    refusing: Callable[[Question, bool], str] | None = None
+    """The block with refusal as a last option, where the model knows words for it."""
 
     def prompted(self, form: str, group: Group, siblings: Sequence[Group]) -> Callable[[Question, bool], str]:
         """The prompt of a question put to a member of `group`."""
@@ -84,5 +86,6 @@ ENGLISH = Dialect(
         ),
     },
     "\n\n",
+    lambda question, reverse: english_block(question, reverse, refusal=True),
 )
 """Plain English, in the manner of OpinionQA and SubPOP, in our own words."""

@@ -148,7 +148,12 @@ class Shift:
     def parameters(self) -> int:
         """Numbers that were trained and are not zero."""
         rows = int((self.axes != 0).any(1).sum())
-        return int((self.shared != 0).sum()) + rows * self.rank + self.scores.numel()
+        shared = int((self.shared != 0).sum())
+        if shared and self.rank < len(self.groups):
+            along = self.axes @ torch.linalg.lstsq(self.axes, self.shared[:, None]).solution
+            if torch.allclose(along[:, 0], self.shared, atol=1e-4 * float(self.shared.abs().max())):
+                shared = self.rank  # Delta_0 = U c_0
+        return shared + rows * self.rank + self.scores.numel()
 
     @property
     def active(self) -> torch.Tensor:

@@ -3,16 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from sae_research.catalogue import SUBJECTS
+from sae_research import catalogue, paths
 from sae_research.config import OpinionQA, Profile, ShiftTraining
+from sae_research.errors import ResearchError
 from sae_research.studies.opinion_qa import baselines, objective
 from sae_research.studies.opinion_qa.bench import Bench, Cost
 from sae_research.studies.opinion_qa.evaluate import Exam
-from sae_research.studies.opinion_qa.fit import Fit, Targets, calibrate, fit
+from sae_research.studies.opinion_qa.fit import Fit, Targets, fit
 from sae_research.studies.opinion_qa.prompts import ENGLISH, SPECIMEN, Dialect
 from sae_research.studies.opinion_qa.shift import (
     Basis,
@@ -21,7 +23,11 @@ from sae_research.studies.opinion_qa.shift import (
     residual_basis,
     sae_basis,
 )
-from sae_research.survey import Survey
+from sae_research.survey import Question, Survey
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+    from transformers import PreTrainedModel
 
 SPLITS = ("train", "validation", "test")
 
@@ -46,6 +52,10 @@ class Laboratory:
     """What a shift learns from the poll."""
     exam: Exam
     """The test questions."""
+    fresh: Callable[[], "PreTrainedModel"] | None = None
+    """Loads the model anew, for rivals that change its weights."""
+    crossed: tuple[Survey, ...] = ()
+    """Intersections of two attributes, never trained on, where the truth is planted."""
 
     @property
     def l0(self) -> float:
@@ -66,35 +76,86 @@ class Laboratory:
 
     def clusters(self) -> list[str]:
         """The near-duplicate cluster of every question."""
-        return [f"{q.topic} {q.verb}" if q.verb else q.key for q in self.survey.questions]
+        return [cluster(q) for q in self.survey.questions]
 
 
-def planted(profile: Profile, role: str, seed: int) -> Laboratory:
-    """The embedded specimen with its planted survey; `seed` draws the poll and the documents."""
+def opened(profile: Profile, name: str, seed: int, role: str | None = None) -> Laboratory:
+    """The laboratory of a subject at one SAE: a specimen's planted survey, else the reader's own OpinionQA."""
+    role = role or profile.opinion_qa.sae
+    if catalogue.get(name).embedded:
+        return planted(profile, name, role, seed)
+    folder = paths.DATA / "private" / "opinion_qa"
+    try:
+        passages = (folder / "passages.txt").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ResearchError(
+            f"{name} is asked OpinionQA, which may not be redistributed: put your own copy (human_resp/ as on CodaLab) "
+            f"into {paths.relative(folder)} with passages.txt beside it, other text with one passage a line."
+        ) from error
+    return published(profile, name, role, folder, passages, seed)
+
+
+def dictionary(profile: Profile, name: str, role: str | None = None) -> "SAE":
+    """The SAE of a subject whose latents are shifted."""
+    return catalogue.get(name).sae(role or profile.opinion_qa.sae, device=profile.runtime.device)
+
+
+def planted(profile: Profile, name: str, role: str, seed: int) -> Laboratory:
+    """An embedded specimen with its planted survey; `seed` draws the poll and the documents."""
+    from transformers import AutoModelForCausalLM
+
+    from sae_research.world import build
     from sae_research.world.survey import SurveySettings
     from sae_research.world.survey_population import Population
     from sae_research.world.survey_text import Writer
 
-    settings = profile.opinion_qa
-    subject = SUBJECTS["world-survey"]
-    lens = subject.load()
-    truth = Population(SurveySettings().population)
+    settings, subject = profile.opinion_qa, catalogue.get(name)
+    lens, truth = subject.load(), Population(SurveySettings().population)
     writer, draws = Writer(truth, lens.tokenizer.get_vocab()), np.random.default_rng([seed, 11])
     texts = {split: torch.from_numpy(writer.off_task(settings.documents, draws).tokens) for split in SPLITS}
-    return laboratory(settings, lens, subject.sae(role), SPECIMEN, truth.survey(), texts, seed)
+    asked = thinned(truth.survey(), settings.thinning)
+    lab = laboratory(settings, lens, dictionary(profile, name, role), SPECIMEN, asked, texts, seed)
+    pairs = (("party", "age"), ("party", "education"), ("age", "region"), ("education", "region"))
+    return replace(
+        lab,
+        fresh=lambda: AutoModelForCausalLM.from_pretrained(build.model_folder(subject.model)).eval(),
+        crossed=tuple(thinned(truth.survey(*pair), settings.thinning) for pair in pairs),
+    )
 
 
-def published(profile: Profile, name: str, folder: Path, passages: list[str], seed: int) -> Laboratory:
-    """A real model on the reader's own copy of OpinionQA below `folder`; `passages` are other text, a third a split."""
+def published(profile: Profile, name: str, role: str, folder: Path, passages: list[str], seed: int) -> Laboratory:
+    """A real model on the reader's own copy of OpinionQA below `folder`; `passages` are other text, a third a split.
+
+    `seed` draws what is learned from; the split into questions is the same for every seed, so that they share an exam.
+    """
+    from transformers import AutoModelForCausalLM
+
     from sae_research.survey_files import load_opinion_qa, split_by_wave
 
-    settings, runtime, subject = profile.opinion_qa, profile.runtime, SUBJECTS[name]
+    settings, runtime, subject = profile.opinion_qa, profile.runtime, catalogue.get(name)
     lens = subject.load(device=runtime.device, dtype=runtime.dtype)
-    survey = split_by_wave(load_opinion_qa(folder, settings.waves), settings.unseen_waves, seed)
+    survey = split_by_wave(load_opinion_qa(folder, settings.waves), settings.unseen_waves, 0)
+    survey = thinned(survey, settings.thinning)
     tokens = lens.packed(passages, min(64, lens.n_ctx))[: 3 * settings.documents]
     texts = dict(zip(SPLITS, tokens.split(len(tokens) // 3), strict=False))
-    sae = subject.sae(settings.sae, device=runtime.device)
-    return laboratory(settings, lens, sae, ENGLISH, survey, texts, seed)
+    lab = laboratory(settings, lens, dictionary(profile, name, role), ENGLISH, survey, texts, seed)
+    return replace(lab, fresh=lambda: AutoModelForCausalLM.from_pretrained(subject.model).to(runtime.device).eval())
+
+
+def cluster(question: Question) -> str:
+    """What near-duplicate questions share: a planted question's topic and verb, else the question itself."""
+    return f"{question.topic} {question.verb}" if question.verb else question.key
+
+
+def thinned(survey: Survey, every: int) -> Survey:
+    """The survey with every n-th cluster of each split alone."""
+    kept = set()
+    for split in dict.fromkeys(q.split for q in survey.questions):
+        kept |= set(list(dict.fromkeys(cluster(q) for q in survey.questions if q.split == split))[::every])
+    rows = np.array([cluster(q) in kept for q in survey.questions])
+    cut = {name: getattr(survey, name)[rows] for name in ("overall", "web") if getattr(survey, name) is not None}
+    cut |= {n: getattr(survey, n)[:, rows] for n in ("distributions", "counts") if getattr(survey, n) is not None}
+    return replace(survey, questions=tuple(q for q, kept in zip(survey.questions, rows, strict=True) if kept), **cut)
 
 
 def laboratory(
@@ -137,6 +198,8 @@ class Outcome:
     """Mean probability of the letters among all tokens."""
     order: float = 0.0
     """Mean total variation between the two option orders."""
+    coordinates: int = 0
+    """Coordinates that any group moves."""
     fit: Fit | None = None
     """The trained shift."""
 
@@ -159,22 +222,36 @@ def shifted(lab: Laboratory, name: str, basis: Basis, found: Fit) -> Outcome:
         float(shift.active.float().mean()),
         float(reading.mass.mean()),
         float(reading.order_sensitivity.mean()),
+        int(shift.active.sum()),
         found,
     )
 
 
 ARMS: dict[str, tuple[str, dict]] = {
-    "SAE multiplicative": ("SAE", {}),
-    "SAE additive": ("SAE", {"kind": "additive"}),
+    "SAE multiplicative": ("SAE", {"kind": "multiplicative"}),
     "SAE gated": ("SAE", {"kind": "gated"}),
-    "SAE literal": ("SAE", {"kind": "literal"}),
-    "SAE multiplicative, free": ("SAE", {"rank": None}),
-    "random dictionary multiplicative": ("random", {}),
-    "PCA multiplicative": ("PCA", {}),
+    "SAE additive": ("SAE", {"kind": "additive"}),
+    "random multiplicative": ("random", {"kind": "multiplicative"}),
+    "random gated": ("random", {"kind": "gated"}),
+    "random additive": ("random", {"kind": "additive"}),
+    "PCA multiplicative": ("PCA", {"kind": "multiplicative"}),
+    "PCA gated": ("PCA", {"kind": "gated"}),
+    "PCA additive": ("PCA", {"kind": "additive"}),
     "dense vector, low rank": ("dense", {"kind": "additive"}),
     "dense vector, free": ("dense", {"kind": "additive", "rank": None}),
+    "SAE literal": ("SAE", {"kind": "literal"}),
+    "SAE free": ("SAE", {"rank": None}),
 }
 """Trained shifts: the space they act in and how they depart from the headline; all choose keep and sparsity alike."""
+
+
+def arms(lab: Laboratory, seed: int) -> dict[str, ShiftTraining]:
+    """The settings of every arm, keep and sparsity chosen on validation questions and documents."""
+    s = lab.settings
+    return {
+        name: choose(lab, lab.basis(space, seed), replace(s.training, **changes), seed, s.keeps, s.sparsities)
+        for name, (space, changes) in ARMS.items()
+    }
 
 
 def choose(
@@ -186,6 +263,8 @@ def choose(
     sparsities: Sequence[float],
 ) -> ShiftTraining:
     """lam_keep and lam_sp by validation: harmless to other text, then the sparsest within one s.e. of the best KL."""
+    if len(keeps) == len(sparsities) == 1:
+        return replace(training, keep=keeps[0], sparsity=sparsities[0])
     tried = []
     for keep in keeps:
         base = replace(training, keep=keep)
@@ -227,112 +306,3 @@ def shuffled(lab: Laboratory, training: ShiftTraining, seed: int) -> Outcome:
     """The headline shift trained on groups that were permuted within each cluster of questions."""
     targets = baselines.groups_shuffled(lab.targets, lab.clusters(), seed)
     return shifted(lab, "shuffled groups", lab.sae, fit(lab.bench, lab.sae, training, targets, seed))
-
-
-def fixed_rows(lab: Laboratory) -> list[Outcome]:
-    """Uniform, no steering, and the human overall marginal (an oracle row, not a competitor)."""
-    questions, groups = lab.exam.questions, len(lab.targets.groups)
-    unsteered = lab.bench.unsteered(questions)
-    tables = {
-        "uniform": lab.truth.uniform[questions],
-        "no steering": unsteered.probabilities[0],
-        "human overall marginal": lab.truth.overall[questions],
-    }
-    found = [Outcome(name, np.repeat(table[None], groups, 0), NO_COST, 0, 0.0) for name, table in tables.items()]
-    mass, order = float(unsteered.mass.mean()), float(unsteered.order_sensitivity.mean())
-    return [found[0], replace(found[1], mass=mass, order=order), found[2]]
-
-
-def calibration_rows(lab: Laboratory, training: ShiftTraining, seed: int) -> list[Outcome]:
-    """What the population's answers alone give: Delta_0 without a group part, and temperature with letter bias."""
-    bench, targets, questions = lab.bench, lab.targets, lab.exam.questions
-    shared = calibrate(bench, lab.sae, training, targets, seed)
-    groups = len(targets.groups)
-    reading = bench.answers(lab.sae, training.kind, shared[None], questions, training.positions)
-    cost = bench.cost(lab.sae, training.kind, shared[None], "test") if training.positions == "all" else NO_COST
-    moved = (shared != 0).float().mean().item()
-    alone = Outcome(
-        "calibration only",
-        np.repeat(reading.probabilities, groups, 0),
-        cost,
-        int((shared != 0).sum()),
-        moved,
-        float(reading.mass.mean()),
-        float(reading.order_sensitivity.mean()),
-    )
-    scores = baselines.letter_scores(bench, bench.residual, bench.prompts.last)
-    rows, test = bench.prompts.rows(targets.train), bench.prompts.rows(questions)
-    target = torch.tensor(targets.overall, dtype=torch.float32)[bench.prompts.question[rows]]
-    letters = baselines.calibrate_letters(bench, scores[rows], rows, target)
-    answers = baselines.read_scores(bench, letters(scores[test])[None], test)
-    bias = Outcome("temperature and letter bias", np.repeat(answers, groups, 0), NO_COST, letters.parameters)
-    return [alone, bias]
-
-
-def prompting_rows(lab: Laboratory, forms: dict[str, baselines.Prompted]) -> list[Outcome]:
-    """Each form of group prompt, alone and with temperature and letter bias fitted on the training questions."""
-    bench, targets, test = lab.bench, lab.targets, lab.bench.prompts.rows(lab.exam.questions)
-    train = bench.prompts.rows(targets.train)
-    best = baselines.best_form(bench, forms, targets)
-    found = []
-    for form, asked in forms.items():
-        chosen = f"prompt {form}" + (" (best on validation)" if form == best else "")
-        found.append(Outcome(chosen, baselines.read_scores(bench, asked.scores[:, test], test), NO_COST, 0, 0.0))
-        rows, scores = train.repeat(len(asked.scores)), asked.scores[:, train].flatten(0, 1)
-        answers = torch.tensor(targets.answers, dtype=torch.float32)
-        target = answers[:, bench.prompts.question[train]].flatten(0, 1)
-        letters = baselines.calibrate_letters(bench, scores, rows, target)
-        read = baselines.read_scores(bench, letters(asked.scores[:, test]), test)
-        found.append(Outcome(f"prompt {form}, calibrated letters", read, NO_COST, letters.parameters))
-    return found
-
-
-def reader_rows(lab: Laboratory, asked: baselines.Prompted) -> list[Outcome]:
-    """Letters-only unembedding, with and without group prompts, and the multinomial probe on the prompted residual."""
-    bench, targets = lab.bench, lab.targets
-    test, groups = bench.prompts.rows(lab.exam.questions), len(targets.groups)
-    rows = baselines.unembedding_of_letters(bench)
-    with torch.no_grad():
-        parts = zip(bench.residual.split(bench.batch), bench.prompts.last.split(bench.batch), strict=True)
-        plain = torch.cat([bench.upper.states(x, last) for x, last in parts])
-    unprompted = plain.expand(groups, *plain.shape)
-    readers = {
-        "letters' unembedding, one a group": (unprompted, rows, True),
-        "letters' unembedding, prompted": (asked.final, rows, False),
-        "multinomial probe, prompted": (asked.hidden, None, False),
-    }
-    found = []
-    for name, (states, start, by_group) in readers.items():
-        reader = baselines.linear_reader(bench, states, targets, start, by_group)
-        read = baselines.read_scores(bench, reader(states[:, test]), test)
-        found.append(Outcome(name, read, NO_COST, reader.parameters))
-    return found
-
-
-def untrained_rows(
-    lab: Laboratory, asked: baselines.Prompted, shared: Callable[[Basis], torch.Tensor]
-) -> list[Outcome]:
-    """Difference of means and the SAE's most selective latents, untrained, at the strength that validation prefers."""
-    bench, targets, positions = lab.bench, lab.targets, lab.settings.training.positions
-    dense = residual_basis(bench.lens.d_model)
-    contrast, statistic = baselines.latent_contrasts(bench, lab.sae, asked, targets)
-    parts = {
-        "difference of means": (dense, baselines.difference_of_means(asked, targets)),
-        "top 20 SAE latents, untrained": (lab.sae, baselines.top_features(contrast, statistic, 20)),
-    }
-    found = []
-    for name, (basis, part) in parts.items():
-        shift = baselines.untrained("additive", bench, positions, targets, shared(basis), part)
-        _, best = baselines.best_strength(bench, basis, shift, targets, lab.settings.strengths)
-        found.append(shifted(lab, name, basis, Fit(best, float("nan"), ())))
-    return found
-
-
-def screened(lab: Laboratory, asked: baselines.Prompted, training: ShiftTraining, seed: int, k: int = 128) -> Outcome:
-    """SAE-SSV: a trained additive shift within the `k` latents that tell prompted groups apart best."""
-    _, statistic = baselines.latent_contrasts(lab.bench, lab.sae, asked, lab.targets)
-    keep = statistic.topk(min(k, lab.sae.size)).indices
-    basis = baselines.restricted(lab.sae, keep, "screened latents")
-    found = fit(lab.bench, basis, replace(training, kind="additive", rank=None), lab.targets, seed)
-    outcome = shifted(lab, "screened SAE latents (SAE-SSV)", basis, found)
-    return replace(outcome, moved=outcome.moved * len(keep) / lab.sae.size)

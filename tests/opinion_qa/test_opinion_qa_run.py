@@ -1,0 +1,134 @@
+"""Study 1 from end to end on a specimen that was never trained, and what its claims measure."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from miniatures import random_sae  # noqa: E402
+
+from sae_research import claims  # noqa: E402
+from sae_research.config import LoRATraining, OpinionQA, ShiftTraining  # noqa: E402
+from sae_research.studies.opinion_qa import batch, evaluate, findings, report, study  # noqa: E402
+from sae_research.studies.opinion_qa.evaluate import Exam  # noqa: E402
+from sae_research.studies.opinion_qa.prompts import SPECIMEN  # noqa: E402
+
+HOOK = "blocks.0.hook_resid_post"
+
+
+def test_a_subject_is_run_judged_saved_and_every_claim_measured(lens, small, bench, fresh, population, tmp_path):
+    dictionaries = []
+    for place in (HOOK, "blocks.1.hook_resid_post"):
+        made = random_sae("topk", width=32, latents=64, k=8)
+        made.cfg.metadata.hook_name, made.cfg.metadata.model_name = place, "world-survey"
+        dictionaries.append(made)
+    quick = ShiftTraining(
+        kind="gated", calibration="axes", rate=0.03, steps=2, calibration_steps=2, batch=4, documents=2,
+        kept_groups=2, look=2, rank=2,
+    )  # fmt: skip
+    settings = OpinionQA(
+        training=quick, lora=LoRATraining(steps=1, batch=4), respondents=300, strengths=(0.0, 1.0), ranks=(1,),
+        shots=(2, 10), features=(1, 5), keeps=(1.0,), sparsities=(1.0,),
+    )  # fmt: skip
+    splits = [("train", "validation", "test")[i % 5 // 3 + i % 5 // 4] for i in range(18)]
+    questions = tuple(replace(q, split=s) for q, s in zip(small.questions, splits, strict=True))
+    truth = replace(small, questions=questions)
+    cut = slice(0, 18)
+    pair = population.survey("party", "age")
+    crossed = replace(
+        pair,
+        questions=questions,
+        distributions=pair.distributions[:, cut],
+        overall=pair.overall[cut],
+        web=pair.web[cut],
+    )
+    labs = [
+        replace(study.laboratory(settings, lens, sae, SPECIMEN, truth, bench.texts, 0), fresh=fresh, crossed=(crossed,))
+        for sae in dictionaries
+    ]
+    lab = labs[0]
+    assert lab.l0 == pytest.approx(8)
+    assert study.choose(lab, lab.sae, quick, 0, (1.0,), (0.0, 1e3)).sparsity in (0.0, 1e3)
+    chosen = study.arms(lab, 0)
+    parts = [batch.run(lab, lambda: labs[1], chosen, seed) for seed in (0, 1)]
+    names = [row.name for row in parts[0].outcomes]
+    assert len(names) == len(set(names))
+    for row in parts[0].outcomes:
+        assert row.answers.shape == (14, len(lab.exam.questions), 4), row.name
+        assert np.allclose(row.answers.sum(-1), 1, atol=1e-5), row.name
+        assert 0 <= row.moved <= 1, row.name
+        assert row.parameters >= 0, row.name
+    silent = {row.name: row.cost.loss for row in parts[0].outcomes}
+    assert silent["no steering"] == 0
+    assert silent["SAE additive"] != 0
+    assert silent["last token only"] == 0  # it leaves other text as it is
+
+    batch.save(parts[0], tmp_path, "world-survey", "block0_topk")
+    again = batch.load(tmp_path)
+    assert [o.name for o in again.outcomes] == names
+    assert all(np.array_equal(a.answers, b.answers) for a, b in zip(again.outcomes, parts[0].outcomes, strict=True))
+    assert torch.equal(again.shift.axes, parts[0].shift.axes)
+    assert set(again.tables) == set(parts[0].tables)
+
+    best = batch.headline(lab)
+    tables = {
+        "scores": report.scores(lab.exam, parts),
+        "intervals": report.intervals(lab.exam, parts),
+        "paired": report.paired(lab.exam, parts, best),
+        "groups": report.groups(lab.exam, parts),
+        "attributes": report.attributes(lab.exam, parts, [best]),
+    } | report.collected(parts)
+    prompt = next(name for name in names if name.endswith("(best on validation)"))
+    about = {"headline": best, "prompt": prompt, "noop": 0.0, "subject": "world-survey"}
+    found = findings.measurements(tables, about)
+    stated = claims.stated("opinion_qa")
+    assert set(found) == set(stated)
+    for name, claim in stated.items():
+        assert claims.judge(claim, found[name]) in claims.VERDICTS
+
+
+# findings
+
+
+def rows(**columns):
+    return pd.DataFrame(columns)
+
+
+def test_composition_is_set_against_the_margin_that_is_better_on_average():
+    table = rows(
+        pair=["a|b"] * 4, seed=[0] * 4, cluster=[0, 1, 2, 3],
+        **{"margin 1": [0.2, 0.2, 0.2, 0.2], "margin 2": [0.1, 0.5, 0.1, 0.5], "composed": [0.1, 0.1, 0.15, 0.05]},
+    )  # fmt: skip
+    found = findings.composition({"composition": table})
+    assert found.value == pytest.approx(-0.1)
+    assert found.n == 4
+
+
+def test_the_negative_control_is_the_attribute_that_truly_moves_least():
+    table = rows(
+        method=["m"] * 6, seed=[0, 0, 0, 1, 1, 1], attribute=["party", "age", "hand"] * 2,
+        predicted=[1.0, 3.0, 0.2, 1.0, 3.0, 0.4], true=[1.0, 1.0, 0.0] * 2,
+    )  # fmt: skip
+    assert findings.negative_control({"attributes": table}, "m").value == pytest.approx(0.15)
+
+
+def test_new_groups_are_compared_group_by_group():
+    table = rows(
+        way=["few", "few", "none", "none"], shots=[10, 10, 0, 0], group=["x", "y"] * 2, wd=[0.1, 0.3, 0.2, 0.35]
+    )
+    found = findings.new_groups({"new_groups": table}, ("few", 10), ("none", 0))
+    assert found.value == pytest.approx(-0.075)
+    assert found.n == 2
+
+
+def test_a_ratio_of_distances_is_exact_for_a_method_against_itself(small):
+    exam = Exam(small, np.arange(18))
+    uniform = np.repeat(small.uniform[None, None], 14, 1)
+    assert evaluate.wd_ratio(exam, uniform, uniform, 0).low == pytest.approx(1)
+    half = (uniform + exam.truth[None]) / 2
+    found = evaluate.wd_ratio(exam, half, uniform, 0)
+    assert found.value == pytest.approx(0.5)
+    assert found.high == pytest.approx(0.5)
