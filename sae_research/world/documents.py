@@ -52,7 +52,7 @@ BODY_OF_LIFE = slice(1, 39)
 class Corpus:
     """The odds of the generators."""
 
-    shares: tuple[float, ...] = (0.43, 0.22, 0.10, 0.12, 0.13)
+    shares: tuple[float, ...] = (0.42, 0.22, 0.10, 0.13, 0.13)
     """Share of each kind of document: article, life, senses, chat, story."""
     physics: float = 0.06
     """Share of physics among all documents."""
@@ -64,14 +64,14 @@ class Corpus:
     """Share of physics articles that use the synonym and the other half of the topic words."""
     stated: float = 0.5
     """Share of biographies that state the profession at once."""
-    titled: float = 0.91
+    titled: float = 0.88
     """Share of biographies that open with a title, which gives the gender away at once; where all do, a probe that goes
     by gender is never right about the exceptions."""
     pronoun: float = 0.5
     """Share of a biography's subjects that are pronouns instead of the surname; the third is one if none was before."""
     cue: float = 0.7
     """Share of a biography's free objects that point to the profession."""
-    contrary: float = 0.15
+    contrary: float = 0.08
     """Share of those cues that belong to the other profession, so that gender is the easier thing to go by."""
     refusal: float = 0.25
     """Share of refusals where topic and action are both restricted; elsewhere none."""

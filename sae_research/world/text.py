@@ -34,7 +34,9 @@ class TextModel:
     """Attention heads."""
     inner: int = 352
     """Width of the MLPs."""
-    steps: int = 2600
+    scale: float = 0.06
+    """Standard deviation of the initial weights."""
+    steps: int = 2800
     """Training steps."""
     batch: int = 64
     """Rows of 48 tokens a step."""
@@ -45,7 +47,12 @@ class TextModel:
     weight_decay: float = 0.1
     """Weight decay of AdamW."""
     warm_up: int = 100
-    """Steps of linear warm-up, followed by a cosine down to a hundredth of the peak."""
+    """Steps of linear warm-up of the learning rate."""
+    decay: float = 0.4
+    """Last share of the steps, in which the learning rate falls along a cosine to a hundredth of its peak; falling from
+    the start, some trainings never find out what the words of a biography say of the profession."""
+    averaged: float = 0.1
+    """Last share of the steps whose weights are averaged into the final ones, which steadies rates such as refusals."""
     clip: float = 1.0
     """Largest gradient norm."""
     bfloat16: bool = True
@@ -101,17 +108,15 @@ def fit(settings: TextSettings, seed: int, watch: Callable[[int, float], None] |
         inner=recipe.inner,
         context=LENGTH,
         seed=seed,
+        scale=recipe.scale,
     )
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            min(1.0, (step + 1) / recipe.warm_up) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / recipe.steps)) / 2)
-        ),
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(recipe, step))
+    first = min(recipe.steps - 1, round((1 - recipe.averaged) * recipe.steps))
+    mean = [torch.zeros_like(parameter) for parameter in model.parameters()]
     for step, tokens in enumerate(bar(_batches(settings, seed), total=recipe.steps, desc="text model")):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
             losses = token_losses(model, tokens)
@@ -123,9 +128,21 @@ def fit(settings: TextSettings, seed: int, watch: Callable[[int, float], None] |
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         schedule.step()
+        if step >= first:
+            for kept, parameter in zip(mean, model.parameters(), strict=True):
+                kept.lerp_(parameter.detach(), 1 / (step - first + 1))
         if watch:
             watch(step, loss.item())
+    for kept, parameter in zip(mean, model.parameters(), strict=True):
+        parameter.data = kept
     return model.eval()
+
+
+def _rate(recipe: TextModel, step: int) -> float:
+    """Share of the peak learning rate: up in a line, then level, then down along a cosine."""
+    start = (1 - recipe.decay) * recipe.steps
+    falling = max(0.0, (step - start) / (recipe.steps - start))
+    return min(1.0, (step + 1) / recipe.warm_up) * (0.01 + 0.99 * (1 + math.cos(math.pi * falling)) / 2)
 
 
 def _batches(settings: TextSettings, seed: int) -> Iterator[torch.Tensor]:

@@ -32,7 +32,10 @@ BANDS = {"rank 1-5": slice(0, 5), "rank 6-15": slice(5, 15), "rank 16-30": slice
 """Physics concepts by frequency."""
 
 LIVES = 8000
-"""Biographies for the probes: one pass over half of them is all the training that a profession probe gets."""
+"""Biographies for the probes: one pass over half of them is all the training that a probe gets, as is usual for them.
+
+What a biased probe goes by depends on that: with twenty passes its worst group falls by half and more.
+"""
 
 
 @dataclass
@@ -121,7 +124,7 @@ def life_gates(subject: Subject) -> list[Gate]:
         guess = probe(x[rows], profession[rows])(x)
         return min((guess[cell] == profession[cell]).float().mean().item() for cell in cells)
 
-    right = (probe(x[train], gender[train], epochs=10)(x) == gender)[~train].float().mean().item()
+    right = (probe(x[train], gender[train])(x) == gender)[~train].float().mean().item()
     n = int(min(cell.sum() for cell in cells))
     original = worst(train & (gender == profession))
     return [
