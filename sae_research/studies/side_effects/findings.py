@@ -59,7 +59,7 @@ def residualised(t: "Tables", label: str, control: str | None = None) -> Measure
 def payoff(t: "Tables", metric: str, subject: str | None = None) -> Measurement:
     """Clean less messy group on fresh contexts, in standard deviations of the steered features.
 
-    Control: the share of dictionaries whose payoff lies past all but 2.5 % of those of permuted training labels.
+    Control: how far the payoff lies past all but 2.5 % of the same means with permuted training labels.
     """
     rows = t["confirmation"]
     rows = rows[(rows.metric == metric) & (rows.groups == "clean - messy")]
@@ -68,11 +68,13 @@ def payoff(t: "Tables", metric: str, subject: str | None = None) -> Measurement:
         scale = row.standardised / row.difference if row.difference else 1.0
         ends = sorted((row.low * scale, row.high * scale))
         return Measurement(row.standardised, *ends, int(row.n))
-    sign, keys = (1 if metric.startswith("S") else -1), [*DICTIONARY, "seed"]
-    past = (sign * t["confirmation_null"].set_index(keys)[metric]).groupby(level=keys, sort=False).quantile(0.975)
-    beats = (sign * rows.set_index(keys)["standardised"] > past).astype(float).rename("share").reset_index()
-    control = over_dictionaries(beats, "share")
-    return _measured(over_dictionaries(rows, "standardised"), Measurement(control.value, n=control.n))
+    found, null = over_dictionaries(rows, "standardised"), t["confirmation_null"]
+    null = (
+        null[~null["primary"].str.startswith(LADDER)].groupby([*DICTIONARY, "permutation"], sort=False)[metric].mean()
+    )
+    sign = 1 if metric.startswith("S") else -1
+    past = (sign * null).groupby(level="permutation").mean().quantile(0.975)
+    return _measured(found, Measurement(float(sign * found.value - past), n=found.n))
 
 
 def mainly_stability(t: "Tables", subject: str) -> Measurement:
