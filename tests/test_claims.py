@@ -161,7 +161,7 @@ def test_a_mistake_in_a_stated_claim_is_named(change, says):
 
 def test_every_claim_of_the_repository_is_stated_well_and_once():
     stated = claims.stated()
-    assert len(stated) == len(re.findall(r"(?m)^\s*(?:- )?id:", paths.CLAIMS.read_text()))
+    assert len(stated) == len(re.findall(r"(?m)(?:^\s*(?:- )?|, )id:", paths.CLAIMS.read_text()))
     for c in stated.values():
         assert c.statement.endswith(".")
         assert c.measure
