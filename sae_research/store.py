@@ -217,10 +217,11 @@ def read_json(path: Path) -> object:
 
 
 def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None) -> None:
-    """Save tensors as safetensors, at once."""
+    """Save tensors as safetensors, at once; metadata goes under one key, since the order of several is not kept."""
     from safetensors.torch import save
 
-    write_bytes(path, save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, metadata=metadata))
+    about = {"about": json.dumps(metadata, sort_keys=True)} if metadata else None
+    write_bytes(path, save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, metadata=about))
 
 
 def read_tensors(path: Path) -> "dict[str, torch.Tensor]":

@@ -294,6 +294,10 @@ def test_json_and_tensors_round_trip_and_name_what_is_missing_or_damaged(tmp_pat
     weights = {"w": torch.arange(6.0).reshape(2, 3).T}
     store.write_tensors(tmp_path / "w.safetensors", weights)
     assert torch.equal(store.read_tensors(tmp_path / "w.safetensors")["w"], weights["w"])
+    about = {name: "x" for name in ["hook", "positions", "sae", "kind", "model"]}
+    for i in range(8):  # several keys would come in another order now and then
+        store.write_tensors(tmp_path / f"{i}.safetensors", weights, about)
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(8)}) == 1
     for name, read in (("a.json", store.read_json), ("w.safetensors", store.read_tensors)):
         os.truncate(tmp_path / name, 5)
         with pytest.raises(ResearchError, match=f"{name} is damaged"):
