@@ -689,6 +689,20 @@ def test_clean_scores_of_the_replication_know_nothing_of_held_out_labels():
     assert np.array_equal(groups.candidates, again.candidates)
 
 
+def test_published_targets_stand_beside_a_run_on_real_weights_and_only_there(parts):
+    tables = analysis.gathered([(p.key, p.tables) for p in parts])
+    facts = pd.DataFrame([p.key | p.facts for p in parts])
+    assert findings.published(tables, facts).empty
+    real = [{**p.key, "subject": "gpt2-small", "primary": "primary"} for p in parts[:1]]
+    tables = analysis.gathered(list(zip(real, [parts[0].tables], strict=True)))
+    found = findings.published(tables, pd.DataFrame([real[0] | parts[0].facts])).set_index("quantity")
+    assert found.loc["L0, primary", "target"] == "71.8 (replication, within 1)"
+    assert found.loc["L0, primary", "here"] == parts[0].facts["l0_primary"]
+    assert found.loc["eligible features", "target"].startswith("7532")
+    for quantity in ("crowding and C, control none", "residualised C, full set", "reliability of C"):
+        assert np.isfinite(found.loc[quantity, "here"])
+
+
 def test_the_ladder_of_widths_has_no_vote_outside_the_comparison_of_widths():
     rows = pd.DataFrame({"subject": "gpt2-small", "primary": ["primary", "width_768", "wide"], "rho": [0.2, 9.0, 0.4]})
     assert findings.over_dictionaries(rows, "rho").value == pytest.approx(0.3)

@@ -277,21 +277,40 @@ PUBLISHED = (
 RESIDUALISED = {"gpt2-small": 0.512, "pythia-70m": 0.521, "gemma-2-2b": 0.594, "llama-3.1-8b": 0.289}
 
 
-def published(t: "Tables") -> "pd.DataFrame":
-    """What others measured on the real models, beside the values of this run; empty on the embedded world."""
+def published(t: "Tables", facts: "pd.DataFrame") -> "pd.DataFrame":
+    """What others measured on the real models, beside the values of this run; empty on the embedded world.
+
+    `facts` has one row a dictionary and seed: what was loaded and chosen.
+    """
     import pandas as pd
 
-    rows, first = [], t["univariate"][t["univariate"].seed == 0]
+    from sae_research import catalogue
+
+    rows: list[dict] = []
+
+    def add(subject: str, quantity: str, target: str, here: float) -> None:
+        rows.append({"subject": subject, "quantity": quantity, "target": target, "here": here})
+
+    def main(table: "pd.DataFrame") -> "pd.DataFrame":
+        return table[(table.seed == 0) & (table.primary == "primary") & table.subject.isin(RESIDUALISED)]
+
+    for row in main(facts).itertuples():
+        entry = catalogue.get(row.subject)
+        for role, value in (("primary", row.l0_primary), ("downstream", row.l0_downstream)):
+            if role in entry.mean_l0:
+                add(row.subject, f"L0, {role}", f"{entry.mean_l0[role]:g} (replication, within 1)", value)
+        if entry.eligible is not None:
+            add(row.subject, "eligible features", f"{entry.eligible} (replication's band and contexts)", row.eligible)
+    first = main(t["univariate"])
     for subject, name, control, target in PUBLISHED:
         found = first[(first.subject == subject) & (first.predictor == name) & (first.target == "C")]
-        found = found[(found.control == "none") == (control == "none")]
-        quantity = f"{name} and C, control {control}"
-        rows += [{"subject": subject, "quantity": quantity, "target": target, "here": rho} for rho in found.rho]
-    scores = t["sets"].query("residualised and set == 'full_no_magnitude' and target == 'C' and seed == 0")
-    for row in scores.itertuples():
-        if row.subject in RESIDUALISED:
-            target = f"{RESIDUALISED[row.subject]} within .10 (replication, mean over folds)"
-            rows.append(
-                {"subject": row.subject, "quantity": "residualised C, full set", "target": target, "here": row.per_fold}
-            )
+        for rho in found[(found.control == "none") == (control == "none")].rho:
+            add(subject, f"{name} and C, control {control}", target, rho)
+    for row in main(t["sets"]).query("residualised and set == 'full_no_magnitude' and target == 'C'").itertuples():
+        target = f"{RESIDUALISED[row.subject]} within .10 (replication, mean over folds)"
+        add(row.subject, "residualised C, full set", target, row.per_fold)
+    for row in main(t["sensitivity"]).query("kind == 'direction' and value == 'random' and label == 'C'").itertuples():
+        add(row.subject, "crowding and C of random directions", "at most .1 in size", row.rho)
+    for row in main(t["reliability"]).query("label == 'C'").itertuples():
+        add(row.subject, "reliability of C", "at least .90", row.rho)
     return pd.DataFrame(rows, columns=["subject", "quantity", "target", "here"])
