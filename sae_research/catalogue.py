@@ -66,6 +66,15 @@ class Subject:
         source = (self._folders()[role],) if self.embedded else self.saes[role]
         return dictionaries.load(*source, device=device, dtype=dtype)
 
+    def content(self) -> list[str]:
+        """What tells it from another one of its name: a specimen's checksums, else its name on the hub."""
+        from sae_research import store
+        from sae_research.paths import EMBEDDED
+
+        if not self.embedded:
+            return [self.model]
+        return [(EMBEDDED / self.model / piece / store.CHECKSUMS).read_text() for piece in ("model", "saes")]
+
     def _folders(self) -> dict:
         from sae_research.world import build
 

@@ -216,6 +216,11 @@ def read_json(path: Path) -> object:
         raise ResearchError(f"{relative(path)} is damaged; delete it and run `make reproduce`.") from error
 
 
+def code(*files: Path) -> str:
+    """A fingerprint of source files: work that was made by other code is not taken up again."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+
+
 def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None) -> None:
     """Save tensors as safetensors, at once; metadata goes under one key, since the order of several is not kept."""
     from safetensors.torch import save

@@ -1,6 +1,5 @@
 """Build the embedded world: every piece resumable in a scratch folder, all of it put in place at the end."""
 
-import hashlib
 import shutil
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,15 @@ SPECIMENS = tuple(SOURCES)
 
 def _recipe(name: str, seed: int) -> tuple[ModuleType, object, dict]:
     """The module and settings of a specimen, and the key under which a killed build may take up its pieces again."""
-    from sae_research import training
+    from sae_research import activations, dictionaries, training
     from sae_research.world import survey, text
 
     module, settings = {"text": (text, text.TextSettings()), "survey": (survey, survey.SurveySettings())}[name]
-    files = [*(Path(__file__).with_name(f"{source}.py") for source in SOURCES[name]), Path(training.__file__)]
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return module, settings, {"settings": store.fingerprint(settings), "code": code, "seed": seed}
+    files = [
+        *(Path(__file__).with_name(f"{source}.py") for source in SOURCES[name]),
+        *(Path(used.__file__) for used in (activations, dictionaries, training)),
+    ]
+    return module, settings, {"settings": store.fingerprint(settings), "code": store.code(*files), "seed": seed}
 
 
 def _model(seed: int, folder: Path, name: str) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sae_research import store
+from sae_research import catalogue, store
 from sae_research.config import Profile, ShiftTraining
 from sae_research.studies.opinion_qa import baselines, evaluate, generalise, meaning, rivals, study
 from sae_research.studies.opinion_qa.fit import calibrate, fit
@@ -247,4 +247,5 @@ def resumed(task: tuple[str, int, dict[str, ShiftTraining]], profile: Profile, s
         save(part, folder, lab.bench.lens.name, settings.sae)
 
     key = {"task": task, "settings": settings, "runtime": profile.runtime.dtype}
+    key |= {"code": store.code(*Path(__file__).parent.glob("*.py")), "subject": catalogue.get(name).content()}
     return load(store.resumed(scratch / f"{name}-{seed}", key, build))

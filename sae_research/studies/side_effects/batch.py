@@ -1,6 +1,5 @@
 """All dictionaries of a subject for one seed: the shard that a profile runs once for every subject and seed."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_research import catalogue, store
-from sae_research.paths import EMBEDDED
 from sae_research.studies.side_effects import analysis, corpus, study
 
 if TYPE_CHECKING:
@@ -111,22 +109,8 @@ def load(folder: Path) -> list[Part]:
     return sorted(parts, key=lambda p: (p.key["seed"], p.facts["order"]))
 
 
-def _sources() -> str:
-    """A fingerprint of the study's code."""
-    return hashlib.sha256(
-        b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
-    ).hexdigest()
-
-
-def _world(subject: "catalogue.Subject") -> list[str]:
-    """The checksums of a specimen's model and SAEs; a published model is told by its name."""
-    if not subject.embedded:
-        return [subject.model]
-    return [(EMBEDDED / subject.model / piece / store.CHECKSUMS).read_text() for piece in ("model", "saes")]
-
-
 def resumed(task: tuple[str, int], profile: "Profile", scratch: Path) -> list[Part]:
     """`run`, unless the same settings have already been run into `scratch`: a killed run goes on where it stopped."""
     key = {"task": task, "settings": profile.side_effects, "runtime": profile.runtime.dtype}
-    key |= {"code": _sources(), "world": _world(catalogue.get(task[0]))}
+    key |= {"code": store.code(*Path(__file__).parent.glob("*.py")), "subject": catalogue.get(task[0]).content()}
     return load(store.resumed(scratch / f"{task[0]}-{task[1]}", key, lambda folder: save(run(task, profile), folder)))

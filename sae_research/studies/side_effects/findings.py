@@ -45,7 +45,7 @@ def gain(t: "Tables", baseline: str, label: str) -> Measurement:
     rows, random = t["gains"], t["gains_random"]
     rows = rows[(rows.baseline == baseline) & (rows.target == label)]
     random = random[(random.baseline == baseline) & (random.target == f"{label}@random")]
-    control = over_dictionaries(random, "gain") if len(random) else stats.Interval(0.0, 0.0, 0.0, 0)
+    control = over_dictionaries(random, "gain")
     return _measured(over_dictionaries(rows, "gain"), Measurement(control.value, n=control.n))
 
 
