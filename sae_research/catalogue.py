@@ -33,6 +33,10 @@ class Subject:
     """Place of the residual stream by role: those of the SAEs, and `train` where a study trains its own."""
     saes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """SAELens release and id by role; a specimen's are found in its folder, by their folder names."""
+    trained_on: str = ""
+    """The subject whose SAEs these are, where this one has none: they are put on its residuals all the same."""
+    chat: bool = False
+    """Whether it was tuned on dialogues: prompts then go through its tokenizer's chat template."""
     mean_l0: Mapping[str, float] = field(default_factory=dict)
     """Mean L0 at the final token by role, as independently measured: a gate on loading."""
     eligible: int | None = None
@@ -64,7 +68,10 @@ class Subject:
         if role not in roles:
             raise unknown("SAE role", role, roles, f"the catalogue's entry '{self.name}'")
         source = (self._folders()[role],) if self.embedded else self.saes[role]
-        return dictionaries.load(*source, device=device, dtype=dtype)
+        sae = dictionaries.load(*source, device=device, dtype=dtype)
+        if self.trained_on:
+            sae.cfg.metadata.model_name = self.model  # said openly: `check_fit` refuses every other stranger
+        return sae
 
     def content(self) -> list[str]:
         """What tells it from another one of its name: a specimen's checksums, else its name on the hub."""
@@ -126,14 +133,14 @@ def _pythia() -> Subject:
     )
 
 
-def _gemma(size: str, parameters: int, safety_layers: tuple[int, ...], **others: object) -> Subject:
+def _gemma(size: str, parameters: int, layers: tuple[int, ...], tuned: str = "", **others: object) -> Subject:
     release = f"gemma-scope-{size}-pt-res-canonical"
     hooks = others.pop("hooks")
-    layers = {f"layer_{n}": f"blocks.{n}.hook_resid_post" for n in safety_layers}
+    layers = {f"layer_{n}": f"blocks.{n}.hook_resid_post" for n in layers}
     with_saes = {role: hook for role, hook in {**hooks, **layers}.items() if role != "train"}
     return Subject(
-        name=f"gemma-2-{size}",
-        model=f"google/gemma-2-{size}",
+        name=f"gemma-2-{size}{tuned}",
+        model=f"google/gemma-2-{size}{tuned}",
         gated=True,
         parameters=parameters,
         hooks={**hooks, **layers},
@@ -142,9 +149,9 @@ def _gemma(size: str, parameters: int, safety_layers: tuple[int, ...], **others:
     )
 
 
-def _llama(expansion: int, safety_layers: tuple[int, ...] = (), **others: object) -> Subject:
+def _llama(expansion: int, layers: tuple[int, ...] = (), **others: object) -> Subject:
     paper = {"primary": "blocks.16.hook_resid_post", "downstream": "blocks.20.hook_resid_post"}
-    hooks = {**paper, **{f"layer_{n}": f"blocks.{n}.hook_resid_post" for n in safety_layers}}
+    hooks = {**paper, **{f"layer_{n}": f"blocks.{n}.hook_resid_post" for n in layers}}
     return Subject(
         model="meta-llama/Llama-3.1-8B",
         gated=True,
@@ -167,6 +174,10 @@ def _specimen(which: str) -> Subject:
     )
 
 
+_GEMMA_2B = {"primary": "blocks.12.hook_resid_post", "downstream": "blocks.16.hook_resid_post"}
+_GEMMA_2B_LAYERS = (5, 6, 9, 10, 15, 18, 20, 24)
+"""Study 5's layers (5, 10, 15, 20) and those of study 1's sweep."""
+
 SUBJECTS = {
     subject.name: subject
     for subject in (
@@ -176,11 +187,21 @@ SUBJECTS = {
         _gemma(
             "2b",
             2_614_341_888,
-            (5, 10, 15, 20),
-            hooks={"primary": "blocks.12.hook_resid_post", "downstream": "blocks.16.hook_resid_post"},
+            _GEMMA_2B_LAYERS,
+            hooks=_GEMMA_2B,
             mean_l0={"primary": 83.0, "downstream": 79.3},
             eligible=7517,
             note="final logits are soft-capped: the Gram identity of study 2 does not hold",
+        ),
+        _gemma(
+            "2b",
+            2_614_341_888,
+            _GEMMA_2B_LAYERS,
+            "-it",
+            hooks=_GEMMA_2B,
+            trained_on="gemma-2-2b",
+            chat=True,
+            note="instruction-tuned; the SAEs are those of the base model, as Gemma Scope has none for this one",
         ),
         _gemma(
             "9b",

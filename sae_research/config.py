@@ -65,7 +65,9 @@ class ShiftTraining:
     steps: int = 2000
     """Steps of the second stage."""
     batch: int = 16
-    """Prompts of a step; each is asked of every group."""
+    """Prompts of a step; each is asked of every group of that step (section 3.5: questions B)."""
+    groups: int = 16
+    """Groups of a step, drawn anew each time if the survey has more (section 3.5: groups S)."""
     documents: int = 6
     """Documents of other text of a step, each under the shifts of `kept_groups` groups."""
     kept_groups: int = 3
@@ -96,12 +98,14 @@ class LoRATraining:
 class OpinionQA:
     """Study 1: survey answers of demographic groups through a sparse shift in SAE space."""
 
-    subjects: tuple[str, ...] = ("gemma-2-2b",)
-    """Models with their SAEs, by their name in the catalogue (abstract: Gemma-2-2B)."""
+    subjects: tuple[str, ...] = ("gemma-2-2b", "gemma-2-2b-it")
+    """Models with their SAEs, by their name in the catalogue, the one that claims speak of first (abstract: Gemma-2-2B;
+    section 6: base against instruction-tuned)."""
     sae: str = "primary"
     """Role of the SAE whose latents are shifted (section 3.1: block 12, width 16k)."""
-    late: str = "downstream"
-    """Role of a later SAE, for the hypotheses on depth (section 6)."""
+    layers: tuple[str, ...] = ("layer_6", "layer_9", "layer_15", "layer_18", "layer_20", "layer_24")
+    """Roles of SAEs at other layers, at which the headline is trained again; the deepest one stands for late layers in
+    the hypotheses (section 6)."""
     once: tuple[str, ...] = ()
     """Trained methods that only the first seed runs."""
     ranks: tuple[int, ...] = (1, 2, 3, 8)
@@ -130,12 +134,22 @@ class OpinionQA:
     """Largest latents that alone are kept when causal share is measured (section 5.5)."""
     shots: tuple[int, ...] = (2, 5, 10, 20, 50, 100)
     """Questions from which the scores of a new group are fitted (section 3.7)."""
-    adapters: bool = True
-    """Whether LoRA is trained without group prompts too, one adapter a group (section 4)."""
+    rounds: int = 3
+    """Rounds of training without one group of every attribute of more than two, another one each (section 3.6)."""
+    unseen_attributes: bool = True
+    """Whether each attribute is left out of training as a whole too (section 3.6)."""
+    adapters: bool = False
+    """Whether LoRA is trained without group prompts too, one adapter a group (section 4); SubPOP trains one for all."""
     waves: tuple[int, ...] = (26, 27, 29, 32, 34, 36, 41, 42, 43, 45, 49, 50, 54, 82, 92)
     """Waves of OpinionQA (section 1.1); real models only."""
     unseen_waves: tuple[int, ...] = (34, 45, 92)
     """Waves that only test questions come from (section 3.6)."""
+    fewest: int = 20
+    """Groups with fewer answers to some question of a real poll are left out (section 10)."""
+    similarity: float = 0.6
+    """Wording similarity (cosine of tf-idf) from which two questions are near-duplicates, which no split may part."""
+    rows: int = 48
+    """Prompts, each under one shift, that go through the model at once; more are taken in parts, with equal results."""
 
 
 @dataclass(frozen=True)

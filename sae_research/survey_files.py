@@ -128,20 +128,33 @@ def load_opinion_qa(folder: Path, waves: Sequence[int]) -> Survey:
 _INFO = ("key", "question", "references", "option_ordinal")
 
 
-def split_by_wave(survey: Survey, unseen: Sequence[int], seed: int) -> Survey:
+def families(questions: Sequence[Question], similarity: float) -> tuple[str, ...]:
+    """The family of near-duplicates of each question, by the key of its first member, whatever the wave.
+
+    Two wordings are near-duplicates if the cosine of their tf-idf vectors is at least `similarity`; families are what
+    hangs together by that.
+    """
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    words = TfidfVectorizer(token_pattern=r"\w+").fit_transform([q.text for q in questions])
+    _, labels = connected_components((words @ words.T) >= similarity, directed=False)
+    first: dict[int, str] = {}
+    return tuple(first.setdefault(int(label), q.key) for label, q in zip(labels, questions, strict=True))
+
+
+def split_by_wave(survey: Survey, unseen: Sequence[int], names: Sequence[str], seed: int) -> Survey:
     """Test questions: all of the `unseen` waves and a quarter of the others; the rest trains (60 of 75) or validates.
 
-    Questions that open with the same words belong to one battery and stay in one split.
+    `names` are the questions' families: none is parted, and one that reaches into an unseen wave is for the test alone.
     """
-    apart = {f"wave {wave}" for wave in unseen}
-    batteries = [(q.topic, " ".join(q.text.lower().split()[:8])) for q in survey.questions]
-    names = list(dict.fromkeys(b for b in batteries if b[0] not in apart))
-    order = np.random.default_rng(seed).permutation(len(names))
-    bounds = (0.6 * len(names), 0.75 * len(names))
-    part = {names[i]: SPLITS[int(np.searchsorted(bounds, place, side="right"))] for place, i in enumerate(order)}
-    questions = [
-        replace(q, split=part.get(battery, "test")) for q, battery in zip(survey.questions, batteries, strict=True)
-    ]
+    waves = {f"wave {wave}" for wave in unseen}
+    apart = {name for name, q in zip(names, survey.questions, strict=True) if q.topic in waves}
+    seen = [name for name in dict.fromkeys(names) if name not in apart]
+    order = np.random.default_rng(seed).permutation(len(seen))
+    bounds = (0.6 * len(seen), 0.75 * len(seen))
+    part = {seen[i]: SPLITS[int(np.searchsorted(bounds, place, side="right"))] for place, i in enumerate(order)}
+    questions = [replace(q, split=part.get(name, "test")) for q, name in zip(survey.questions, names, strict=True)]
     return replace(survey, questions=tuple(questions))
 
 

@@ -14,7 +14,15 @@ from sae_research.catalogue import SUBJECTS
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 WIDTH = 16
 LATENTS = 48
-BLOCKS = {"gpt2": 12, "gpt2-large": 36, "pythia-70m-deduped": 6, "gemma-2-2b": 26, "gemma-2-9b": 42, "Llama-3.1-8B": 32}
+BLOCKS = {
+    "gpt2": 12,
+    "gpt2-large": 36,
+    "pythia-70m-deduped": 6,
+    "gemma-2-2b": 26,
+    "gemma-2-2b-it": 26,
+    "gemma-2-9b": 42,
+    "Llama-3.1-8B": 32,
+}
 
 
 def write_cache(cache: Path) -> None:
@@ -132,7 +140,7 @@ def _write_weights(folder: Path, name: str, model) -> None:
     import torch
     from safetensors.torch import save_file
 
-    shards = {"gemma-2-2b": 3, "gemma-2-9b": 8, "Llama-3.1-8B": 4}.get(name, 1)
+    shards = {"gemma-2-2b": 3, "gemma-2-2b-it": 2, "gemma-2-9b": 8, "Llama-3.1-8B": 4}.get(name, 1)
     dtype = getattr(torch, _dtype(name))
     weights = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:
@@ -176,12 +184,19 @@ def _tokenizer(name: str):
         "pythi": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
         "gpt2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     }[name[:5].split("-")[0]]
+    turns = ["<start_of_turn>", "<end_of_turn>"] if name.startswith("gemma") else []
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*dict.fromkeys(special.values()), *alphabet])}
+    vocabulary = {token: i for i, token in enumerate([*dict.fromkeys(special.values()), *turns, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=turns, **special)
+    if name.endswith("-it"):
+        found.chat_template = (
+            "{{ bos_token }}{% for turn in messages %}<start_of_turn>{{ turn.role }}\n{{ turn.content }}<end_of_turn>\n"
+            "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+        )
+    return found
 
 
 # SAEs

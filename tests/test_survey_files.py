@@ -84,23 +84,34 @@ def test_damage_to_opinion_qa_is_named_by_file_line_and_reason(opinion_qa, file,
         survey_files.load_opinion_qa(opinion_qa, [27])
 
 
-def test_whole_waves_are_kept_for_the_test_and_batteries_stay_together():
+def test_near_duplicates_are_found_across_waves_by_wording():
+    stem = "How much confidence, if any, do you have in the following people to act in the interests of the public?"
+    texts = [
+        f"{stem} Scientists", f"{stem} Journalists", "Do you own a dog?", "Do you ever read the news in print?",
+        f"{stem} Elected officials", "Do you own a dog or a cat?",
+    ]  # fmt: skip
+    questions = [survey.Question(f"Q{i}", text, ("No", "Yes"), (1, 2)) for i, text in enumerate(texts)]
+    assert survey_files.families(questions, 0.6) == ("Q0", "Q0", "Q2", "Q3", "Q0", "Q2")
+    assert survey_files.families(questions, 0.999) == tuple(q.key for q in questions)
+
+
+def test_whole_waves_are_kept_for_the_test_and_families_stay_together():
     questions = [
-        survey.Question(
-            f"Q{w}{i}", f"Is list {i // 2} of people one you trust: {i}", ("No", "Yes"), (1, 2), f"wave {w}"
-        )
+        survey.Question(f"Q{w}{i}", f"Question {i}", ("No", "Yes"), (1, 2), f"wave {w}")
         for w in (26, 34)
         for i in range(40)
     ]
+    names = [f"{w} {i // 2}" for w in (26, 34) for i in range(40)]
+    names[0] = names[1] = names[40]  # asked again in an unseen wave
     p = np.full((1, 80, 2), 0.5)
-    found = survey_files.split_by_wave(
-        survey.Survey(tuple(questions), (survey.Group("a", "b", 1.0),), p, p[0]), [34], seed=0
-    )
+    asked = survey.Survey(tuple(questions), (survey.Group("a", "b", 1.0),), p, p[0])
+    found = survey_files.split_by_wave(asked, [34], names, seed=0)
     splits = np.array([q.split for q in found.questions])
     assert (splits[40:] == "test").all()
-    assert [(splits[:40] == s).sum() for s in ("train", "validation", "test")] == [24, 6, 10]
+    assert (splits[:2] == "test").all()
+    assert [(splits[2:40] == s).sum() for s in ("train", "validation", "test")] == [24, 6, 8]
     assert (splits[:40:2] == splits[1:40:2]).all()
-    again = survey_files.split_by_wave(found, [34], seed=1)
+    again = survey_files.split_by_wave(asked, [34], names, seed=1)
     assert [q.split for q in again.questions] != splits.tolist()
 
 

@@ -1,5 +1,6 @@
 """Study 1, the rivals and new groups: what must hold whatever the model has learnt."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +13,9 @@ from sae_research.config import LoRATraining, ShiftTraining  # noqa: E402
 from sae_research.studies.opinion_qa import (  # noqa: E402
     baselines,
     generalise,
+    laboratory,
     meaning,
     rivals,
-    study,
 )
 from sae_research.studies.opinion_qa.evaluate import Exam  # noqa: E402
 from sae_research.studies.opinion_qa.fit import fit  # noqa: E402
@@ -200,8 +201,10 @@ def test_the_right_shrinkage_is_found(bench, basis, everyone):
     shift = shift_for(everyone, basis)
     cells = [Group("party|age", "red|old", 0.1), Group("party|age", "blue|young", 0.1)]
     delta = generalise.composed(shift, cells, 0.7)
-    answers = bench.answers(basis, shift.kind, delta, range(18), "all").probabilities
-    assert generalise.best_kappa(bench, basis, shift, cells, answers, np.arange(12, 18)) == 0.7
+    validation = np.arange(12, 18)
+    answers = bench.answers(basis, shift.kind, delta, validation, "all").probabilities
+    known = [(cells[:1], answers[:1]), (cells[1:], answers[1:])]
+    assert generalise.best_kappa(bench, basis, shift, known, validation) == 0.7
 
 
 def test_a_few_answers_bring_a_new_group_closer_and_a_stiff_ridge_keeps_the_population(bench, basis, everyone):
@@ -229,22 +232,22 @@ def test_groups_can_be_left_out(everyone):
     assert found.answers.shape[0] == 12
 
 
-def test_scores_that_follow_the_prompts_are_found_from_the_prompts(basis, everyone):
-    shift = shift_for(everyone, basis)
-    states = shift.scores @ torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    found = generalise.from_prompts(shift, states, ridge=1e-4)
-    assert torch.allclose(found, shift.deltas, atol=0.05 * shift.deltas.abs().max().item())
-
-
 # what a shift is made of
 
 
-def test_latents_are_shown_where_they_fire(bench, basis, everyone):
+def test_latents_are_shown_where_they_fire_whatever_the_parts(bench, basis, asked, everyone):
     shift = shift_for(everyone, basis)
-    found = meaning.latents(bench, basis, shift, 0, top=4)
-    assert len(found) == 4
+    found = meaning.latents(bench, basis, shift, asked, everyone.attributes, top=4)
+    assert [latent.axis for latent in found] == [0] * 4 + [1] * 4
+    few = copy.copy(bench)
+    few.batch = 7
+    again = meaning.latents(few, basis, shift, asked, everyone.attributes, top=4)
+    assert [(x.index, x.contexts, x.told) for x in again] == [(x.index, x.contexts, x.told) for x in found]
+    known = meaning.selectivity(basis, asked, everyone.attributes, torch.arange(basis.size))
     for latent in found:
-        assert latent.weight == pytest.approx(float(shift.axes[latent.index, 0]))
+        assert latent.weight == pytest.approx(float(shift.axes[latent.index, latent.axis]))
+        assert latent.selectivity == pytest.approx(known[everyone.groups.index(latent.told), latent.index])
+        assert abs(latent.selectivity - 0.5) == pytest.approx(abs(known[:, latent.index] - 0.5).max())
         assert latent.contexts
         assert all(c.count("[") == 1 for c in latent.contexts)
         assert 0 < latent.frequency <= 1
@@ -265,7 +268,7 @@ def test_selectivity_is_a_half_for_a_latent_that_knows_nothing_and_one_for_one_t
     hidden = torch.zeros(14, 10, 2)
     hidden[0, :, 0] = 1.0  # fires for the first group alone
     fake = replace(residual_basis(2), encode=lambda x: x)
-    found = meaning.selectivity(fake, SimpleNamespace(hidden=hidden), everyone.attributes)
+    found = meaning.selectivity(fake, SimpleNamespace(hidden=hidden), everyone.attributes, torch.arange(2))
     assert found[0].tolist() == [1.0, 0.5]
     assert found[1, 0] == pytest.approx(0.25)  # its sibling fires always, the other never
 
@@ -287,6 +290,9 @@ def test_a_group_without_answers_is_placed_by_its_state(basis, everyone):
 def test_one_group_of_every_larger_attribute_is_held_out(everyone):
     out = generalise.held_out(everyone)
     assert [everyone.groups[g] for g in out] == ["red", "old", "graduate", "south"]
+    turns = [generalise.held_out(everyone, turn) for turn in range(4)]
+    assert sorted(g for turn in turns for g in turn) == list(range(12))  # each once; the pair of hands never
+    assert turns[3] == []
 
 
 def test_a_shared_part_along_the_axes_is_learnt_with_the_groups(bench, basis, everyone):
@@ -314,11 +320,13 @@ def test_refusals_are_read_from_the_last_letter_offered(bench):
     assert ((found > 0) & (found < 1)).all()
 
 
-def test_thinning_keeps_whole_clusters_of_every_split(population):
+def test_thinning_keeps_whole_families_of_every_split(population):
     survey = population.survey()
-    few = study.thinned(survey, 6)
-    assert study.thinned(survey, 1).questions == survey.questions
-    sizes = {s: len({(q.topic, q.verb) for q in few.questions if q.split == s}) for s in study.SPLITS}
+    names = [f"{q.topic} {q.verb}" for q in survey.questions]
+    assert laboratory.thinned(survey.questions, names, 1).tolist() == list(range(len(names)))
+    rows = laboratory.thinned(survey.questions, names, 6)
+    few = laboratory.among(survey, rows)
+    sizes = {s: len({(q.topic, q.verb) for q in few.questions if q.split == s}) for s in laboratory.SPLITS}
     assert sizes == {"train": 7, "validation": 2, "test": 3}
     assert len(few.questions) == 36  # three ladders each
     place = survey.questions.index(few.questions[-1])

@@ -12,7 +12,7 @@ from miniatures import random_sae  # noqa: E402
 
 from sae_research import claims  # noqa: E402
 from sae_research.config import LoRATraining, OpinionQA, ShiftTraining  # noqa: E402
-from sae_research.studies.opinion_qa import batch, evaluate, findings, report, study  # noqa: E402
+from sae_research.studies.opinion_qa import batch, evaluate, findings, laboratory, report, study, subject  # noqa: E402
 from sae_research.studies.opinion_qa.evaluate import Exam  # noqa: E402
 from sae_research.studies.opinion_qa.prompts import SPECIMEN  # noqa: E402
 
@@ -31,7 +31,7 @@ def test_a_subject_is_run_judged_saved_and_every_claim_measured(lens, small, ben
     )  # fmt: skip
     settings = OpinionQA(
         training=quick, lora=LoRATraining(steps=1, batch=4), respondents=300, strengths=(0.0, 1.0), ranks=(1,),
-        shots=(2, 10), features=(1, 5), keeps=(1.0,), sparsities=(1.0,),
+        shots=(2, 10), features=(1, 5), keeps=(1.0,), sparsities=(1.0,), layers=("block1",), adapters=True,
     )  # fmt: skip
     splits = [("train", "validation", "test")[i % 5 // 3 + i % 5 // 4] for i in range(18)]
     questions = tuple(replace(q, split=s) for q, s in zip(small.questions, splits, strict=True))
@@ -45,16 +45,34 @@ def test_a_subject_is_run_judged_saved_and_every_claim_measured(lens, small, ben
         overall=pair.overall[cut],
         web=pair.web[cut],
     )
-    labs = [
-        replace(study.laboratory(settings, lens, sae, SPECIMEN, truth, bench.texts, 0), fresh=fresh, crossed=(crossed,))
+    names = [f"{q.topic} {q.verb}" for q in questions]
+    lab, deeper = (
+        replace(
+            laboratory.laboratory(settings, lens, sae, SPECIMEN, truth, names, bench.texts, 0),
+            fresh=fresh,
+            crossed=(crossed,),
+        )
         for sae in dictionaries
-    ]
-    lab = labs[0]
+    )
+    assert study.noop(lab) < 1e-5
     assert lab.l0 == pytest.approx(8)
     assert study.choose(lab, lab.sae, quick, 0, (1.0,), (0.0, 1e3)).sparsity in (0.0, 1e3)
     chosen = study.arms(lab, 0)
-    parts = [batch.run(lab, lambda: labs[1], chosen, seed) for seed in (0, 1)]
+    parts = [batch.run(lab, {"block1": deeper}.get, chosen, seed) for seed in (0, 1)]
     names = [row.name for row in parts[0].outcomes]
+    layers = parts[0].tables["layers"]
+    assert layers["role"].tolist() == ["primary", "block1"]
+    assert layers["blocks"].tolist() == [1, 2]
+    assert set(layers[["all", "answer", "dense"]].to_numpy().ravel()) <= set(names)
+    assert (layers["explained"] < 1).all()
+    kappa = parts[0].tables["composition"]["kappa"]
+    assert (kappa == 1).all()  # one pair alone has no other to choose from
+    assert parts[1].tables["composition"].columns.tolist() == [
+        c for c in parts[0].tables["composition"] if c != "trained on them"
+    ]
+    left = parts[0].tables["new_groups"]
+    assert left.query("way == 'population'")["group"].nunique() == 12
+    assert left.query("way == 'population, attribute unseen'")["group"].nunique() == 14
     assert len(names) == len(set(names))
     for row in parts[0].outcomes:
         assert row.answers.shape == (14, len(lab.exam.questions), 4), row.name
@@ -66,19 +84,20 @@ def test_a_subject_is_run_judged_saved_and_every_claim_measured(lens, small, ben
     assert silent["SAE additive"] != 0
     assert silent["last token only"] == 0  # it leaves other text as it is
 
-    batch.save(parts[0], tmp_path, "world-survey", "block0_topk")
-    again = batch.load(tmp_path)
+    subject.save(parts[0], tmp_path, "world-survey", "block0_topk")
+    again = subject.load(tmp_path)
     assert [o.name for o in again.outcomes] == names
     assert all(np.array_equal(a.answers, b.answers) for a, b in zip(again.outcomes, parts[0].outcomes, strict=True))
     assert torch.equal(again.shift.axes, parts[0].shift.axes)
     assert set(again.tables) == set(parts[0].tables)
 
-    best = batch.headline(lab)
+    best = batch.headline(settings)
     tables = {
         "scores": report.scores(lab.exam, parts),
         "intervals": report.intervals(lab.exam, parts),
         "paired": report.paired(lab.exam, parts, best),
         "groups": report.groups(lab.exam, parts),
+        "topics": report.topics(lab.exam, parts),
         "attributes": report.attributes(lab.exam, parts, [best]),
     } | report.collected(parts)
     prompt = next(name for name in names if name.endswith("(best on validation)"))

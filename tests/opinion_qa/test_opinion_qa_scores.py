@@ -18,7 +18,7 @@ def population():
 @pytest.fixture(scope="module")
 def exam(population):
     survey = population.survey()
-    return Exam(survey, survey.rows("test"))
+    return Exam(survey, survey.rows("test"), families=tuple(f"{q.topic} {q.verb}" for q in survey.questions))
 
 
 @pytest.fixture(scope="module")

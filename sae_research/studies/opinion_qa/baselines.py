@@ -52,7 +52,8 @@ def calibrate_letters(
     bench: Bench, scores: torch.Tensor, rows: torch.Tensor, target: torch.Tensor
 ) -> LetterCalibration:
     """Fit temperature and letter bias to `target` [prompts, options] on letter scores of the prompts `rows`."""
-    scale, bias = torch.ones(1, requires_grad=True), torch.zeros(scores.shape[-1], requires_grad=True)
+    scale = torch.ones(1, device=scores.device, requires_grad=True)
+    bias = torch.zeros(scores.shape[-1], device=scores.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([scale, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
@@ -77,7 +78,7 @@ def read_scores(bench: Bench, scores: torch.Tensor, rows: torch.Tensor) -> np.nd
     """Answers [groups, questions, options] from letter scores [groups, prompts, letters], both orders averaged."""
     ladder, reverse = bench.prompts.ladder[rows], bench.prompts.reverse[rows]
     found = torch.stack([by_ordinal(s, ladder, reverse).softmax(-1) for s in scores])
-    halves = [half.double().numpy() for half in found.chunk(2, dim=1)]
+    halves = [half.double().cpu().numpy() for half in found.chunk(2, dim=1)]
     return averaged(halves, [np.ones(half.shape[:2]) for half in halves]).probabilities
 
 
@@ -101,13 +102,16 @@ class Prompted:
 
 
 def prompted(bench: Bench, dialect: Dialect, form: str, survey: Survey, rows: Sequence[int]) -> Prompted:
-    """Ask every group the questions of the bench in one form; block means are over the questions `rows`."""
+    """Ask every group the questions of the bench in one form; block means are over the questions `rows`.
+
+    The block of a prompt is what it ends with as the prompt without a group does.
+    """
     asked, scores, hidden, final, block = [], [], [], [], []
     for group in survey.groups:
         siblings = [g for g in survey.groups if g.attribute == group.attribute]
         own = prompts(bench.lens, bench.questions, dialect.prompted(form, group, siblings))
         residual = bench.residuals(own.tokens)
-        place = torch.arange(residual.shape[1])
+        place = torch.arange(residual.shape[1], device=residual.device)
         with torch.no_grad():
             parts = zip(residual.split(bench.batch), own.last.split(bench.batch), strict=True)
             state = torch.cat([bench.upper.states(x, at) for x, at in parts])
@@ -115,11 +119,21 @@ def prompted(bench: Bench, dialect: Dialect, form: str, survey: Survey, rows: Se
         asked.append(own)
         final.append(state)
         hidden.append(residual[torch.arange(len(residual)), own.last])
-        length = bench.prompts.last  # the block ends both prompts, so its tokens are the last ones
-        inside = (place <= own.last[:, None]) & (place > (own.last - length)[:, None])
+        inside = (place <= own.last[:, None]) & (place > (own.last - shared_ending(own, bench.prompts))[:, None])
         train = own.rows(rows)
         block.append(residual[train][inside[train]].mean(0))
     return Prompted(asked, torch.stack(scores), torch.stack(hidden), torch.stack(final), torch.stack(block))
+
+
+def shared_ending(first: Prompts, second: Prompts) -> torch.Tensor:
+    """How many tokens two ways of asking a question end alike, their start tokens left out, [prompts]."""
+    back = torch.arange(min(first.tokens.shape[1], second.tokens.shape[1]), device=first.tokens.device)
+    ends = []
+    for one in (first, second):
+        place = one.last[:, None] - back
+        ends.append((one.tokens.gather(1, place.clamp(min=0)), place > 0))
+    alike = (ends[0][0] == ends[1][0]) & ends[0][1] & ends[1][1]
+    return alike.long().cumprod(1).sum(1)
 
 
 def best_form(bench: Bench, forms: dict[str, Prompted], targets: Targets) -> str:
@@ -155,12 +169,14 @@ def latent_contrasts(
 
     Codes are those of the last prompt token, over training questions.
     """
-    rows = bench.prompts.rows(targets.train)
-    codes = basis.encode(asked.hidden[:, rows])
-    mean = codes.mean(1)
-    within = codes.var(1).mean(0)
+    rows, mean, within = bench.prompts.rows(targets.train), [], 0.0
+    for hidden in asked.hidden:
+        codes = basis.encode(hidden[rows])
+        mean.append(codes.mean(0))
+        within = within + codes.var(0) / len(asked.hidden)
+    mean = torch.stack(mean)
     attributes = np.array(targets.attributes)
-    contrast, between = torch.zeros_like(mean), torch.zeros(basis.size)
+    contrast, between = torch.zeros_like(mean), torch.zeros_like(within)
     for attribute in dict.fromkeys(attributes):
         group = np.flatnonzero(attributes == attribute)
         total = mean[group].sum(0)
@@ -186,7 +202,8 @@ def untrained(
     kind: str, bench: Bench, positions: str, targets: Targets, shared: torch.Tensor, part: torch.Tensor
 ) -> Shift:
     """A shift made of given group vectors, [groups, M]."""
-    return Shift(kind, bench.hook, positions, targets.groups, shared, part.T.contiguous(), torch.eye(len(part)))
+    tables = shared.cpu(), part.T.contiguous().cpu(), torch.eye(len(part))
+    return Shift(kind, bench.hook, positions, targets.groups, *tables)
 
 
 def best_strength(
@@ -239,9 +256,10 @@ def linear_reader(
 ) -> Reader:
     """Fit letter rows on states [groups, prompts, d] by forward KL, pulled towards `start`; ridge by validation."""
     groups, letters = len(states), bench.letters.tokens.shape[0]
-    center = torch.zeros(letters, states.shape[-1]) if start is None else start
+    here = states.device
+    center = torch.zeros(letters, states.shape[-1], device=here) if start is None else start
     scale = states.flatten(0, 1).std(0).clamp(min=1e-6)
-    answers = torch.tensor(targets.answers, dtype=torch.float32)
+    answers = torch.tensor(targets.answers, dtype=torch.float32, device=here)
     split = {name: bench.prompts.rows(getattr(targets, name)) for name in ("train", "validation")}
 
     def loss(reader: Reader, rows: torch.Tensor) -> torch.Tensor:
@@ -253,8 +271,8 @@ def linear_reader(
     best, lowest = None, np.inf
     shape = (groups,) if by_group else ()
     for ridge in ridges:
-        change = torch.zeros(*shape, letters, states.shape[-1], requires_grad=True)
-        bias = torch.zeros(*shape, letters, requires_grad=True)
+        change = torch.zeros(*shape, letters, states.shape[-1], device=here, requires_grad=True)
+        bias = torch.zeros(*shape, letters, device=here, requires_grad=True)
         optimizer = torch.optim.LBFGS([change, bias], max_iter=60, line_search_fn="strong_wolfe")
 
         def closure(change=change, bias=bias, optimizer=optimizer, ridge=ridge) -> torch.Tensor:
@@ -278,5 +296,5 @@ def linear_reader(
 def unembedding_of_letters(bench: Bench) -> torch.Tensor:
     """The model's own unembedding rows of the letters, [letters, d], averaged over token variants."""
     rows = bench.upper.unembedding.T[bench.letters.tokens]
-    real = bench.letters.real[..., None]
+    real = bench.letters.real[..., None].to(rows)
     return (rows * real).sum(1) / real.sum(1)

@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from sae_research import catalogue, store
-from sae_research.config import Profile, ShiftTraining
-from sae_research.studies.opinion_qa import baselines, evaluate, generalise, meaning, rivals, study
+from sae_research.config import OpinionQA, ShiftTraining
+from sae_research.studies.opinion_qa import baselines, evaluate, generalise, laboratory, meaning, rivals, study
 from sae_research.studies.opinion_qa.fit import calibrate, fit
-from sae_research.studies.opinion_qa.shift import Basis, Shift, save_shift
-from sae_research.studies.opinion_qa.study import Laboratory, Outcome
+from sae_research.studies.opinion_qa.laboratory import Laboratory
+from sae_research.studies.opinion_qa.shift import Basis, Shift
+from sae_research.studies.opinion_qa.study import Outcome
 
 Tables = dict[str, pd.DataFrame]
 
@@ -32,19 +31,23 @@ class Part:
     """The headline shift."""
 
 
-def headline(lab: Laboratory) -> str:
+def headline(settings: OpinionQA) -> str:
     """The arm that the settings name."""
-    return f"SAE {lab.settings.training.kind}"
+    return f"SAE {settings.training.kind}"
 
 
-def run(lab: Laboratory, late: Callable[[], Laboratory], chosen: dict[str, ShiftTraining], seed: int) -> Part:
-    """Train and judge everything; rows that no seed changes, and looks at one shift, belong to the first seed."""
-    best, first = chosen[headline(lab)], seed == 0
+def run(lab: Laboratory, at: Callable[[str], Laboratory], chosen: dict[str, ShiftTraining], seed: int) -> Part:
+    """Train and judge everything; rows that no seed changes, and looks at one shift, belong to the first seed.
+
+    `at` opens the laboratory at the SAE of another role.
+    """
+    best, first = chosen[headline(lab.settings)], seed == 0
     left = () if first else lab.settings.once
     outcomes = [study.trained(lab, name, training, seed) for name, training in chosen.items() if name not in left]
-    found = {o.name: o for o in outcomes}[headline(lab)].fit.shift
-    outcomes += [study.shuffled(lab, best, seed), *_depth(lab, late(), best, seed)]
-    tables = {"composition": _composition(lab, found), "axes": _axes(lab, found, seed)}
+    found = {o.name: o for o in outcomes}[headline(lab.settings)].fit.shift
+    depth, layers = _depth(lab, at, chosen, seed)
+    outcomes += [study.shuffled(lab, best, seed), *depth]
+    tables = {"composition": _composition(lab, found, best, seed), "axes": _axes(lab, found, seed)}
     if first:
         asked = {
             form: baselines.prompted(lab.bench, lab.dialect, form, lab.survey, lab.targets.train)
@@ -52,9 +55,10 @@ def run(lab: Laboratory, late: Callable[[], Laboratory], chosen: dict[str, Shift
         }
         outcomes += [*_others(lab, best, asked, seed), *_ranks(lab, best, seed)]
         tables |= {
+            "layers": layers,
             "dose": _doses(lab, {o.name: o for o in outcomes}),
             "off_target": _off_target(lab, found),
-            "latents": _latents(lab, found),
+            "latents": _latents(lab, found, asked["BIO"]),
             "causal": _causal(lab, found),
             "new_groups": _new_groups(lab, best, asked["BIO"], seed),
             "agreement": _agreement(lab, found, asked["BIO"]),
@@ -62,17 +66,36 @@ def run(lab: Laboratory, late: Callable[[], Laboratory], chosen: dict[str, Shift
     return Part(seed, tuple(replace(o, fit=None) for o in outcomes), tables, found)
 
 
-def _depth(lab: Laboratory, late: Laboratory, best: ShiftTraining, seed: int) -> Iterator[Outcome]:
-    """The headline edit at a later SAE, and on the last token alone (H1, H2)."""
-    for name, at, positions in (
-        ("last token only", lab, "answer"),
-        ("later SAE", late, "all"),
-        ("later SAE, last token only", late, "answer"),
-    ):
-        if seed and name in lab.settings.once:
+LAST = "last token only"
+
+
+def _depth(
+    lab: Laboratory, at: Callable[[str], Laboratory], chosen: dict[str, ShiftTraining], seed: int
+) -> tuple[list[Outcome], pd.DataFrame]:
+    """The headline edit at other layers and on the last token alone, and a dense vector there, which no SAE limits.
+
+    The table says where each lies, how well its SAE explains the survey's residuals, and its rows' names (H1, H2).
+    """
+    settings, main = lab.settings, headline(lab.settings)
+    trainings = {"all": chosen[main], "answer": replace(chosen[main], positions="answer"), "dense": chosen[study.DENSE]}
+    outcomes, layers = [], []
+    for role in (settings.sae, *settings.layers):
+        here = role == settings.sae
+        names = {"all": f"at {role}", "answer": f"at {role}, {LAST}", "dense": f"at {role}, dense vector"}
+        if here:
+            names = {"all": main, "answer": LAST, "dense": study.DENSE}
+        wanted = ["answer"] if here else list(names)
+        wanted = [kind for kind in wanted if seed == 0 or names[kind] not in settings.once]
+        if not wanted:
             continue
-        training = replace(best, positions=positions)
-        yield study.shifted(at, name, at.sae, fit(at.bench, at.sae, training, at.targets, seed))
+        place = lab if here else at(role)
+        for kind in wanted:
+            basis = place.basis("dense" if kind == "dense" else "SAE", seed)
+            found = fit(place.bench, basis, trainings[kind], place.targets, seed)
+            outcomes.append(study.shifted(place, names[kind], basis, found))
+        about = {"role": role, "blocks": place.bench.lens.depth(place.bench.hook)}
+        layers.append(about | {"explained": place.explained, "l0": place.l0} | names)
+    return outcomes, pd.DataFrame(layers)
 
 
 def _others(lab: Laboratory, best: ShiftTraining, asked: dict[str, baselines.Prompted], seed: int) -> Iterator[Outcome]:
@@ -101,21 +124,33 @@ def _answers(lab: Laboratory, shift: Shift, deltas: torch.Tensor) -> np.ndarray:
     return lab.bench.answers(lab.sae, shift.kind, deltas, lab.exam.questions, shift.positions).probabilities
 
 
-def _composition(lab: Laboratory, shift: Shift) -> pd.DataFrame:
-    """WD to each pair of attributes' intersections by cluster of questions: composed shift, margins, population."""
-    rows, questions = [], lab.exam.questions
+def _composition(lab: Laboratory, shift: Shift, best: ShiftTraining, seed: int) -> pd.DataFrame:
+    """WD to each pair of attributes' intersections by cluster of questions: composed shift, margins, population.
+
+    kappa shrinks a composition; it is the one that fits the validation questions of the other pairs best. The shift
+    that was trained on a poll of the intersections themselves belongs to the first seed.
+    """
+    rows, questions, validation = [], lab.exam.questions, lab.targets.validation
     for crossed in lab.crossed:
-        truth = crossed.distributions[:, questions]
+        truth, others = crossed.distributions[:, questions], [c for c in lab.crossed if c is not crossed]
+        known = [(c.groups, c.distributions[:, validation]) for c in others]
+        kappa = generalise.best_kappa(lab.bench, lab.sae, shift, known, validation) if known else 1.0
         made = {"composed": generalise.composed(shift, crossed.groups)}
+        made["composed, shrunk"] = generalise.composed(shift, crossed.groups, kappa)
         made |= {f"margin {i + 1}": generalise.margin(shift, crossed.groups, i) for i in (0, 1)}
+        if seed == 0:
+            poll = crossed.sampled(lab.settings.respondents, seed)
+            targets = laboratory.learned_from(poll, lab.settings.shrinkage)
+            made["trained on them"] = fit(lab.bench, lab.sae, best, targets, seed).shift.deltas
         answers = {name: _answers(lab, shift, deltas) for name, deltas in made.items()}
         answers["mean of margins"] = (answers["margin 1"] + answers["margin 2"]) / 2
         answers["shared part"] = _answers(lab, shift, shift.shared[None])
         answers["population"] = lab.truth.overall[questions][None]
         wd = {name: lab.exam.distance(found, truth).mean(0) for name, found in answers.items()}
         table = pd.DataFrame(wd).groupby(lab.exam.clusters).mean()
-        rows.append(table.rename_axis("cluster").reset_index().assign(pair=crossed.groups[0].attribute))
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["cluster", "pair"])
+        about = {"pair": crossed.groups[0].attribute, "kappa": kappa}
+        rows.append(table.rename_axis("cluster").reset_index().assign(**about))
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["cluster", "pair", "kappa"])
 
 
 def _axes(lab: Laboratory, shift: Shift, seed: int) -> pd.DataFrame:
@@ -151,9 +186,9 @@ def _off_target(lab: Laboratory, shift: Shift) -> pd.DataFrame:
     return table.assign(on_target=evaluate.on_target(lab.exam, answers, calibrated)).rename_axis("shift").reset_index()
 
 
-def _latents(lab: Laboratory, shift: Shift) -> pd.DataFrame:
-    found = [x for axis in range(shift.rank) for x in meaning.latents(lab.bench, lab.sae, shift, axis)]
-    names = ("axis", "index", "weight", "activation", "frequency")
+def _latents(lab: Laboratory, shift: Shift, asked: baselines.Prompted) -> pd.DataFrame:
+    found = meaning.latents(lab.bench, lab.sae, shift, asked, lab.targets.attributes)
+    names = ("axis", "index", "weight", "activation", "frequency", "told", "selectivity")
     return pd.DataFrame([{n: getattr(x, n) for n in names} | {"contexts": " / ".join(x.contexts)} for x in found])
 
 
@@ -170,82 +205,29 @@ def _agreement(lab: Laboratory, shift: Shift, asked: baselines.Prompted) -> pd.D
 
 
 def _new_groups(lab: Laboratory, best: ShiftTraining, asked: baselines.Prompted, seed: int) -> pd.DataFrame:
-    """Groups left out of training: U frozen and c_new from a few questions, against whole vectors and none at all."""
-    out, targets, draws = generalise.held_out(lab.targets), lab.targets, np.random.default_rng(seed)
-    shift = fit(lab.bench, lab.sae, best, generalise.without(targets, out), seed).shift
-    truth, rows = lab.exam.truth[out], []
+    """Groups left out of training: U frozen and c_new from a few questions, against whole vectors and none at all.
 
-    def add(way: str, shots: int, deltas: torch.Tensor) -> None:
-        wd = lab.exam.distance(_answers(lab, shift, deltas), truth).mean(1)
-        rows.extend(
-            {"way": way, "shots": shots, "group": targets.groups[g], "wd": w} for g, w in zip(out, wd, strict=True)
-        )
-
-    add("population", 0, shift.shared.expand(len(out), -1))
-    order = draws.permutation(targets.train)
-    for shots in (n for n in lab.settings.shots if n <= len(order)):
-        for way, free in (("scores, U frozen", False), ("whole vector", True)):
-            add(
-                way,
-                shots,
-                generalise.few_shot(lab.bench, lab.sae, shift, targets.answers[out], order[:shots], free=free),
-            )
-    known = [g for g in range(len(targets.groups)) if g not in set(out)]
-    add("from the prompt", 0, generalise.from_states(shift, asked.block[known], asked.block[out]))
+    One group of each attribute is left out at a time, or a whole attribute, whose axis may then be missing.
+    """
+    targets, rows = lab.targets, []
+    order = np.random.default_rng(seed).permutation(targets.train)
+    turns = [("", generalise.held_out(targets, turn)) for turn in range(lab.settings.rounds)]
+    if lab.settings.unseen_attributes:
+        names = np.array(targets.attributes)
+        turns += [(", attribute unseen", np.flatnonzero(names == a).tolist()) for a in dict.fromkeys(names)]
+    for unseen, out in turns:
+        if not out:
+            continue
+        shift = fit(lab.bench, lab.sae, best, generalise.without(targets, out), seed).shift
+        known = [g for g in range(len(targets.groups)) if g not in set(out)]
+        made = {("population", 0): shift.shared.expand(len(out), -1)}
+        made["from the prompt", 0] = generalise.from_states(shift, asked.block[known], asked.block[out])
+        for shots in (n for n in lab.settings.shots if n <= len(order)):
+            for way, free in (("scores, U frozen", False), ("whole vector", True)):
+                some = order[:shots]
+                made[way, shots] = generalise.few_shot(lab.bench, lab.sae, shift, targets.answers[out], some, free=free)
+        for (way, shots), deltas in made.items():
+            wd = lab.exam.distance(_answers(lab, shift, deltas), lab.exam.truth[out]).mean(1)
+            about = {"way": way + unseen, "shots": shots}
+            rows += [about | {"group": targets.groups[g], "wd": w} for g, w in zip(out, wd, strict=True)]
     return pd.DataFrame(rows)
-
-
-# shards on disk
-
-
-def save(part: Part, folder: Path, model: str, sae: str) -> None:
-    """Write a part: answers and shift as safetensors, the rest as JSON and CSV."""
-    names = ("name", "parameters", "coordinates", "moved", "mass", "order")
-    rows = [
-        {n: getattr(o, n) for n in names} | {"loss": o.cost.loss, "divergence": o.cost.divergence}
-        for o in part.outcomes
-    ]
-    store.write_json(folder / "outcomes.json", {"seed": part.seed, "rows": rows})
-    store.write_tensors(folder / "answers.safetensors", {o.name: torch.tensor(o.answers) for o in part.outcomes})
-    for name, table in part.tables.items():
-        store.write_text(folder / f"{name}.csv", table.to_csv(index=False))
-    save_headline(part, folder / "shift", model, sae)
-
-
-def save_headline(part: Part, folder: Path, model: str, sae: str) -> None:
-    """The headline shift with a card a group: its scores on the shared axes and how many latents they move."""
-    cards = {
-        group: {"scores": [round(x, 6) for x in row], "latents": int(part.shift.active.sum())}
-        for group, row in zip(part.shift.groups, part.shift.scores.tolist(), strict=True)
-    }
-    save_shift(part.shift, folder, model=model, sae=sae, cards=cards)
-
-
-def load(folder: Path) -> Part:
-    """A part as `save` wrote it."""
-    from sae_research.studies.opinion_qa.bench import Cost
-    from sae_research.studies.opinion_qa.shift import load_shift
-
-    book = store.read_json(folder / "outcomes.json")
-    answers = store.read_tensors(folder / "answers.safetensors")
-    outcomes = []
-    for row in book["rows"]:
-        cost = Cost(row.pop("loss"), row.pop("divergence"))
-        outcomes.append(Outcome(answers=answers[row["name"]].numpy(), cost=cost, **row))
-    tables = {path.stem: pd.read_csv(path, float_precision="round_trip") for path in sorted(folder.glob("*.csv"))}
-    return Part(book["seed"], tuple(outcomes), tables, load_shift(folder / "shift"))
-
-
-def resumed(task: tuple[str, int, dict[str, ShiftTraining]], profile: Profile, scratch: Path) -> Part:
-    """`run`, unless the same settings have already been run into `scratch`: a killed run goes on where it stopped."""
-    name, seed, chosen = task
-    settings = profile.opinion_qa
-
-    def build(folder: Path) -> None:
-        lab = study.opened(profile, name, seed)
-        part = run(lab, lambda: study.opened(profile, name, seed, settings.late), chosen, seed)
-        save(part, folder, lab.bench.lens.name, settings.sae)
-
-    key = {"task": task, "settings": settings, "runtime": profile.runtime.dtype}
-    key |= {"code": store.code(*Path(__file__).parent.glob("*.py")), "subject": catalogue.get(name).content()}
-    return load(store.resumed(scratch / f"{name}-{seed}", key, build))

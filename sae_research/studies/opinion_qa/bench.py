@@ -41,28 +41,24 @@ class Prompts:
 
     def editable(self, positions: str) -> torch.Tensor:
         """Where a shift acts, [prompts, positions]; a prompt is its survey block, as it carries no group text."""
-        place = torch.arange(self.tokens.shape[1])
+        place = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         if positions == "answer":
             return place == self.last[:, None]
         return (place > 0) & (place <= self.last[:, None])
 
     def rows(self, questions: Sequence[int]) -> torch.Tensor:
         """Prompts of some questions, in both orders."""
-        return torch.isin(self.question, torch.as_tensor(questions)).nonzero()[:, 0]
+        return torch.isin(self.question, torch.as_tensor(questions).to(self.question)).nonzero()[:, 0]
 
 
 def prompts(lens: Lens, questions: Sequence[Question], write: Writer) -> Prompts:
     """Tokens of every question in both orders."""
     texts = [write(q, reverse) for reverse in (False, True) for q in questions]
-    tokens = lens.tokens(texts).cpu()
     place = torch.arange(len(texts))
-    return Prompts(
-        tokens,
-        torch.tensor([len(ids) for ids in lens.tokenizer(texts, add_special_tokens=False)["input_ids"]]),
-        place % len(questions),
-        place >= len(questions),
-        torch.tensor([q.ladder for q in questions]).repeat(2),
-    )
+    lengths = [len(ids) for ids in lens.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    ladders = [q.ladder for q in questions] * 2
+    about = (torch.tensor(lengths), place % len(questions), place >= len(questions), torch.tensor(ladders))
+    return Prompts(lens.tokens(texts), *(column.to(lens.device) for column in about))
 
 
 @dataclass(frozen=True)
@@ -75,8 +71,15 @@ class Cost:
     """KL(base || steered) per token in nats."""
 
 
+_SAMPLE = 16_384
+"""Survey tokens that statistics of a basis rest on."""
+
+
 class Bench:
-    """One model, one hook, one survey: runs only the blocks above the hook on residuals that no group text enters."""
+    """One model, one hook, one survey: runs only the blocks above the hook on residuals that no group text enters.
+
+    `batch` is how many rows, prompts or documents each under one shift, go through those blocks at once.
+    """
 
     def __init__(
         self,
@@ -97,7 +100,7 @@ class Bench:
         self.letters = Letters(lens.tokenizer, most_options(questions))
         self.upper = Upper(lens, hook)
         self.prompts = prompts(lens, questions, write)
-        self.texts = texts
+        self.texts = {split: tokens.to(lens.device) for split, tokens in texts.items()}
         self.residual = self.residuals(self.prompts.tokens)
 
     def residuals(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -112,12 +115,21 @@ class Bench:
     @cached_property
     def text_content(self) -> dict[str, torch.Tensor]:
         """Where the other text has tokens that a shift touches, by split."""
-        return {split: self.lens.content(tokens).cpu() for split, tokens in self.texts.items()}
+        return {split: self.lens.content(tokens) for split, tokens in self.texts.items()}
 
     @cached_property
     def block(self) -> torch.Tensor:
-        """Residuals of the survey's own tokens, start token left out, [tokens, d]: what a basis is made from."""
-        return self.residual[self.prompts.editable("question")]
+        """Residuals of the survey's own tokens, start token left out, [tokens, d]: what a basis is made from.
+
+        At most `_SAMPLE` of them, spread evenly over the prompts.
+        """
+        own = self.prompts.editable("question").nonzero()
+        row, place = own[:: -(-len(own) // _SAMPLE)].T
+        return self.residual[row, place]
+
+    def parts(self, rows: torch.Tensor, copies: int) -> tuple[torch.Tensor, ...]:
+        """`rows` in parts that go through the blocks at once when each is run under `copies` shifts."""
+        return rows.split(max(1, self.batch // copies))
 
     # answers
 
@@ -142,7 +154,7 @@ class Bench:
         """What the model answers under every shift, [shifts, questions, options]."""
         rows = self.prompts.rows(questions)
         found, mass = [], []
-        for part in rows.split(max(1, self.batch // len(delta))):
+        for part in self.parts(rows, len(delta)):
             x, _ = self.steered(basis, kind, delta, part, positions)
             read, letters = self.read(x.flatten(0, 1), part.repeat_interleave(len(delta)))
             found.append(read.unflatten(0, (len(part), -1)))
@@ -181,7 +193,7 @@ class Bench:
         tokens, content = self.texts[split], self.text_content[split]
         real = content[:, 1:]
         count, predicted, totals = content.sum().item(), real.sum().item(), np.zeros(2)
-        for docs in torch.arange(len(tokens)).split(max(1, self.batch // 4)):
+        for docs in self.parts(torch.arange(len(tokens)), 4):
             base = self.text_logits(split, docs).log_softmax(-1)
             x = self.text_residual[split][docs]
             codes = basis.encode(x)

@@ -25,6 +25,10 @@ class Exam:
     """Indices of the questions."""
     reliability: float = 1.0
     """Split-half reliability of the groups' deviations; 1 for exact distributions."""
+    noise: float = 0.0
+    """WD that sampling alone leaves between a group's poll and a second one; 0 for exact distributions."""
+    families: tuple[str, ...] = ()
+    """Family of near-duplicates of every question of the survey; empty where each stands alone."""
 
     @property
     def truth(self) -> np.ndarray:
@@ -39,8 +43,7 @@ class Exam:
     @property
     def clusters(self) -> np.ndarray:
         """Number of the cluster of each question: near-duplicates are resampled together."""
-        names = [self.survey.questions[i] for i in self.questions]
-        keys = [f"{q.topic} {q.verb}" if q.verb else q.key for q in names]
+        keys = [self.families[i] if self.families else i for i in self.questions]
         order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         return np.array([order[key] for key in keys])
 
@@ -91,8 +94,8 @@ class Scores:
     """1 - (WD - noise) / (WD_unsteered - noise)."""
 
 
-def scores(exam: Exam, predicted: np.ndarray, unsteered: np.ndarray, noise: float = 0.0) -> Scores:
-    """Judge predicted distributions; `noise` is the WD that sampling alone leaves."""
+def scores(exam: Exam, predicted: np.ndarray, unsteered: np.ndarray) -> Scores:
+    """Judge predicted distributions."""
     truth, weights = exam.truth, exam.survey.weights
     wd, before = exam.distance(predicted, truth), exam.distance(unsteered, truth)
     part = group_part(predicted, truth, weights, exam.mask)
@@ -116,7 +119,7 @@ def scores(exam: Exam, predicted: np.ndarray, unsteered: np.ndarray, noise: floa
         chance=chance,
         variance_ratio=float(_between(predicted, weights) / _between(truth, weights)),
         entropy_ratio=float(_entropy(predicted).mean() / _entropy(truth).mean()),
-        skill=float(1 - (wd.mean() - noise) / (before.mean() - noise)),
+        skill=float(1 - (wd.mean() - exam.noise) / (before.mean() - exam.noise)),
     )
 
 

@@ -86,6 +86,11 @@ def axis(t: "Tables", number: int) -> Interval:
     return over_seeds(t["axes"].query("axis == @number").set_index("seed")["correlation"])
 
 
+def deepest(t: "Tables") -> "pd.Series":
+    """The deepest layer of the sweep, with the names of its methods."""
+    return t["layers"].sort_values("blocks").iloc[-1]
+
+
 def coordinates(t: "Tables", best: str, dense: str) -> float:
     """Coordinates that the shift moves, less those that a dense vector does."""
     moved = [column(t, name, "coordinates").mean() for name in (best, dense)]
@@ -95,7 +100,7 @@ def coordinates(t: "Tables", best: str, dense: str) -> float:
 def measurements(t: "Tables", about: dict) -> dict[str, Measurement | None]:
     """A measurement for every claim of the study; None where the run lacks what it needs."""
     best, dense, free = about["headline"], "dense vector, low rank", "dense vector, free"
-    shuffled, late = "shuffled groups", "later SAE"
+    shuffled, late = "shuffled groups", deepest(t)
     planted = not t["axes"].empty
     found: dict[str, Interval | float | None] = {
         "shift.noop": about["noop"],
@@ -111,10 +116,10 @@ def measurements(t: "Tables", about: dict) -> dict[str, Measurement | None]:
         "shift.second_axis": axis(t, 2) if planted else None,
         "rivals.prompt": less(t, best, about["prompt"]),
         "rivals.lora": less(t, best, "LoRA, one a group") if _has(t, "LoRA, one a group") else None,
-        "h1.depth": less(t, best, late, "rho_dev"),
-        "h1.letters": of(t, late, "rho_dev"),
-        "h1.divergence": over_seeds(column(t, late, "kl") - column(t, "no steering", "kl").iloc[0]),
-        "h2.last_token": of(t, f"{late}, last token only", "rho_dev"),
+        "h1.depth": less(t, best, late["all"], "rho_dev"),
+        "h1.letters": of(t, late["all"], "rho_dev"),
+        "h1.divergence": over_seeds(column(t, late["all"], "kl") - column(t, "no steering", "kl").iloc[0]),
+        "h2.last_token": of(t, late["answer"], "rho_dev"),
         "h3.dense": less(t, best, free, "wd_ratio"),
         "h3.coordinates": coordinates(t, best, free),
         "h3.cost": over_seeds(column(t, "SAE multiplicative", "cost") - column(t, "SAE additive", "cost")),

@@ -1,5 +1,6 @@
 """Training a shift: Delta_0 on the population's answers, then U and c on the groups', or all at once (section 3.4)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,18 +58,22 @@ class _Stage:
         self, bench: Bench, basis: Basis, training: ShiftTraining, targets: Targets, answers: np.ndarray, seed: int
     ):
         self.bench, self.basis, self.training = bench, basis, training
-        self.answers = torch.tensor(answers, dtype=torch.float32)
+        self.device = bench.residual.device
+        self.answers = torch.tensor(answers, dtype=torch.float32, device=self.device)
         self.rows = bench.prompts.rows(targets.train)
         self.validation = bench.prompts.rows(targets.validation)
         self.random = torch.Generator().manual_seed(seed)
         block = bench.block
         self.variance = (block - block.mean(0)).square().sum(-1).mean()
 
-    def loss(self, deltas: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean forward KL over prompts and groups, and the relative movement."""
+    def loss(
+        self, deltas: torch.Tensor, rows: torch.Tensor, who: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean forward KL over prompts and groups (all, or those whose shifts these are), and the relative movement."""
         x, moved = self.bench.steered(self.basis, self.training.kind, deltas, rows, self.training.positions)
         logs = self.bench.log_probs(x.flatten(0, 1), rows.repeat_interleave(len(deltas)))
-        target = self.answers[:, self.bench.prompts.question[rows]].transpose(0, 1).flatten(0, 1)
+        answers = self.answers if who is None else self.answers[who]
+        target = answers[:, self.bench.prompts.question[rows]].transpose(0, 1).flatten(0, 1)
         count = int(self.bench.prompts.editable(self.training.positions)[rows].sum()) * len(deltas)
         return (
             objective.forward_divergence(target, logs).mean(),
@@ -87,16 +92,33 @@ class _Stage:
         groups = len(deltas)
         return objective.kept(base.repeat_interleave(groups, 0), steered, content.repeat_interleave(groups, 0))
 
+    def terms(
+        self, deltas: torch.Tensor, rows: torch.Tensor, who: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """KL and movement in parts of `rows` that fit into memory; their sum is the loss of all."""
+        tokens = self.bench.prompts.editable(self.training.positions).sum(1)
+        for part in self.bench.parts(rows, len(deltas) if who is None else len(who)):
+            loss, movement = self.loss(deltas if who is None else deltas[who], part, who)
+            share = tokens[part].sum() / tokens[rows].sum()
+            yield loss * len(part) / len(rows) + self.training.movement * movement * share
+
+    def kept(self, deltas: torch.Tensor, some: torch.Tensor, split: str, docs: torch.Tensor) -> Iterator[torch.Tensor]:
+        """lam_keep KL of other text under the shifts `some`, likewise in parts of `docs`."""
+        content = self.bench.text_content[split]
+        for part in self.bench.parts(docs, len(some)):
+            share = content[part].sum() / content[docs].sum()
+            yield self.training.keep * self.keep(deltas[some], split, part) * share
+
     @torch.no_grad()
     def look(self, deltas: torch.Tensor) -> float:
         """The objective on validation questions and documents."""
-        size = max(1, self.bench.batch // len(deltas))
-        parts = [self.loss(deltas, rows)[0].item() * len(rows) for rows in self.validation.split(size)]
-        found = sum(parts) / len(self.validation)
+        found = sum(
+            self.loss(deltas, rows)[0].item() * len(rows) for rows in self.bench.parts(self.validation, len(deltas))
+        ) / len(self.validation)
         if self.keeps:
             docs = torch.arange(min(16, len(self.bench.texts["validation"])))
-            some = deltas[:: max(1, len(deltas) // 4)]
-            found += self.training.keep * self.keep(some, "validation", docs).item()
+            some = torch.arange(0, len(deltas), max(1, len(deltas) // 4))
+            found += sum(term.item() for term in self.kept(deltas, some, "validation", docs))
         return found
 
     @property
@@ -116,17 +138,22 @@ class _Stage:
                 order = self.rows[torch.randperm(len(self.rows), generator=self.random)]
             rows, order = order[: t.batch], order[t.batch :]
             now = deltas()
-            loss, movement = self.loss(now, rows)
-            if t.movement:
-                loss = loss + t.movement * movement
+            leaf, loss, who = now.detach().requires_grad_(), 0.0, None  # gradients of all parts meet in the leaf
+            if t.groups < len(now):
+                who = torch.randperm(len(now), generator=self.random)[: t.groups]
+            for term in self.terms(leaf, rows, who):
+                term.backward()
+                loss += term.item()
             if self.keeps:
                 docs = torch.randint(len(self.bench.texts["train"]), (t.documents,), generator=self.random)
                 some = torch.randperm(len(now), generator=self.random)[: t.kept_groups]
-                loss = loss + t.keep * self.keep(now[some], "train", docs)
-            if not torch.isfinite(loss):
+                for term in self.kept(leaf, some, "train", docs):
+                    term.backward()
+                    loss += term.item()
+            if not np.isfinite(loss):
                 raise ResearchError(f"the loss of the {t.kind} shift is not finite at step {step}; lower `rate`.")
             optimizer.zero_grad()
-            loss.backward()
+            now.backward(leaf.grad)
             optimizer.step()
             if t.sparsity:
                 rate = schedule.get_last_lr()[0]
@@ -149,15 +176,17 @@ def fit(
         free = training.calibration == "first"
         shared = calibrate(bench, basis, training, targets, seed) if free else torch.zeros(basis.size)
     stage = _Stage(bench, basis, training, targets, targets.answers, seed)
-    centring, groups, weights = targets.centring(), len(targets.groups), torch.tensor(targets.weights).float()
+    here, groups = stage.device, len(targets.groups)
+    shared, centring, everyone = shared.to(here), targets.centring().to(here), torch.eye(groups, device=here)
+    weights = torch.tensor(targets.weights, dtype=torch.float32, device=here)
     amount, joint = objective.lasso_weights(basis, training.kind, bench.block), training.calibration == "axes"
-    middle = torch.zeros(1, training.rank or groups)
+    middle = torch.zeros(1, training.rank or groups, device=here)
     if training.rank is None:
-        axes = torch.zeros(basis.size, groups + joint, requires_grad=True)
-        scores = torch.eye(groups)
+        axes = torch.zeros(basis.size, groups + joint, device=here, requires_grad=True)
+        scores = everyone
         tables = [{"params": [axes], "lr": training.rate}]
     else:
-        axes, scores = _start(stage, shared, torch.eye(groups) if joint else centring, training.rank, groups)
+        axes, scores = _start(stage, shared, everyone if joint else centring, training.rank, groups)
         rate = training.rate * training.score_rate
         tables = [{"params": [axes], "lr": training.rate}, {"params": [scores], "lr": rate}]
         if joint:
@@ -167,7 +196,7 @@ def fit(
     def mixture() -> torch.Tensor:
         """What each group takes of each column of U: c_0 + c_g; of free vectors, the shared one and its own."""
         if training.rank is None and joint:
-            return torch.cat([torch.ones(groups, 1), centring], 1)
+            return torch.cat([torch.ones_like(centring[:, :1]), centring], 1)
         return middle + centring @ scores
 
     looks = stage.run(tables, lambda: shared + mixture() @ axes.T, training.steps, axes, amount)
@@ -176,8 +205,8 @@ def fit(
         own = axes[:, 1:] if training.rank is None else axes
         shared = axes[:, 0] if training.rank is None else (middle.detach() @ axes.T)[0]
         axes = own
-    scores = (centring @ scores).detach()
-    found = Shift(training.kind, bench.hook, training.positions, targets.groups, shared, axes, scores)
+    tables = (table.cpu() for table in (shared, axes, (centring @ scores).detach()))
+    found = Shift(training.kind, bench.hook, training.positions, targets.groups, *tables)
     return Fit(canonical(found, torch.tensor(targets.weights)), min(looks), tuple(looks))
 
 
@@ -185,26 +214,24 @@ def _start(
     stage: _Stage, shared: torch.Tensor, centring: torch.Tensor, rank: int, groups: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """U and c at the leading directions of the groups' first gradient: where the loss falls fastest from Delta_0."""
-    free = torch.zeros(groups, len(shared), requires_grad=True)
+    free = torch.zeros(groups, len(shared), device=stage.device, requires_grad=True)
     some = stage.rows[torch.randperm(len(stage.rows), generator=stage.random)[: 4 * stage.training.batch]]
     for rows in some.split(stage.training.batch):
-        stage.loss(shared + centring @ free, rows)[0].backward()
+        for part in stage.bench.parts(rows, groups):
+            (stage.loss(shared + centring @ free, part)[0] * len(part)).backward()
     left, values, right = torch.linalg.svd(-centring @ free.grad, full_matrices=False)
     if rank > len(values):
         raise ResearchError(f"rank {rank} exceeds what {groups} groups and {len(shared)} coordinates allow; lower it.")
     size = values[:rank] / values[0].clamp(min=1e-12)
-    scores = (left[:, :rank] * groups**0.5 * size).requires_grad_()
-    axes = (right[:rank].T * 0.3).requires_grad_()
-    scores, axes = scores.detach().requires_grad_(), axes.detach().requires_grad_()
-    return axes, scores
+    scores = left[:, :rank] * groups**0.5 * size
+    return (right[:rank].T * 0.3).requires_grad_(), scores.requires_grad_()
 
 
 def calibrate(bench: Bench, basis: Basis, training: ShiftTraining, targets: Targets, seed: int) -> torch.Tensor:
-    """Delta_0: one shift for everybody, trained on the population's answers."""
-    stage = _Stage(bench, basis, training, targets, targets.overall[None], seed)
-    shared = torch.zeros(basis.size, 1, requires_grad=True)
-    amount = objective.lasso_weights(basis, training.kind, bench.block)
+    """Delta_0, [M]: one shift for everybody, trained on the population's answers."""
     larger = replace(training, batch=4 * training.batch)
-    stage.training = larger
+    stage = _Stage(bench, basis, larger, targets, targets.overall[None], seed)
+    shared = torch.zeros(basis.size, 1, device=stage.device, requires_grad=True)
+    amount = objective.lasso_weights(basis, training.kind, bench.block)
     stage.run([{"params": [shared], "lr": training.rate}], lambda: shared.T, training.calibration_steps, shared, amount)
-    return shared.detach()[:, 0]
+    return shared.detach()[:, 0].cpu()

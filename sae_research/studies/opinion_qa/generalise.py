@@ -28,16 +28,15 @@ def best_kappa(
     bench: Bench,
     basis: Basis,
     shift: Shift,
-    groups: Sequence[Group],
-    answers: np.ndarray,
+    known: Sequence[tuple[Sequence[Group], np.ndarray]],
     questions: np.ndarray,
     kappas: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
 ) -> float:
-    """The shrinkage of composition that fits the intersections best on (validation) questions."""
-    truth = torch.tensor(answers[:, questions])
+    """The shrinkage of composition that fits `known` intersections and their answers to `questions` best."""
+    truth = torch.tensor(np.concatenate([answers for _, answers in known]))
 
     def loss(kappa: float) -> float:
-        delta = composed(shift, groups, kappa)
+        delta = torch.cat([composed(shift, groups, kappa) for groups, _ in known])
         found = bench.answers(basis, shift.kind, delta, questions, shift.positions).probabilities
         return objective.forward_divergence(truth, torch.tensor(np.log(np.maximum(found, 1e-12)))).mean().item()
 
@@ -76,31 +75,33 @@ def few_shot(
     groups' scores; `free` fits a whole vector instead.
     """
     rows = bench.prompts.rows(questions)
-    truth = torch.tensor(answers, dtype=torch.float32)
+    here = bench.residual.device
+    truth = torch.tensor(answers, dtype=torch.float32, device=here)
     axes = torch.eye(basis.size) * shift.axes.abs().max() if free else shift.axes * shift.scores.std(0)
-    scores = torch.zeros(len(answers), axes.shape[1], requires_grad=True)
+    axes, shared = axes.to(here), shift.shared.to(here)
+    scores = torch.zeros(len(answers), axes.shape[1], device=here, requires_grad=True)
     optimizer = torch.optim.Adam([scores], lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     random = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        part = rows[torch.randperm(len(rows), generator=random)[:batch]]
-        x, _ = bench.steered(basis, shift.kind, shift.shared + scores @ axes.T, part, shift.positions)
-        logs = bench.log_probs(x.flatten(0, 1), part.repeat_interleave(len(answers)))
-        target = truth[:, bench.prompts.question[part]].transpose(0, 1).flatten(0, 1)
-        prior = ridge * scores.square().sum() / len(questions) / len(answers)
-        loss = objective.forward_divergence(target, logs).mean() + prior
+        drawn = rows[torch.randperm(len(rows), generator=random)[:batch]]
         optimizer.zero_grad()
-        loss.backward()
+        (ridge * scores.square().sum() / len(questions) / len(answers)).backward()
+        for part in bench.parts(drawn, len(answers)):
+            x, _ = bench.steered(basis, shift.kind, shared + scores @ axes.T, part, shift.positions)
+            logs = bench.log_probs(x.flatten(0, 1), part.repeat_interleave(len(answers)))
+            target = truth[:, bench.prompts.question[part]].transpose(0, 1).flatten(0, 1)
+            (objective.forward_divergence(target, logs).mean() * len(part) / len(drawn)).backward()
         optimizer.step()
         schedule.step()
-    return (shift.shared + scores @ axes.T).detach()
+    return (shared + scores @ axes.T).detach().cpu()
 
 
-def held_out(targets: Targets) -> list[int]:
-    """Groups to keep for later: the last one of every attribute that has more than two."""
+def held_out(targets: Targets, turn: int = 0) -> list[int]:
+    """Groups to keep for later: the last one of every attribute that has more than two, or the one `turn` before it."""
     names = np.array(targets.attributes)
     places = [np.flatnonzero(names == attribute) for attribute in dict.fromkeys(targets.attributes)]
-    return [int(place[-1]) for place in places if len(place) > 2]
+    return [int(place[-1 - turn]) for place in places if len(place) > max(2, turn)]
 
 
 def from_states(shift: Shift, known: torch.Tensor, new: torch.Tensor, ridge: float = 0.1) -> torch.Tensor:
@@ -108,18 +109,9 @@ def from_states(shift: Shift, known: torch.Tensor, new: torch.Tensor, ridge: flo
 
     States are the mean residuals over each group's prompts; `known`, [groups, d], are those of the shift's groups.
     """
+    known, new = known.cpu(), new.cpu()
     centre, c = known.mean(0), shift.scores - shift.scores.mean(0)
     scale = (known - centre).norm(dim=1).mean()
     x, own = (known - centre) / scale, (new - centre) / scale
     fitted = own @ x.T @ torch.linalg.solve(x @ x.T + ridge * torch.eye(len(x)), c)
     return shift.shared + (shift.scores.mean(0) + fitted) @ shift.axes.T
-
-
-def from_prompts(shift: Shift, states: torch.Tensor, ridge: float = 0.1) -> torch.Tensor:
-    """`from_states` for every group of the shift itself, left out in its turn, [groups, M]."""
-    found = []
-    for g in range(len(states)):
-        rest = [h for h in range(len(states)) if h != g]
-        others = replace(shift, groups=tuple(shift.groups[h] for h in rest), scores=shift.scores[rest])
-        found.append(from_states(others, states[rest], states[[g]], ridge))
-    return torch.cat(found)

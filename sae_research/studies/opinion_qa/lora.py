@@ -59,16 +59,19 @@ def train(
     random = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=training.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
-    rows, truth = bench.prompts.rows(targets.train), torch.tensor(answers, dtype=torch.float32)
+    rows = bench.prompts.rows(targets.train)
+    truth = torch.tensor(answers, dtype=torch.float32, device=bench.residual.device)
     model.train()
     for _ in range(training.steps):
-        who = torch.randint(len(asked), (training.batch,), generator=random)
-        which = rows[torch.randint(len(rows), (training.batch,), generator=random)]
-        scores = _scores(model, bench, *_gather(asked, who, which))
-        logs = option_log_probs(scores, bench.prompts.ladder[which], bench.prompts.reverse[which])
-        loss = objective.forward_divergence(truth[who, bench.prompts.question[which]], logs).mean()
+        drawn = torch.randint(len(asked), (training.batch,), generator=random)
+        prompted = rows[torch.randint(len(rows), (training.batch,), generator=random)]
         optimizer.zero_grad()
-        loss.backward()
+        for part in bench.parts(torch.arange(training.batch), 1):
+            who, which = drawn[part].to(rows.device), prompted[part]
+            scores = _scores(model, bench, *_gather(asked, who, which))
+            logs = option_log_probs(scores, bench.prompts.ladder[which], bench.prompts.reverse[which])
+            loss = objective.forward_divergence(truth[who, bench.prompts.question[which]], logs)
+            (loss.sum() / training.batch).backward()
         optimizer.step()
         schedule.step()
     model.eval()
@@ -81,14 +84,14 @@ def _gather(asked: list[Prompts], who: torch.Tensor, which: torch.Tensor) -> tup
     rows = [(asked[g].tokens[r], int(asked[g].last[r])) for g, r in zip(who.tolist(), which.tolist(), strict=True)]
     width = max(last for _, last in rows) + 1
     tokens = torch.stack([torch.nn.functional.pad(t, (0, max(0, width - len(t))))[:width] for t, _ in rows])
-    return tokens, torch.tensor([last for _, last in rows])
+    return tokens, torch.tensor([last for _, last in rows], device=tokens.device)
 
 
 def _scores(model, bench: Bench, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     """Letter scores at the last prompt token; padding on the right is behind it."""
-    device = bench.lens.device
-    logits = model(input_ids=tokens.to(device), use_cache=False).logits
-    return bench.letters.scores(logits[torch.arange(len(last)), last].float()).cpu()
+    places, which = last.unique(return_inverse=True)
+    logits = model(input_ids=tokens, use_cache=False, logits_to_keep=places).logits
+    return bench.letters.scores(logits[torch.arange(len(last), device=last.device), which].float())
 
 
 @torch.no_grad()
@@ -99,7 +102,7 @@ def answers_of(model, bench: Bench, asked: Prompts, exam: np.ndarray) -> np.ndar
         by_ordinal(_scores(model, bench, asked.tokens[part], asked.last[part]), asked.ladder[part], asked.reverse[part])
         for part in rows.split(bench.batch)
     ]
-    halves = [half.softmax(-1).double().numpy() for half in torch.cat(found).chunk(2)]
+    halves = [half.softmax(-1).double().cpu().numpy() for half in torch.cat(found).chunk(2)]
     return averaged(halves, [np.ones(len(half)) for half in halves]).probabilities
 
 
@@ -108,8 +111,8 @@ def cost(model, bench: Bench, split: str = "test") -> Cost:
     """What the adapter does to other text, next to the frozen model."""
     tokens, content = bench.texts[split], bench.text_content[split]
     lost = away = 0.0
-    for docs in torch.arange(len(tokens)).split(64):
-        new = model(input_ids=tokens[docs].to(bench.lens.device), use_cache=False).logits.float().log_softmax(-1).cpu()
+    for docs in bench.parts(torch.arange(len(tokens)), 4):
+        new = model(input_ids=tokens[docs], use_cache=False).logits.float().log_softmax(-1)
         base = bench.text_logits(split, docs).log_softmax(-1)
         real = content[docs]
         change = (base - new)[:, :-1].gather(-1, tokens[docs, 1:, None])[..., 0]

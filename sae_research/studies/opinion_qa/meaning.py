@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 
 from sae_research.studies.opinion_qa.baselines import Prompted
 from sae_research.studies.opinion_qa.bench import Bench
@@ -28,34 +29,48 @@ class Latent:
     """Share of the survey's tokens on which it fires."""
     contexts: tuple[str, ...]
     """Where it fires most, the token in brackets."""
+    told: str
+    """The group whose prompts it tells best from those of its siblings."""
+    selectivity: float
+    """AUC of telling them: .5 knows nothing, 1 or 0 all."""
 
 
 @torch.no_grad()
-def latents(bench: Bench, basis: Basis, shift: Shift, axis: int, top: int = 5, contexts: int = 3) -> list[Latent]:
-    """The latents with the largest weights on one axis, weighted by how strongly they act on the survey."""
-    place = bench.prompts.editable("question")
-    codes = basis.encode(bench.residual) * place[..., None]
-    active = (codes > 0).flatten(0, 1).float().sum(0)
-    mean = codes.flatten(0, 1).sum(0) / active.clamp(min=1)
-    share = active / place.sum()
-    effect = shift.axes[:, axis].abs() * mean * share.sqrt() * basis.rows.norm(dim=-1)
+def latents(
+    bench: Bench, basis: Basis, shift: Shift, asked: Prompted, attributes: Sequence[str], top: int = 5
+) -> list[Latent]:
+    """The latents with the largest weights on each axis, weighted by how strongly they act on the survey."""
+    place, mean, active = bench.prompts.editable("question"), 0.0, 0.0
+    parts = bench.parts(torch.arange(len(bench.residual)), 1)
+    for rows in parts:
+        codes = basis.encode(bench.residual[rows])[place[rows]]
+        mean, active = mean + codes.sum(0), active + (codes > 0).float().sum(0)
+    mean, share = (mean / active.clamp(min=1)).cpu(), (active / place.sum()).cpu()
+    effect = shift.axes.T.abs() * mean * share.sqrt() * basis.rows.norm(dim=-1).cpu()
+    chosen = [row.topk(min(top, int((row > 0).sum()))).indices for row in effect]
+    every = torch.cat(chosen).unique()
+    codes = torch.cat([basis.encode(bench.residual[rows])[..., every] * place[rows][..., None] for rows in parts]).cpu()
+    known = selectivity(basis, asked, attributes, every)
+    best = np.abs(known - 0.5).argmax(0)
     found = []
-    for index in effect.topk(min(top, int((effect > 0).sum()))).indices.tolist():
-        where = _contexts(bench, codes[..., index], contexts)
-        found.append(
-            Latent(axis, index, float(shift.axes[index, axis]), float(mean[index]), float(share[index]), where)
-        )
+    for axis, indices in enumerate(chosen):
+        for index in indices.tolist():
+            at = int((every == index).nonzero())
+            about = (axis, index, float(shift.axes[index, axis]), float(mean[index]), float(share[index]))
+            told = shift.groups[best[at]], float(known[best[at], at])
+            found.append(Latent(*about, _contexts(bench, codes[..., at]), *told))
     return found
 
 
-def _contexts(bench: Bench, codes: torch.Tensor, n: int, before: int = 4) -> tuple[str, ...]:
+def _contexts(bench: Bench, codes: torch.Tensor, n: int = 3, before: int = 4) -> tuple[str, ...]:
     """The text up to the tokens on which a latent fires most, each text once."""
     found: dict[str, None] = {}
     length = codes.shape[1]
-    for flat in codes.flatten().argsort(descending=True)[: 20 * n].tolist():
+    for flat in codes.flatten().argsort(descending=True, stable=True)[: 20 * n].tolist():
         row, at = divmod(flat, length)
         words = [
-            bench.lens.tokenizer.decode([t]).strip() for t in bench.prompts.tokens[row, max(1, at - before) : at + 1]
+            bench.lens.tokenizer.decode([t]).strip()
+            for t in bench.prompts.tokens[row, max(1, at - before) : at + 1].tolist()
         ]
         if codes[row, at] > 0:
             found[" ".join([*words[:-1], f"[{words[-1]}]"])] = None
@@ -78,32 +93,28 @@ def causal_share(
     return {m: (without - wd(shift.only(m))) / gain if abs(gain) > 1e-9 else float("nan") for m in features}
 
 
-def selectivity(basis: Basis, asked: Prompted, targets_attributes: Sequence[str]) -> torch.Tensor:
-    """AUC of each latent for telling prompts of each group from those of its siblings, [groups, M]."""
+def selectivity(basis: Basis, asked: Prompted, attributes: Sequence[str], latents: torch.Tensor) -> np.ndarray:
+    """AUC of some latents, [groups, latents]: do they tell a group's prompts from its siblings' at the last token?"""
     with torch.no_grad():
-        codes = basis.encode(asked.hidden)
-    attributes = np.array(targets_attributes)
+        codes = np.stack([basis.encode(hidden)[:, latents].cpu().numpy() for hidden in asked.hidden])
+    attributes = np.array(attributes)
     found = []
     for g, attribute in enumerate(attributes):
         others = [h for h in range(len(attributes)) if attributes[h] == attribute and h != g]
-        own, rest = codes[g], codes[others].flatten(0, 1)
-        joined = torch.cat([own, rest])
-        order = joined.argsort(dim=0).argsort(dim=0).double()
-        ties = (joined[:, None] == 0).float().squeeze(1)  # silent latents tie at zero: their ranks are shared
-        zeros = ties.sum(0)
-        order = torch.where(joined == 0, (zeros - 1) / 2, order)
-        u = order[: len(own)].sum(0) - len(own) * (len(own) - 1) / 2
-        found.append(u / (len(own) * len(rest)))
-    return torch.stack(found)
+        own, rest = codes[g], codes[others].reshape(-1, codes.shape[-1])
+        ranks = rankdata(np.concatenate([own, rest]), axis=0)[: len(own)].sum(0)  # ties, as of silent latents, share
+        found.append((ranks - len(own) * (len(own) + 1) / 2) / (len(own) * len(rest)))
+    return np.stack(found)
 
 
 def agreement(basis: Basis, shift: Shift, asked: Prompted, contrast: torch.Tensor) -> np.ndarray:
     """Cosine, per group, of what the shift writes on average with what a group prompt changes in codes."""
     with torch.no_grad():
-        codes = basis.encode(asked.hidden).mean(1)
-    part = shift.scores @ shift.axes.T
+        codes = torch.stack([basis.encode(hidden).mean(0) for hidden in asked.hidden])
+    part = (shift.scores @ shift.axes.T).to(codes)
     wrote = codes * torch.expm1(part) if shift.kind == "multiplicative" else part
-    return torch.nn.functional.cosine_similarity(wrote @ basis.rows, contrast @ basis.rows, dim=1).numpy()
+    found = torch.nn.functional.cosine_similarity(wrote @ basis.rows, contrast @ basis.rows, dim=1)
+    return found.cpu().numpy()
 
 
 def stability(shifts: Sequence[Shift], top: int = 50) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """How a survey is put to a model: the block of a question, and the group contexts of the prompting baselines (3.2)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from sae_research.errors import ResearchError
 from sae_research.studies.opinion_qa.letters import ALPHABET
 from sae_research.survey import Group, Question
 
@@ -22,11 +23,21 @@ class Dialect:
     """What stands between context and block."""
     refusing: Callable[[Question, bool], str] | None = None
     """The block with refusal as a last option, where the model knows words for it."""
+    frame: Callable[[str], str] = str
+    """What a whole prompt is set in, such as a chat template."""
+
+    def plain(self, question: Question, reverse: bool) -> str:
+        """The prompt of a question put to nobody in particular."""
+        return self.frame(self.block(question, reverse))
+
+    def offering_refusal(self, question: Question, reverse: bool) -> str:
+        """The same, with refusal as a last option."""
+        return self.frame(self.refusing(question, reverse))
 
     def prompted(self, form: str, group: Group, siblings: Sequence[Group]) -> Callable[[Question, bool], str]:
         """The prompt of a question put to a member of `group`."""
         context = self.contexts[form](group, siblings)
-        return lambda question, reverse: f"{context}{self.joint}{self.block(question, reverse)}"
+        return lambda question, reverse: self.frame(f"{context}{self.joint}{self.block(question, reverse)}")
 
 
 def _specimen_block(question: Question, reverse: bool) -> str:
@@ -89,3 +100,20 @@ ENGLISH = Dialect(
     lambda question, reverse: english_block(question, reverse, refusal=True),
 )
 """Plain English, in the manner of OpinionQA and SubPOP, in our own words."""
+
+
+def in_chat(dialect: Dialect, tokenizer) -> Dialect:
+    """The dialect for a model tuned on dialogues: a prompt is the user's turn, its last line opens the model's answer.
+
+    So the letter follows the same words as for a base model, and the same tokens can stand for it.
+    """
+    if not tokenizer.chat_template:
+        raise ResearchError("this model is said to be tuned on dialogues but its tokenizer has no chat template.")
+
+    def frame(text: str) -> str:
+        asked, _, opening = text.rpartition("\n")
+        turns = [{"role": "user", "content": asked.strip()}]
+        framed = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return framed.removeprefix(tokenizer.bos_token or "") + opening  # the start token comes with every row
+
+    return replace(dialect, frame=frame)

@@ -9,13 +9,13 @@ import pandas as pd
 
 from sae_research.studies.opinion_qa import evaluate
 from sae_research.studies.opinion_qa.evaluate import Exam
+from sae_research.studies.opinion_qa.study import DENSE, ERROR_KEEPING
 from sae_research.survey import deviations
 
 if TYPE_CHECKING:
     from sae_research.studies.opinion_qa.batch import Part
 
-KINDS = ("multiplicative", "gated", "additive")
-DENSE, FREE, SHUFFLED = "dense vector, low rank", "dense vector, free", "shuffled groups"
+SHUFFLED = "shuffled groups"
 POPULATION, UNSTEERED = "human overall marginal", "no steering"
 
 
@@ -49,7 +49,7 @@ def intervals(exam: Exam, parts: "Sequence[Part]", seed: int = 0) -> pd.DataFram
 def pairs(headline: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Which methods are compared: the headline with all, each edit in SAE space with itself elsewhere."""
     yield from ((headline, name) for name in names if name != headline)
-    for kind in KINDS:
+    for kind in ERROR_KEEPING:
         own = f"SAE {kind}"
         yield from ((own, other) for other in (f"random {kind}", f"PCA {kind}", DENSE) if own != headline)
 
@@ -81,6 +81,19 @@ def groups(exam: Exam, parts: "Sequence[Part]") -> pd.DataFrame:
         wd = exam.distance(found, exam.truth).mean((0, 2))
         pairs_ = zip(exam.survey.groups, wd, strict=True)
         rows += [{"method": name, "group": g.name, "attribute": g.attribute, "wd": w} for g, w in pairs_]
+    return pd.DataFrame(rows)
+
+
+def topics(exam: Exam, parts: "Sequence[Part]") -> pd.DataFrame:
+    """WD of every method by topic (the wave, of a real survey), and whether any question of it was trained on."""
+    rows, asked = [], exam.survey.questions
+    topic = np.array([asked[i].topic for i in exam.questions])
+    trained = {q.topic for q in asked if q.split == "train"}
+    for name, found in answers(parts).items():
+        wd = exam.distance(found, exam.truth).mean((0, 1))
+        for t in dict.fromkeys(topic):
+            own = {"method": name, "topic": t, "seen": t in trained, "questions": int((topic == t).sum())}
+            rows.append(own | {"wd": wd[topic == t].mean()})
     return pd.DataFrame(rows)
 
 

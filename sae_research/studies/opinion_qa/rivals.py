@@ -11,9 +11,10 @@ from sae_research.errors import ResearchError
 from sae_research.studies.opinion_qa import baselines, lora
 from sae_research.studies.opinion_qa.bench import Bench, Cost, prompts
 from sae_research.studies.opinion_qa.fit import Fit, calibrate, fit
+from sae_research.studies.opinion_qa.laboratory import Laboratory
 from sae_research.studies.opinion_qa.letters import Letters, most_options, refusal_share
-from sae_research.studies.opinion_qa.shift import Basis, residual_basis
-from sae_research.studies.opinion_qa.study import NO_COST, Laboratory, Outcome, shifted
+from sae_research.studies.opinion_qa.shift import Basis
+from sae_research.studies.opinion_qa.study import NO_COST, Outcome, shifted
 
 
 def lora_rows(lab: Laboratory, asked: baselines.Prompted, seed: int) -> list[Outcome]:
@@ -47,8 +48,8 @@ def refusals(bench: Bench, refusing: Callable) -> np.ndarray:
         )
     mass = letters.scores(logits).softmax(-1)  # the last letter that is offered is the refusal's
     ladder = asked.ladder[:, None]
-    answered = mass.masked_fill(torch.arange(mass.shape[1]) >= ladder, 0.0).sum(1)
-    share = refusal_share(answered.double().numpy(), mass.gather(1, ladder)[:, 0].double().numpy())
+    answered = mass.masked_fill(torch.arange(mass.shape[1], device=mass.device) >= ladder, 0.0).sum(1)
+    share = refusal_share(*(m.double().cpu().numpy() for m in (answered, mass.gather(1, ladder)[:, 0])))
     return share.reshape(2, -1).mean(0)
 
 
@@ -85,7 +86,8 @@ def calibration_rows(lab: Laboratory, training: ShiftTraining, seed: int) -> lis
     )
     scores = baselines.letter_scores(bench, bench.residual, bench.prompts.last)
     rows, test = bench.prompts.rows(targets.train), bench.prompts.rows(questions)
-    target = torch.tensor(targets.overall, dtype=torch.float32)[bench.prompts.question[rows]]
+    overall = torch.tensor(targets.overall, dtype=torch.float32, device=scores.device)
+    target = overall[bench.prompts.question[rows]]
     letters = baselines.calibrate_letters(bench, scores[rows], rows, target)
     answers = baselines.read_scores(bench, letters(scores[test])[None], test)
     bias = Outcome("temperature and letter bias", np.repeat(answers, groups, 0), NO_COST, letters.parameters)
@@ -102,7 +104,7 @@ def prompting_rows(lab: Laboratory, forms: dict[str, baselines.Prompted]) -> lis
         chosen = f"prompt {form}" + (" (best on validation)" if form == best else "")
         found.append(Outcome(chosen, baselines.read_scores(bench, asked.scores[:, test], test), NO_COST, 0, 0.0))
         rows, scores = train.repeat(len(asked.scores)), asked.scores[:, train].flatten(0, 1)
-        answers = torch.tensor(targets.answers, dtype=torch.float32)
+        answers = torch.tensor(targets.answers, dtype=torch.float32, device=scores.device)
         target = answers[:, bench.prompts.question[train]].flatten(0, 1)
         letters = baselines.calibrate_letters(bench, scores, rows, target)
         read = baselines.read_scores(bench, letters(asked.scores[:, test]), test)
@@ -137,7 +139,7 @@ def untrained_rows(
 ) -> list[Outcome]:
     """Difference of means and the SAE's most selective latents, untrained, at the strength that validation prefers."""
     bench, targets, positions = lab.bench, lab.targets, lab.settings.training.positions
-    dense = residual_basis(bench.lens.d_model)
+    dense = lab.basis("dense", 0)
     contrast, statistic = baselines.latent_contrasts(bench, lab.sae, asked, targets)
     parts = {
         "difference of means": (dense, baselines.difference_of_means(asked, targets)),

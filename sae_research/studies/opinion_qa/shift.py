@@ -90,9 +90,9 @@ def pca_basis(residuals: torch.Tensor) -> Basis:
     return Basis("PCA", lambda x: torch.relu((x - mean) @ rows.T), rows, mean)
 
 
-def residual_basis(width: int) -> Basis:
+def residual_basis(width: int, device: str = "cpu") -> Basis:
     """The residual's own coordinates: an additive shift here is a dense steering vector."""
-    return Basis("dense", lambda x: x, torch.eye(width), None, signed=True)
+    return Basis("dense", lambda x: x, torch.eye(width, device=device), None, signed=True)
 
 
 def displacement(basis: Basis, kind: str, x: torch.Tensor, codes: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -101,6 +101,7 @@ def displacement(basis: Basis, kind: str, x: torch.Tensor, codes: torch.Tensor, 
     additive f' = relu(f + Delta), multiplicative f' = f exp(Delta), gated f' = f + 1[f > 0] Delta, and literal
     x' = W_dec^T (f + Delta) + b. The second and third are linear in f, so each shift becomes one matrix [M, d].
     """
+    delta = delta.to(basis.rows.device)
     if kind == "multiplicative":
         return torch.einsum("btm,smd->bstd", codes, torch.expm1(delta)[..., None] * basis.rows)
     if kind == "gated":
@@ -182,7 +183,7 @@ class Shift:
 
         def apply(residual: torch.Tensor) -> torch.Tensor:
             x = residual.float()
-            moved = displacement(basis, self.kind, x, basis.encode(x), delta.to(x.device))[:, 0]
+            moved = displacement(basis, self.kind, x, basis.encode(x), delta)[:, 0]
             place = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
             place[: -1 if last else 1] = False
             return residual + torch.where(place[:, None], moved, 0.0).to(residual)

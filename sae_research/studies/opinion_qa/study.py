@@ -1,183 +1,34 @@
-"""Study 1 from end to end: a model, a survey, every method on the same splits, chosen on validation questions alone."""
+"""Trained shifts: the space they act in, settings chosen on validation questions alone, judgement on test questions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from sae_research import catalogue, paths
-from sae_research.config import OpinionQA, Profile, ShiftTraining
-from sae_research.errors import ResearchError
-from sae_research.studies.opinion_qa import baselines, objective
-from sae_research.studies.opinion_qa.bench import Bench, Cost
-from sae_research.studies.opinion_qa.evaluate import Exam
-from sae_research.studies.opinion_qa.fit import Fit, Targets, fit
-from sae_research.studies.opinion_qa.prompts import ENGLISH, SPECIMEN, Dialect
-from sae_research.studies.opinion_qa.shift import (
-    Basis,
-    pca_basis,
-    random_basis,
-    residual_basis,
-    sae_basis,
-)
-from sae_research.survey import Question, Survey
+from sae_research.config import ShiftTraining
+from sae_research.studies.opinion_qa import baselines
+from sae_research.studies.opinion_qa.bench import Cost
+from sae_research.studies.opinion_qa.fit import Fit, fit
+from sae_research.studies.opinion_qa.laboratory import Laboratory
+from sae_research.studies.opinion_qa.shift import Basis
 
-if TYPE_CHECKING:
-    from sae_lens import SAE
-    from transformers import PreTrainedModel
-
-SPLITS = ("train", "validation", "test")
+ERROR_KEEPING = ("gated", "multiplicative", "additive")
+"""Edits that leave what the SAE does not explain as it is."""
 
 
-@dataclass(frozen=True)
-class Laboratory:
-    """One model at one hook with a survey, ready for any method."""
+@torch.no_grad()
+def noop(lab: Laboratory, prompts: int = 32) -> float:
+    """Largest change of any logit under a shift of zero, over the edits that keep the error term."""
+    bench, zero = lab.bench, torch.zeros(1, lab.sae.size)
+    rows = bench.prompts.rows(lab.exam.questions)[:prompts]
 
-    settings: OpinionQA
-    """The study's settings."""
-    bench: Bench
-    """Cached prompts and texts."""
-    sae: Basis
-    """The SAE's latents."""
-    dialect: Dialect
-    """How the survey is put to the model."""
-    survey: Survey
-    """What is known of the groups: a poll."""
-    truth: Survey
-    """What methods are judged on: exact answers where they are planted, else the poll."""
-    targets: Targets
-    """What a shift learns from the poll."""
-    exam: Exam
-    """The test questions."""
-    fresh: Callable[[], "PreTrainedModel"] | None = None
-    """Loads the model anew, for rivals that change its weights."""
-    crossed: tuple[Survey, ...] = ()
-    """Intersections of two attributes, never trained on, where the truth is planted."""
+    def logits(residual: torch.Tensor) -> torch.Tensor:
+        return bench.upper.logits(bench.upper.states(residual, bench.prompts.last[rows]))
 
-    @property
-    def l0(self) -> float:
-        """Mean number of the SAE's latents that are active on a token of the survey."""
-        with torch.no_grad():
-            return float((self.sae.encode(self.bench.block) != 0).float().sum(-1).mean())
-
-    def basis(self, name: str, seed: int) -> Basis:
-        """A space to shift in: the SAE, or what takes its place in a control."""
-        match name:
-            case "SAE":
-                return self.sae
-            case "random":
-                return random_basis(self.bench.block, self.sae.size, self.l0, seed)
-            case "PCA":
-                return pca_basis(self.bench.block)
-        return residual_basis(self.bench.lens.d_model)
-
-    def clusters(self) -> list[str]:
-        """The near-duplicate cluster of every question."""
-        return [cluster(q) for q in self.survey.questions]
-
-
-def opened(profile: Profile, name: str, seed: int, role: str | None = None) -> Laboratory:
-    """The laboratory of a subject at one SAE: a specimen's planted survey, else the reader's own OpinionQA."""
-    role = role or profile.opinion_qa.sae
-    if catalogue.get(name).embedded:
-        return planted(profile, name, role, seed)
-    folder = paths.DATA / "private" / "opinion_qa"
-    try:
-        passages = (folder / "passages.txt").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ResearchError(
-            f"{name} is asked OpinionQA, which may not be redistributed: put your own copy (human_resp/ as on CodaLab) "
-            f"into {paths.relative(folder)} with passages.txt beside it, other text with one passage a line."
-        ) from error
-    return published(profile, name, role, folder, passages, seed)
-
-
-def dictionary(profile: Profile, name: str, role: str | None = None) -> "SAE":
-    """The SAE of a subject whose latents are shifted."""
-    return catalogue.get(name).sae(role or profile.opinion_qa.sae, device=profile.runtime.device)
-
-
-def planted(profile: Profile, name: str, role: str, seed: int) -> Laboratory:
-    """An embedded specimen with its planted survey; `seed` draws the poll and the documents."""
-    from transformers import AutoModelForCausalLM
-
-    from sae_research.world import build
-    from sae_research.world.survey import SurveySettings
-    from sae_research.world.survey_population import Population
-    from sae_research.world.survey_text import Writer
-
-    settings, subject = profile.opinion_qa, catalogue.get(name)
-    lens, truth = subject.load(), Population(SurveySettings().population)
-    writer, draws = Writer(truth, lens.tokenizer.get_vocab()), np.random.default_rng([seed, 11])
-    texts = {split: torch.from_numpy(writer.off_task(settings.documents, draws).tokens) for split in SPLITS}
-    asked = thinned(truth.survey(), settings.thinning)
-    lab = laboratory(settings, lens, dictionary(profile, name, role), SPECIMEN, asked, texts, seed)
-    pairs = (("party", "age"), ("party", "education"), ("age", "region"), ("education", "region"))
-    return replace(
-        lab,
-        fresh=lambda: AutoModelForCausalLM.from_pretrained(build.model_folder(subject.model)).eval(),
-        crossed=tuple(thinned(truth.survey(*pair), settings.thinning) for pair in pairs),
-    )
-
-
-def published(profile: Profile, name: str, role: str, folder: Path, passages: list[str], seed: int) -> Laboratory:
-    """A real model on the reader's own copy of OpinionQA below `folder`; `passages` are other text, a third a split.
-
-    `seed` draws what is learned from; the split into questions is the same for every seed, so that they share an exam.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from sae_research.survey_files import load_opinion_qa, split_by_wave
-
-    settings, runtime, subject = profile.opinion_qa, profile.runtime, catalogue.get(name)
-    lens = subject.load(device=runtime.device, dtype=runtime.dtype)
-    survey = split_by_wave(load_opinion_qa(folder, settings.waves), settings.unseen_waves, 0)
-    survey = thinned(survey, settings.thinning)
-    tokens = lens.packed(passages, min(64, lens.n_ctx))[: 3 * settings.documents]
-    texts = dict(zip(SPLITS, tokens.split(len(tokens) // 3), strict=False))
-    lab = laboratory(settings, lens, dictionary(profile, name, role), ENGLISH, survey, texts, seed)
-    return replace(lab, fresh=lambda: AutoModelForCausalLM.from_pretrained(subject.model).to(runtime.device).eval())
-
-
-def cluster(question: Question) -> str:
-    """What near-duplicate questions share: a planted question's topic and verb, else the question itself."""
-    return f"{question.topic} {question.verb}" if question.verb else question.key
-
-
-def thinned(survey: Survey, every: int) -> Survey:
-    """The survey with every n-th cluster of each split alone."""
-    kept = set()
-    for split in dict.fromkeys(q.split for q in survey.questions):
-        kept |= set(list(dict.fromkeys(cluster(q) for q in survey.questions if q.split == split))[::every])
-    rows = np.array([cluster(q) in kept for q in survey.questions])
-    cut = {name: getattr(survey, name)[rows] for name in ("overall", "web") if getattr(survey, name) is not None}
-    cut |= {n: getattr(survey, n)[:, rows] for n in ("distributions", "counts") if getattr(survey, n) is not None}
-    return replace(survey, questions=tuple(q for q, kept in zip(survey.questions, rows, strict=True) if kept), **cut)
-
-
-def laboratory(
-    settings: OpinionQA, lens, sae, dialect: Dialect, truth: Survey, texts: dict[str, torch.Tensor], seed: int
-) -> Laboratory:
-    """Put model, SAE and survey together; exact distributions are polled first, as groups are never known exactly."""
-    from sae_research.dictionaries import check_fit
-
-    poll = truth if truth.counts is not None else truth.sampled(settings.respondents, seed)
-    counts = torch.tensor(poll.counts, dtype=torch.float64)
-    pooled = np.tensordot(truth.weights, poll.distributions, 1)
-    targets = Targets(
-        tuple(g.name for g in truth.groups),
-        tuple(g.attribute for g in truth.groups),
-        truth.weights,
-        objective.shrunk(counts, torch.tensor(pooled), settings.shrinkage).numpy(),
-        pooled,
-        truth.rows("train"),
-        truth.rows("validation"),
-    )
-    bench = Bench(lens, check_fit(lens, sae), truth.questions, dialect.block, texts)
-    return Laboratory(settings, bench, sae_basis(sae), dialect, poll, truth, targets, Exam(truth, truth.rows("test")))
+    plain = logits(bench.residual[rows])
+    steered = [bench.steered(lab.sae, kind, zero, rows, "all")[0][:, 0] for kind in ERROR_KEEPING]
+    return max(float((logits(x) - plain).abs().max()) for x in steered)
 
 
 @dataclass(frozen=True)
@@ -227,6 +78,7 @@ def shifted(lab: Laboratory, name: str, basis: Basis, found: Fit) -> Outcome:
     )
 
 
+DENSE, FREE = "dense vector, low rank", "dense vector, free"
 ARMS: dict[str, tuple[str, dict]] = {
     "SAE multiplicative": ("SAE", {"kind": "multiplicative"}),
     "SAE gated": ("SAE", {"kind": "gated"}),
@@ -237,8 +89,8 @@ ARMS: dict[str, tuple[str, dict]] = {
     "PCA multiplicative": ("PCA", {"kind": "multiplicative"}),
     "PCA gated": ("PCA", {"kind": "gated"}),
     "PCA additive": ("PCA", {"kind": "additive"}),
-    "dense vector, low rank": ("dense", {"kind": "additive"}),
-    "dense vector, free": ("dense", {"kind": "additive", "rank": None}),
+    DENSE: ("dense", {"kind": "additive"}),
+    FREE: ("dense", {"kind": "additive", "rank": None}),
     "SAE literal": ("SAE", {"kind": "literal"}),
     "SAE free": ("SAE", {"rank": None}),
 }
@@ -292,8 +144,7 @@ def validation_loss(lab: Laboratory, basis: Basis, found: Fit) -> np.ndarray:
     shift, rows = found.shift, lab.targets.validation
     answers = lab.bench.answers(basis, shift.kind, shift.deltas, rows, shift.positions).probabilities
     loss = divergence(lab.targets.answers[:, rows], answers).mean(0)
-    clusters = lab.clusters()
-    return cluster_means(loss, [clusters[i] for i in rows])
+    return cluster_means(loss, [lab.families[i] for i in rows])
 
 
 def trained(lab: Laboratory, name: str, training: ShiftTraining, seed: int) -> Outcome:
@@ -304,5 +155,5 @@ def trained(lab: Laboratory, name: str, training: ShiftTraining, seed: int) -> O
 
 def shuffled(lab: Laboratory, training: ShiftTraining, seed: int) -> Outcome:
     """The headline shift trained on groups that were permuted within each cluster of questions."""
-    targets = baselines.groups_shuffled(lab.targets, lab.clusters(), seed)
+    targets = baselines.groups_shuffled(lab.targets, lab.families, seed)
     return shifted(lab, "shuffled groups", lab.sae, fit(lab.bench, lab.sae, training, targets, seed))
