@@ -117,7 +117,7 @@ class OpinionQA:
     keeps: tuple[float, ...] = (1.0, 3.0)
     """Weights lam_keep to choose from on validation questions and documents."""
     sparsities: tuple[float, ...] = (0.0, 0.1, 0.3)
-    """Weights lam_sp to choose from there: the sparsest within one standard error of the best (section 3.5)."""
+    """Weights lam_sp to choose from there; one more row takes the sparsest within one standard error (section 3.5)."""
     harm: float = 0.02
     """Largest increase of cross-entropy on validation documents that a chosen setting may cost, in nats (section 9)."""
     shrinkage: float = 20.0

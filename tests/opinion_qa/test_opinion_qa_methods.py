@@ -29,8 +29,8 @@ ITEM = Question("Q", "Is it so?", ("No", "Perhaps", "Yes"), (1.0, 2.0, 3.0))
 
 
 @pytest.fixture(scope="module")
-def asked(bench, small):
-    return baselines.prompted(bench, SPECIMEN, "BIO", small, np.arange(12))
+def asked(bench, basis, small):
+    return baselines.prompted(bench, basis, SPECIMEN, "BIO", small, np.arange(12))
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +68,20 @@ def test_every_form_of_the_specimen_uses_words_that_it_knows(lens, small):
         assert "red" in text
 
 
-def test_an_empty_context_gives_the_unsteered_answers(bench, small):
+def test_an_empty_context_gives_the_unsteered_answers(bench, basis, small):
     silent = replace(SPECIMEN, contexts={"none": lambda group, siblings: ""}, joint="")
-    found = baselines.prompted(bench, silent, "none", small, np.arange(12))
+    found = baselines.prompted(bench, basis, silent, "none", small, np.arange(12))
     rows = bench.prompts.rows(range(18))
-    answers = baselines.read_scores(bench, found.scores[:, rows], rows)
+    answers = baselines.read_scores(bench, found.scores[:, rows], rows).probabilities
     assert np.abs(answers - bench.unsteered(range(18)).probabilities).max() < 1e-6
     assert torch.allclose(found.block[0], bench.residual[bench.prompts.rows(range(12))][
         bench.prompts.editable("question")[bench.prompts.rows(range(12))]].mean(0), atol=1e-5)  # fmt: skip
     assert torch.allclose(found.block[0], found.block[1])
+    fires = (basis.encode(bench.residual) != 0).float() * bench.prompts.editable("question")[..., None]
+    train = bench.prompts.rows(range(12))
+    share = (fires.sum(1) / bench.prompts.last[:, None])[train].mean(0)
+    assert torch.allclose(found.fires[0], share, atol=1e-5)
+    assert found.count == 24
 
 
 def test_temperature_and_letter_bias_undo_what_they_model(bench):
@@ -100,7 +105,7 @@ def test_differences_of_means_cancel_between_two_siblings(asked, everyone):
 
 
 def test_the_most_selective_latents_are_found_and_alone_moved(bench, basis, asked, everyone):
-    contrast, statistic = baselines.latent_contrasts(bench, basis, asked, everyone)
+    contrast, statistic = baselines.latent_contrasts(asked, everyone)
     top = baselines.top_features(contrast, statistic, 7)
     assert int((top != 0).any(0).sum()) == 7
     kept = (top != 0).any(0)
@@ -136,13 +141,14 @@ def test_readers_start_at_the_model_and_learn(bench, asked, everyone):
     rows = baselines.unembedding_of_letters(bench)
     same = baselines.Reader(rows, torch.zeros(4))
     assert torch.allclose(same(asked.final), asked.scores, atol=1e-4)
-    found = baselines.linear_reader(bench, asked.hidden, everyone, ridges=(1e-2,))
-    before = baselines.read_scores(bench, asked.scores, bench.prompts.rows(range(18)))
-    after = baselines.read_scores(bench, found(asked.hidden), bench.prompts.rows(range(18)))
+    found, loss = baselines.linear_reader(bench, asked.hidden, everyone, ridges=(1e-2,))
+    before = baselines.read_scores(bench, asked.scores, bench.prompts.rows(range(18))).probabilities
+    after = baselines.read_scores(bench, found(asked.hidden), bench.prompts.rows(range(18))).probabilities
+    assert np.isfinite(loss)
     truth = everyone.answers[:, :12]
     assert divergence(truth, after[:, :12]).mean() < divergence(truth, before[:, :12]).mean()
     assert found.parameters == 4 * 32 + 4
-    own = baselines.linear_reader(bench, asked.hidden, everyone, by_group=True, ridges=(1e-2,))
+    own, _ = baselines.linear_reader(bench, asked.hidden, everyone, by_group=True, ridges=(1e-2,))
     assert own.parameters == 14 * (4 * 32 + 4)
 
 
@@ -164,7 +170,9 @@ def test_lora_without_training_is_the_frozen_model_and_training_moves_it(bench, 
     exam = np.arange(12, 18)
     own = [bench.prompts] * 14
     model = lora.adapter(fresh(), LoRATraining(), 0).eval()
-    found = lora.answers_of(model, bench, bench.prompts, exam)
+    read = lora.answers_of(model, bench, bench.prompts, exam)
+    found = read.probabilities
+    assert np.allclose(read.order_sensitivity, bench.unsteered(exam).order_sensitivity[0], atol=1e-4)
     assert np.abs(found - bench.unsteered(exam).probabilities[0]).max() < 1e-4
     assert lora.cost(model, bench).divergence == pytest.approx(0, abs=1e-5)
     quick = LoRATraining(steps=3, batch=8, rate=0.05)
@@ -197,14 +205,37 @@ def test_composition_adds_scores_and_a_margin_is_one_of_them(basis, everyone):
     assert torch.allclose(generalise.composed(shift, cells, 0.0), shift.shared.expand(2, -1))
 
 
-def test_the_right_shrinkage_is_found(bench, basis, everyone):
+def test_the_right_shrinkage_is_found_from_margins_alone(bench, basis, everyone):
     shift = shift_for(everyone, basis)
-    cells = [Group("party|age", "red|old", 0.1), Group("party|age", "blue|young", 0.1)]
-    delta = generalise.composed(shift, cells, 0.7)
+    shares = {"red": 0.3, "blue": 0.7}, {"old": 0.2, "young": 0.8}
+    cells = [
+        Group("party|age", f"{a}|{b}", share * other)
+        for a, share in shares[0].items()
+        for b, other in shares[1].items()
+    ]
     validation = np.arange(12, 18)
+    delta = generalise.composed(shift, cells, 0.7)
     answers = bench.answers(basis, shift.kind, delta, validation, "all").probabilities
-    known = [(cells[:1], answers[:1]), (cells[1:], answers[1:])]
-    assert generalise.best_kappa(bench, basis, shift, known, validation) == 0.7
+    margins = np.full((14, 6, 4), np.nan)  # whoever is no part of a cell is never asked
+    for name, own in {"red": (0, 1), "blue": (2, 3), "old": (0, 2), "young": (1, 3)}.items():
+        weights = np.array([cells[i].share for i in own])
+        margins[everyone.groups.index(name)] = np.tensordot(weights / weights.sum(), answers[list(own)], 1)
+    assert generalise.best_kappa(bench, basis, shift, cells, margins, validation) == 0.7
+
+
+def test_each_way_to_place_a_group_gets_the_ridge_that_serves_known_groups_best(bench, basis, everyone, monkeypatch):
+    shift, tried = shift_for(everyone, basis), []
+    whole = generalise.few_shot
+
+    def spy(*args, **settings):
+        tried.append((settings["ridge"], settings["free"]))
+        return whole(*args, **settings, steps=10)
+
+    monkeypatch.setattr(generalise, "few_shot", spy)
+    case = (bench, basis, shift, everyone.answers[:4], np.arange(6), np.arange(12, 18))
+    found = generalise.best_ridge(*case, free=True, seed=0)
+    assert tried == [(ridge, True) for ridge in generalise.RIDGES]
+    assert found in generalise.RIDGES
 
 
 def test_a_few_answers_bring_a_new_group_closer_and_a_stiff_ridge_keeps_the_population(bench, basis, everyone):

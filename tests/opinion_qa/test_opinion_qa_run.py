@@ -12,7 +12,7 @@ from miniatures import random_sae  # noqa: E402
 
 from sae_research import claims  # noqa: E402
 from sae_research.config import LoRATraining, OpinionQA, ShiftTraining  # noqa: E402
-from sae_research.studies.opinion_qa import batch, evaluate, findings, laboratory, report, study, subject  # noqa: E402
+from sae_research.studies.opinion_qa import batch, findings, intervals, laboratory, report, study, subject  # noqa: E402
 from sae_research.studies.opinion_qa.evaluate import Exam  # noqa: E402
 from sae_research.studies.opinion_qa.prompts import SPECIMEN  # noqa: E402
 
@@ -56,20 +56,25 @@ def test_a_subject_is_run_judged_saved_and_every_claim_measured(lens, small, ben
     )
     assert study.noop(lab) < 1e-5
     assert lab.l0 == pytest.approx(8)
-    assert study.choose(lab, lab.sae, quick, 0, (1.0,), (0.0, 1e3)).sparsity in (0.0, 1e3)
-    chosen = study.arms(lab, 0)
-    parts = [batch.run(lab, {"block1": deeper}.get, chosen, seed) for seed in (0, 1)]
+    assert study.arms(lab) == list(study.ARMS)
+    grid = replace(lab, settings=replace(settings, sparsities=(0.0, 1e3)))
+    choice = study.choose(grid, "SAE gated", 0)
+    assert choice.sparse.sparsity >= choice.best.sparsity
+    plan = study.planned({name: study.choose(lab, name, 0) for name in study.arms(lab)})
+    edits = {f"SAE {kind}": plan.choices[f"SAE {kind}"].loss for kind in study.ERROR_KEEPING}
+    assert plan.headline == min(edits, key=edits.get)
+    parts = [batch.run(lab, {"block1": deeper}.get, plan, seed) for seed in (0, 1)]
     names = [row.name for row in parts[0].outcomes]
     layers = parts[0].tables["layers"]
     assert layers["role"].tolist() == ["primary", "block1"]
     assert layers["blocks"].tolist() == [1, 2]
     assert set(layers[["all", "answer", "dense"]].to_numpy().ravel()) <= set(names)
     assert (layers["explained"] < 1).all()
-    kappa = parts[0].tables["composition"]["kappa"]
-    assert (kappa == 1).all()  # one pair alone has no other to choose from
-    assert parts[1].tables["composition"].columns.tolist() == [
-        c for c in parts[0].tables["composition"] if c != "trained on them"
-    ]
+    made = parts[0].tables["composition"]
+    assert made["kappa"].between(0.5, 1.2).all()
+    assert (made["people's margins, added"] < made["population"]).mean() > 0.5
+    assert "trained on them" in made
+    assert "trained on them" not in parts[1].tables["composition"]
     left = parts[0].tables["new_groups"]
     assert left.query("way == 'population'")["group"].nunique() == 12
     assert left.query("way == 'population, attribute unseen'")["group"].nunique() == 14
@@ -77,31 +82,24 @@ def test_a_subject_is_run_judged_saved_and_every_claim_measured(lens, small, ben
     for row in parts[0].outcomes:
         assert row.answers.shape == (14, len(lab.exam.questions), 4), row.name
         assert np.allclose(row.answers.sum(-1), 1, atol=1e-5), row.name
-        assert 0 <= row.moved <= 1, row.name
+        assert np.isnan(row.moved) or 0 <= row.moved <= 1, row.name
+        assert np.isnan(row.silent) or 0 <= row.silent <= row.coordinates, row.name
         assert row.parameters >= 0, row.name
     silent = {row.name: row.cost.loss for row in parts[0].outcomes}
     assert silent["no steering"] == 0
     assert silent["SAE additive"] != 0
     assert silent["last token only"] == 0  # it leaves other text as it is
 
-    subject.save(parts[0], tmp_path, "world-survey", "block0_topk")
+    subject.save(parts[0], tmp_path, lab)
     again = subject.load(tmp_path)
     assert [o.name for o in again.outcomes] == names
     assert all(np.array_equal(a.answers, b.answers) for a, b in zip(again.outcomes, parts[0].outcomes, strict=True))
     assert torch.equal(again.shift.axes, parts[0].shift.axes)
     assert set(again.tables) == set(parts[0].tables)
 
-    best = batch.headline(settings)
-    tables = {
-        "scores": report.scores(lab.exam, parts),
-        "intervals": report.intervals(lab.exam, parts),
-        "paired": report.paired(lab.exam, parts, best),
-        "groups": report.groups(lab.exam, parts),
-        "topics": report.topics(lab.exam, parts),
-        "attributes": report.attributes(lab.exam, parts, [best]),
-    } | report.collected(parts)
+    tables = report.tables(lab.exam, parts, plan)
     prompt = next(name for name in names if name.endswith("(best on validation)"))
-    about = {"headline": best, "prompt": prompt, "noop": 0.0, "subject": "world-survey"}
+    about = {"headline": plan.headline, "prompt": prompt, "noop": 0.0, "subject": "world-survey"}
     found = findings.measurements(tables, about)
     stated = claims.stated("opinion_qa")
     assert set(found) == set(stated)
@@ -126,28 +124,54 @@ def test_composition_is_set_against_the_margin_that_is_better_on_average():
     assert found.n == 4
 
 
-def test_the_negative_control_is_the_attribute_that_truly_moves_least():
+def test_new_groups_are_compared_group_by_group_and_question_by_question():
     table = rows(
-        method=["m"] * 6, seed=[0, 0, 0, 1, 1, 1], attribute=["party", "age", "hand"] * 2,
-        predicted=[1.0, 3.0, 0.2, 1.0, 3.0, 0.4], true=[1.0, 1.0, 0.0] * 2,
+        way=["scores"] * 4 + ["population"] * 4, shots=[10] * 4 + [0] * 4, seed=[0] * 8, group=["x", "x", "y", "y"] * 2,
+        cluster=[0, 1] * 4, wd=[0.1, 0.3, 0.2, 0.4, 0.2, 0.3, 0.4, 0.5],
     )  # fmt: skip
-    assert findings.negative_control({"attributes": table}, "m").value == pytest.approx(0.15)
-
-
-def test_new_groups_are_compared_group_by_group():
-    table = rows(
-        way=["few", "few", "none", "none"], shots=[10, 10, 0, 0], group=["x", "y"] * 2, wd=[0.1, 0.3, 0.2, 0.35]
-    )
-    found = findings.new_groups({"new_groups": table}, ("few", 10), ("none", 0))
-    assert found.value == pytest.approx(-0.075)
+    found = findings.new_groups({"new_groups": table}, ("scores", 10), ("population", 0))
+    assert found.value == pytest.approx(-0.1)
     assert found.n == 2
+    assert findings.new_groups({"new_groups": table}, ("scores", 50), ("population", 0)) is None
+
+
+def test_the_quietest_attribute_is_the_one_that_truly_moves_least(small):
+    exam = Exam(small, np.arange(18))
+    true = intervals.quietest_share(exam, exam.truth[None], 0)
+    assert true.value < 1e-6  # hands answer alike
+    names = np.array([g.attribute for g in small.groups])
+    moved = exam.truth.copy()
+    moved[names == "hand"] = exam.truth[names == "party"][:2]
+    assert intervals.quietest_share(exam, moved[None], 0).value > 0.3
+
+
+def test_one_group_that_loses_is_seen(small):
+    exam = Exam(small, np.arange(18))
+    before = np.repeat(small.overall[None], 14, 0)
+    after = exam.truth.copy()
+    assert intervals.worst_change(exam, after[None], before[None], 0).value <= 0
+    after[3] = small.uniform
+    assert intervals.worst_change(exam, after[None], before[None], 0).value > 0.02
+
+
+def test_slope_and_identification_with_intervals_are_those_of_the_scores(small):
+    exam = Exam(small, np.arange(18))
+    mean = np.tensordot(small.weights, exam.truth, 1)
+    shrunk = mean + 0.5 * (exam.truth - mean)
+    from sae_research.studies.opinion_qa import evaluate
+
+    known = evaluate.scores(exam, shrunk, np.repeat(small.uniform[None], 14, 0))
+    for name in ("slope", "identification"):
+        found = getattr(intervals, name)(exam, np.stack([shrunk, shrunk]), 0)
+        assert found.value == pytest.approx(getattr(known, name))
+        assert found.low <= found.value <= found.high
 
 
 def test_a_ratio_of_distances_is_exact_for_a_method_against_itself(small):
     exam = Exam(small, np.arange(18))
     uniform = np.repeat(small.uniform[None, None], 14, 1)
-    assert evaluate.wd_ratio(exam, uniform, uniform, 0).low == pytest.approx(1)
+    assert intervals.wd_ratio(exam, uniform, uniform, 0).low == pytest.approx(1)
     half = (uniform + exam.truth[None]) / 2
-    found = evaluate.wd_ratio(exam, half, uniform, 0)
+    found = intervals.wd_ratio(exam, half, uniform, 0)
     assert found.value == pytest.approx(0.5)
     assert found.high == pytest.approx(0.5)

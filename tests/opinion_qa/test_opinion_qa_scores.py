@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sae_research.errors import ResearchError
-from sae_research.studies.opinion_qa import evaluate
+from sae_research.studies.opinion_qa import evaluate, intervals
 from sae_research.studies.opinion_qa.evaluate import Exam
 from sae_research.survey import logit, reliability
 from sae_research.world.survey_population import Population, PopulationSettings
@@ -86,23 +86,23 @@ def test_intervals_hold_the_value_and_paired_ones_are_tighter(exam, web):
     mean = np.tensordot(exam.survey.weights, exam.truth, 1)
     seeds = np.stack([mean + s * (exam.truth - mean) for s in (0.5, 0.6, 0.7)])
     better = np.stack([mean + (s + 0.1) * (exam.truth - mean) for s in (0.5, 0.6, 0.7)])
-    rho = evaluate.rho_interval(exam, seeds, 0)
+    rho = intervals.rho_dev(exam, seeds, 0)
     assert rho.value == pytest.approx(np.mean([evaluate.scores(exam, p, web).rho_dev for p in seeds]), abs=0.01)
     assert rho.low <= rho.value <= rho.high
     assert rho.n == 18
-    wd = evaluate.wd_interval(exam, seeds, 0)
+    wd = intervals.wd(exam, seeds, 0)
     assert wd.value == pytest.approx(exam.distance(seeds, exam.truth).mean())
-    paired = evaluate.wd_interval(exam, better, 0, less=seeds)
+    paired = intervals.wd(exam, better, 0, less=seeds)
     assert paired.high < 0
     assert paired.high - paired.low < wd.high - wd.low
-    assert evaluate.rho_interval(exam, seeds, 0, less=seeds).value == 0
+    assert intervals.rho_dev(exam, seeds, 0, less=seeds).value == 0
     nothing = np.repeat(web[None], 2, 0)
-    assert evaluate.rho_interval(exam, nothing, 0).value == 0
+    assert intervals.rho_dev(exam, nothing, 0).value == 0
 
 
 def test_a_single_cluster_has_no_interval(exam):
     with pytest.raises(ResearchError, match="two clusters"):
-        evaluate.resampled(lambda s: s[..., 0], np.ones((2, 5, 1)), np.zeros(5), 0)
+        intervals.resampled(lambda s: s[..., 0], np.ones((2, 5, 1)), np.zeros(5), 0)
 
 
 def test_off_target_is_nought_for_calibration_and_sees_what_spills(exam, population):

@@ -28,6 +28,7 @@ from sae_research.studies.opinion_qa.shift import (  # noqa: E402
     residual_basis,
     sae_basis,
     save_shift,
+    token_basis,
 )
 from sae_research.survey import divergence  # noqa: E402
 
@@ -240,7 +241,7 @@ def test_only_the_largest_coordinates_are_kept(basis):
 def test_saving_and_loading_is_the_identity_and_checks_the_fit(tmp_path, lens, sae, basis):
     shift = shift_of(basis)
     cards = {g: {"wd": 0.1} for g in GROUPS}
-    save_shift(shift, tmp_path / "shift", model=lens.name, sae="random", cards=cards)
+    save_shift(shift, tmp_path / "shift", model=lens.name, sae="random", rows=basis.rows, cards=cards)
     again = load_shift(tmp_path / "shift", lens, sae)
     for name in ("shared", "axes", "scores"):
         assert torch.equal(getattr(again, name), getattr(shift, name))
@@ -250,6 +251,8 @@ def test_saving_and_loading_is_the_identity_and_checks_the_fit(tmp_path, lens, s
     assert torch.equal(*(lens.logits(tokens, edit) for edit in edits))
     with pytest.raises(ResearchError, match="has 64; load 'random'"):
         load_shift(tmp_path / "shift", lens, random_sae("topk", width=32, latents=64, k=12))
+    with pytest.raises(ResearchError, match="other latents than the one of the shift; load 'random'"):
+        load_shift(tmp_path / "shift", lens, random_sae("topk", width=32, latents=96, k=12, seed=5))
     with pytest.raises(ResearchError, match="did you mean 'red'"):
         again.delta("rad")
 
@@ -257,14 +260,27 @@ def test_saving_and_loading_is_the_identity_and_checks_the_fit(tmp_path, lens, s
 def test_controls_take_the_sae_s_place_with_its_size_and_sparsity(bench):
     block = bench.block
     random = random_basis(block, 96, 8.0, seed=0)
-    active = (random.encode(block) > 0).double().sum(1).mean()
-    assert active == pytest.approx(8.0, abs=0.05)
+    assert ((random.encode(block) > 0).sum(1) == 8).all()  # on every token, as a TopK SAE has
     assert torch.allclose(random.rows.norm(dim=1), torch.ones(96), atol=1e-5)
     pca = pca_basis(block)
     assert torch.allclose(pca.reconstruct(pca.encode(block)), block, atol=1e-3)
     assert (pca.encode(block) >= 0).all()
     dense = residual_basis(32)
     assert torch.equal(dense.encode(block), block)
+
+
+def test_a_vector_a_token_adds_what_it_holds_for_the_token_that_is_there(bench):
+    tokens = token_basis(bench.block, bench.block_tokens)
+    names = bench.block_tokens.unique()
+    assert tokens.size == 32 * len(names)
+    codes = tokens.encode(bench.block)
+    assert (codes.sum(-1) == 32).all()
+    read = names[codes[:, ::32].argmax(-1)]
+    assert (read == bench.block_tokens).double().mean() > 0.6  # chance is one in dozens
+    delta = torch.randn(1, tokens.size, generator=torch.Generator().manual_seed(0))
+    moved = displacement(tokens, "gated", bench.block[:, None], tokens.encode(bench.block[:, None]), delta)[:, 0, 0]
+    held = delta.reshape(len(names), 32)
+    assert torch.allclose(moved, held[codes[:, ::32].argmax(-1)], atol=1e-5)
 
 
 def test_letters_read_every_single_token_variant_and_both_orders():

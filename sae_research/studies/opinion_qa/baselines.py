@@ -10,7 +10,7 @@ from sae_research.errors import ResearchError
 from sae_research.studies.opinion_qa import objective
 from sae_research.studies.opinion_qa.bench import Bench, Prompts, prompts
 from sae_research.studies.opinion_qa.fit import Targets
-from sae_research.studies.opinion_qa.letters import averaged, by_ordinal, option_log_probs
+from sae_research.studies.opinion_qa.letters import Reading, averaged, by_ordinal, option_log_probs
 from sae_research.studies.opinion_qa.prompts import Dialect
 from sae_research.studies.opinion_qa.shift import Basis, Shift
 from sae_research.survey import Survey
@@ -74,12 +74,15 @@ def letter_scores(bench: Bench, residual: torch.Tensor, last: torch.Tensor) -> t
         return torch.cat([bench.letters.unembedded(bench.upper, bench.upper.states(x, at)) for x, at in parts])
 
 
-def read_scores(bench: Bench, scores: torch.Tensor, rows: torch.Tensor) -> np.ndarray:
-    """Answers [groups, questions, options] from letter scores [groups, prompts, letters], both orders averaged."""
+def read_scores(bench: Bench, scores: torch.Tensor, rows: torch.Tensor) -> Reading:
+    """Answers [groups, questions, options] from letter scores [groups, prompts, letters], both orders averaged.
+
+    Scores of letters say nothing of the mass of other tokens.
+    """
     ladder, reverse = bench.prompts.ladder[rows], bench.prompts.reverse[rows]
     found = torch.stack([by_ordinal(s, ladder, reverse).softmax(-1) for s in scores])
     halves = [half.double().cpu().numpy() for half in found.chunk(2, dim=1)]
-    return averaged(halves, [np.ones(half.shape[:2]) for half in halves]).probabilities
+    return averaged(halves, [np.full(half.shape[:2], np.nan) for half in halves])
 
 
 # prompting
@@ -99,14 +102,23 @@ class Prompted:
     """Final normed state there, [groups, prompts, d]."""
     block: torch.Tensor
     """Mean residual over the survey block of each group's prompts, [groups, d]."""
+    codes: torch.Tensor
+    """Mean code over the block, [groups, M]."""
+    fires: torch.Tensor
+    """Share of the block's tokens on which each coordinate is active, [groups, M]."""
+    spread: torch.Tensor
+    """Variance over prompts of a prompt's mean code over its block, mean over groups, [M]."""
+    count: int
+    """Prompts of each group that block means are over."""
 
 
-def prompted(bench: Bench, dialect: Dialect, form: str, survey: Survey, rows: Sequence[int]) -> Prompted:
+def prompted(bench: Bench, basis: Basis, dialect: Dialect, form: str, survey: Survey, rows: Sequence[int]) -> Prompted:
     """Ask every group the questions of the bench in one form; block means are over the questions `rows`.
 
-    The block of a prompt is what it ends with as the prompt without a group does.
+    The block of a prompt is what it ends with as the prompt without a group does. A group is in all its tokens, while
+    the last one need not have heard of it yet at an early layer.
     """
-    asked, scores, hidden, final, block = [], [], [], [], []
+    asked, scores, hidden, final, block, codes, fires, spread = [], [], [], [], [], [], [], []
     for group in survey.groups:
         siblings = [g for g in survey.groups if g.attribute == group.attribute]
         own = prompts(bench.lens, bench.questions, dialect.prompted(form, group, siblings))
@@ -117,12 +129,25 @@ def prompted(bench: Bench, dialect: Dialect, form: str, survey: Survey, rows: Se
             state = torch.cat([bench.upper.states(x, at) for x, at in parts])
             scores.append(bench.letters.unembedded(bench.upper, state))
         asked.append(own)
-        final.append(state)
+        final.append(state.float())
         hidden.append(residual[torch.arange(len(residual)), own.last])
         inside = (place <= own.last[:, None]) & (place > (own.last - shared_ending(own, bench.prompts))[:, None])
         train = own.rows(rows)
         block.append(residual[train][inside[train]].mean(0))
-    return Prompted(asked, torch.stack(scores), torch.stack(hidden), torch.stack(final), torch.stack(block))
+        parts = [_over_block(basis, residual[p], inside[p]) for p in bench.parts(train, 1)]
+        by_prompt, active = (torch.cat(part) for part in zip(*parts, strict=True))
+        codes.append(by_prompt.mean(0))
+        fires.append(active.mean(0))
+        spread.append(by_prompt.var(0))
+    tables = (torch.stack(table) for table in (scores, hidden, final, block, codes, fires))
+    return Prompted(asked, *tables, torch.stack(spread).mean(0), len(train))
+
+
+@torch.no_grad()
+def _over_block(basis: Basis, residual: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean code over the tokens `inside` of each prompt and the share of them on which it is active, [prompts, M]."""
+    codes, count = basis.encode(residual) * inside[..., None], inside.sum(1, keepdim=True)
+    return codes.sum(1) / count, (codes != 0).sum(1) / count
 
 
 def shared_ending(first: Prompts, second: Prompts) -> torch.Tensor:
@@ -141,7 +166,7 @@ def best_form(bench: Bench, forms: dict[str, Prompted], targets: Targets) -> str
     rows = bench.prompts.rows(targets.validation)
 
     def loss(asked: Prompted) -> float:
-        found = read_scores(bench, asked.scores[:, rows], rows)
+        found = read_scores(bench, asked.scores[:, rows], rows).probabilities
         logs = torch.tensor(np.log(np.maximum(found, 1e-12)))
         truth = torch.tensor(targets.answers[:, targets.validation])
         return objective.forward_divergence(truth, logs).mean().item()
@@ -150,6 +175,9 @@ def best_form(bench: Bench, forms: dict[str, Prompted], targets: Targets) -> str
 
 
 # untrained directions
+
+STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+"""Multiples of an untrained direction that validation chooses from; its own length says little."""
 
 
 def difference_of_means(asked: Prompted, targets: Targets) -> torch.Tensor:
@@ -162,26 +190,16 @@ def difference_of_means(asked: Prompted, targets: Targets) -> torch.Tensor:
     return torch.stack(found)
 
 
-def latent_contrasts(
-    bench: Bench, basis: Basis, asked: Prompted, targets: Targets
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each latent: mean code of g less that of its siblings [groups, M], and the F statistic between groups [M].
-
-    Codes are those of the last prompt token, over training questions.
-    """
-    rows, mean, within = bench.prompts.rows(targets.train), [], 0.0
-    for hidden in asked.hidden:
-        codes = basis.encode(hidden[rows])
-        mean.append(codes.mean(0))
-        within = within + codes.var(0) / len(asked.hidden)
-    mean = torch.stack(mean)
+def latent_contrasts(asked: Prompted, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each latent: mean code of g less that of its siblings [groups, M], and the F statistic between groups [M]."""
+    mean, within = asked.codes, asked.spread
     attributes = np.array(targets.attributes)
     contrast, between = torch.zeros_like(mean), torch.zeros_like(within)
     for attribute in dict.fromkeys(attributes):
         group = np.flatnonzero(attributes == attribute)
         total = mean[group].sum(0)
         contrast[group] = mean[group] - (total - mean[group]) / (len(group) - 1)
-        between += len(rows) * mean[group].var(0)
+        between += asked.count * mean[group].var(0)
     statistic = torch.where(within > 1e-10, between / within.clamp(min=1e-10), 0.0)
     return contrast, statistic
 
@@ -207,7 +225,7 @@ def untrained(
 
 
 def best_strength(
-    bench: Bench, basis: Basis, shift: Shift, targets: Targets, strengths: Sequence[float]
+    bench: Bench, basis: Basis, shift: Shift, targets: Targets, strengths: Sequence[float] = STRENGTHS
 ) -> tuple[float, Shift]:
     """The strength of the group part that lies closest to the groups on validation questions."""
     truth = torch.tensor(targets.answers[:, targets.validation])
@@ -253,8 +271,11 @@ def linear_reader(
     start: torch.Tensor | None = None,
     by_group: bool = False,
     ridges: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1),
-) -> Reader:
-    """Fit letter rows on states [groups, prompts, d] by forward KL, pulled towards `start`; ridge by validation."""
+) -> tuple[Reader, float]:
+    """Fit letter rows on states [groups, prompts, d] by forward KL, pulled towards `start`; ridge by validation.
+
+    The second value is the loss on validation questions.
+    """
     groups, letters = len(states), bench.letters.tokens.shape[0]
     here = states.device
     center = torch.zeros(letters, states.shape[-1], device=here) if start is None else start
@@ -290,7 +311,7 @@ def linear_reader(
             best, lowest = reader, found
     if best is None:
         raise ResearchError("the linear reader did not converge at any ridge; check the cached states.")
-    return best
+    return best, lowest
 
 
 def unembedding_of_letters(bench: Bench) -> torch.Tensor:

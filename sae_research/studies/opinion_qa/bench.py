@@ -123,9 +123,17 @@ class Bench:
 
         At most `_SAMPLE` of them, spread evenly over the prompts.
         """
+        return self.residual[self._sampled]
+
+    @cached_property
+    def block_tokens(self) -> torch.Tensor:
+        """The tokens of `block`, [tokens]."""
+        return self.prompts.tokens[self._sampled]
+
+    @property
+    def _sampled(self) -> tuple[torch.Tensor, ...]:
         own = self.prompts.editable("question").nonzero()
-        row, place = own[:: -(-len(own) // _SAMPLE)].T
-        return self.residual[row, place]
+        return tuple(own[:: -(-len(own) // _SAMPLE)].T)
 
     def parts(self, rows: torch.Tensor, copies: int) -> tuple[torch.Tensor, ...]:
         """`rows` in parts that go through the blocks at once when each is run under `copies` shifts."""

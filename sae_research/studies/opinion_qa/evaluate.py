@@ -3,16 +3,12 @@
 Distributions are arrays of [groups, questions, options]; several seeds add a leading axis.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sae_research.errors import ResearchError
-from sae_research.stats import Interval
-from sae_research.survey import Survey, deviations, divergence, group_part
-
-_DRAWS = 2000
+from sae_research.survey import Survey, divergence, group_part
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,7 @@ def scores(exam: Exam, predicted: np.ndarray, unsteered: np.ndarray) -> Scores:
         rho_dev=float(np.nan_to_num(part.rho)) / exam.reliability**0.5,
         slope=part.slope,
         swap=float(swap.mean()),
-        swapped_groups=float((swap[differs] > 0).mean()) if differs.any() else float("nan"),
+        swapped_groups=float((swap[differs] > 1e-9).mean()) if differs.any() else float("nan"),
         identification=accuracy,
         chance=chance,
         variance_ratio=float(_between(predicted, weights) / _between(truth, weights)),
@@ -143,17 +139,23 @@ def groups_that_differ(exam: Exam, least: float = 0.005) -> np.ndarray:
     return found
 
 
-def identification(exam: Exam, predicted: np.ndarray, least: float = 0.02) -> tuple[float, float]:
-    """Share of cells in which the nearest sibling is the group itself, and chance; only cells apart by `least`."""
-    hits, chances = [], []
+def identification(exam: Exam, predicted: np.ndarray) -> tuple[float, float]:
+    """Share of cells in which the nearest sibling is the group itself, and chance; only cells that are well apart."""
+    hits, clear, chance = identified(exam, predicted).sum(0)
+    return (float(hits / clear), float(chance / clear)) if clear else (float("nan"), float("nan"))
+
+
+def identified(exam: Exam, predicted: np.ndarray, least: float = 0.02) -> np.ndarray:
+    """By question: groups that are their own nearest sibling, groups at least `least` apart from theirs, and chance."""
+    found = np.zeros((predicted.shape[1], 3))
     for group in exam.siblings():
         apart = exam.distance(exam.truth[group][:, None], exam.truth[group][None])
         apart[np.arange(len(group)), np.arange(len(group))] = np.inf
         clear = apart.min(1) >= least
         nearest = exam.distance(predicted[group][:, None], exam.truth[group][None]).argmin(1)
-        hits += (nearest == np.arange(len(group))[:, None])[clear].tolist()
-        chances += [1 / len(group)] * int(clear.sum())
-    return (float(np.mean(hits)), float(np.mean(chances))) if hits else (float("nan"), float("nan"))
+        own = nearest == np.arange(len(group))[:, None]
+        found += np.stack([(own & clear).sum(0), clear.sum(0), clear.sum(0) / len(group)], -1)
+    return found
 
 
 def _between(p: np.ndarray, weights: np.ndarray) -> float:
@@ -162,72 +164,6 @@ def _between(p: np.ndarray, weights: np.ndarray) -> float:
 
 def _entropy(p: np.ndarray) -> np.ndarray:
     return -(p * np.log(np.maximum(p, 1e-12))).sum(-1)
-
-
-def resampled(
-    statistic: Callable[[np.ndarray], np.ndarray], sums: np.ndarray, clusters: np.ndarray, seed: int
-) -> Interval:
-    """Percentile interval of `statistic` of sums over questions, resampling question clusters and training seeds.
-
-    `sums` is [seeds, questions, columns]; `statistic` takes [..., columns] of totals.
-    """
-    names = np.unique(clusters)
-    if len(names) < 2:
-        raise ResearchError("an interval over questions needs at least two clusters of questions.")
-    table = np.stack([sums[:, clusters == name].sum(1) for name in names], 1)
-    draws = np.random.default_rng(seed)
-    runs = draws.multinomial(len(table), np.full(len(table), 1 / len(table)), _DRAWS)
-    picks = draws.multinomial(len(names), np.full(len(names), 1 / len(names)), _DRAWS)
-    drawn = statistic(np.einsum("ds,dc,sck->dk", runs, picks, table, optimize=True))
-    low, high = np.quantile(drawn[np.isfinite(drawn)], [0.025, 0.975])
-    value = float(statistic(table.sum((0, 1))))
-    return Interval(value, min(value, float(low)), max(value, float(high)), len(names))
-
-
-def wd_interval(exam: Exam, predicted: np.ndarray, seed: int, less: np.ndarray | None = None) -> Interval:
-    """Mean WD of [seeds, groups, questions, options]; with `less`, the paired difference to another method's."""
-    wd = exam.distance(predicted, exam.truth).mean(1)
-    if less is not None:
-        wd = wd - exam.distance(less, exam.truth).mean(1)
-    return resampled(lambda s: s[..., 0] / s[..., 1], np.stack([wd, np.ones_like(wd)], -1), exam.clusters, seed)
-
-
-def wd_ratio(exam: Exam, predicted: np.ndarray, other: np.ndarray, seed: int) -> Interval:
-    """Mean WD of one method over that of another, both [seeds, groups, questions, options], on the same questions."""
-    table = np.stack([exam.distance(p, exam.truth).mean(1) for p in (predicted, other)], -1)
-    return resampled(lambda s: s[..., 0] / np.maximum(s[..., 1], 1e-12), table, exam.clusters, seed)
-
-
-def rho_interval(exam: Exam, predicted: np.ndarray, seed: int, less: np.ndarray | None = None) -> Interval:
-    """rho_dev of [seeds, groups, questions, options]; with `less`, the paired difference to another method's."""
-    first = _products(exam, predicted)
-    if less is None:
-        return resampled(lambda s: _rho(s) / exam.reliability**0.5, first, exam.clusters, seed)
-    second = _products(exam, less)
-    width = first.shape[-1]
-    return resampled(
-        lambda s: (_rho(s[..., :width]) - _rho(s[..., width:])) / exam.reliability**0.5,
-        np.concatenate([first, second], -1),
-        exam.clusters,
-        seed,
-    )
-
-
-def _products(exam: Exam, predicted: np.ndarray) -> np.ndarray:
-    """What a correlation of deviations needs, summed over groups and options, [seeds, questions, 6]."""
-    weights, mask = exam.survey.weights, exam.mask
-    b = deviations(exam.truth, weights) * mask
-    found = []
-    for one in predicted:
-        a = deviations(one, weights) * mask
-        found.append(np.stack([(x * mask).sum((0, 2)) for x in (np.ones_like(a), a, b, a * a, b * b, a * b)], -1))
-    return np.stack(found)
-
-
-def _rho(s: np.ndarray) -> np.ndarray:
-    n, a, b, aa, bb, ab = np.moveaxis(s, -1, 0)
-    scale = np.maximum(aa - a * a / n, 0) * np.maximum(bb - b * b / n, 0)
-    return np.where(scale > 1e-12, (ab - a * b / n) / np.sqrt(np.maximum(scale, 1e-12)), 0.0)
 
 
 def off_target(exam: Exam, predicted: np.ndarray, calibrated: np.ndarray, share: float = 1 / 3) -> np.ndarray:

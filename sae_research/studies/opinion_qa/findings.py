@@ -8,6 +8,7 @@ import numpy as np
 from sae_research import stats, store
 from sae_research.claims import Measurement
 from sae_research.stats import Interval
+from sae_research.studies.opinion_qa import intervals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,19 +54,6 @@ def column(t: "Tables", method: str, name: str) -> "pd.Series":
     return t["scores"].query("method == @method").set_index("seed")[name]
 
 
-def worst_group(t: "Tables", best: str) -> Interval:
-    """WD of the worst group, less that of the worst group without steering."""
-    return over_seeds(column(t, best, "worst") - column(t, "no steering", "worst").iloc[0])
-
-
-def negative_control(t: "Tables", best: str) -> Interval:
-    """Deviations predicted for the attribute that moves nothing, relative to the mean of the others."""
-    rows = t["attributes"].query("method == @best")
-    table = rows.pivot_table(index="seed", columns="attribute", values="predicted", sort=False)
-    silent = rows.groupby("attribute", sort=False)["true"].mean().idxmin()
-    return over_seeds(table[silent] / table.drop(columns=silent).mean(axis=1))
-
-
 def composition(t: "Tables") -> Interval:
     """WD of the composed shift less that of the margin that is better on average; mean over pairs and seeds."""
     rows = t["composition"]
@@ -75,15 +63,20 @@ def composition(t: "Tables") -> Interval:
     return stats.cluster_bootstrap(gap, seed=0, draws=2000)
 
 
-def new_groups(t: "Tables", first: tuple[str, int], second: tuple[str, int]) -> Interval:
-    """WD to groups that training left out, first less second way; interval over groups."""
-    table = t["new_groups"].pivot_table(index="group", columns=["way", "shots"], values="wd", sort=False)
-    return stats.cluster_bootstrap((table[first] - table[second]).to_numpy(), seed=0, draws=2000)
+def new_groups(t: "Tables", first: tuple[str, int], second: tuple[str, int]) -> Interval | None:
+    """WD to groups that training left out, first less second way; over groups, clusters of questions and seeds."""
+    table, keys = t["new_groups"], ["seed", "group", "cluster"]
+    ways = [table.query("way == @way and shots == @shots").set_index(keys)["wd"] for way, shots in (first, second)]
+    if any(way.empty for way in ways):
+        return None
+    gap = (ways[0] - ways[1]).unstack("cluster").sort_index()
+    shape = [gap.index.get_level_values(i).nunique() for i in (0, 1)]
+    return intervals.over_groups_and_clusters(gap.to_numpy().reshape(*shape, -1), seed=0)
 
 
-def axis(t: "Tables", number: int) -> Interval:
-    """Canonical correlation of the groups' scores with the planted traits."""
-    return over_seeds(t["axes"].query("axis == @number").set_index("seed")["correlation"])
+def axis(t: "Tables", number: int, which: str = "correlation") -> Interval:
+    """Canonical correlation of the groups' scores with the planted traits, or what chance gives."""
+    return over_seeds(t["axes"].query("axis == @number").set_index("seed")[which])
 
 
 def deepest(t: "Tables") -> "pd.Series":
@@ -99,26 +92,29 @@ def coordinates(t: "Tables", best: str, dense: str) -> float:
 
 def measurements(t: "Tables", about: dict) -> dict[str, Measurement | None]:
     """A measurement for every claim of the study; None where the run lacks what it needs."""
-    best, dense, free = about["headline"], "dense vector, low rank", "dense vector, free"
-    shuffled, late = "shuffled groups", deepest(t)
-    planted = not t["axes"].empty
+    best, dense, free, none = about["headline"], "dense vector, low rank", "dense vector, free", "no steering"
+    shuffled, late, unkept = "shuffled groups", deepest(t), "nothing kept"
+    planted, few = not t["axes"].empty, ("scores, U frozen", 10)
     found: dict[str, Interval | float | None] = {
         "shift.noop": about["noop"],
-        "shift.fit": less(t, best, "no steering", "wd_ratio"),
+        "shift.fit": less(t, best, none, "wd_ratio"),
         "shift.harm": over_seeds(column(t, best, "cost")),
+        "shift.term": over_seeds(column(t, unkept, "cost") - column(t, best, "cost")),
         "shift.below_population": less(t, best, "human overall marginal"),
-        "shift.worst_group": worst_group(t, best),
-        "shift.sparse": float(column(t, best, "moved").mean()),
+        "shift.worst_group": less(t, best, none, "worst_group"),
+        "shift.sparse": float(column(t, "sparsest within one s.e.", "moved").mean()),
         "shift.sensitivity_stretch": of(t, best, "rho_dev"),
-        "shift.slope": over_seeds(column(t, best, "slope")),
-        "shift.identification": over_seeds(column(t, best, "identification")),
-        "shift.negative_control": negative_control(t, best) if planted else None,
-        "shift.second_axis": axis(t, 2) if planted else None,
+        "shift.slope": of(t, best, "slope"),
+        "shift.identification": of(t, best, "identification"),
+        "shift.negative_control": of(t, best, "quietest") if planted else None,
         "rivals.prompt": less(t, best, about["prompt"]),
+        "rivals.means": less(t, best, "difference of means, calibrated"),
         "rivals.lora": less(t, best, "LoRA, one a group") if _has(t, "LoRA, one a group") else None,
+        "space.tokens": less(t, best, "a vector a token") if _has(t, "a vector a token") else None,
+        "space.raw": less(t, "SAE multiplicative", "raw coordinates multiplicative"),
         "h1.depth": less(t, best, late["all"], "rho_dev"),
         "h1.letters": of(t, late["all"], "rho_dev"),
-        "h1.divergence": over_seeds(column(t, late["all"], "kl") - column(t, "no steering", "kl").iloc[0]),
+        "h1.divergence": less(t, late["all"], none, "kl"),
         "h2.last_token": of(t, late["answer"], "rho_dev"),
         "h3.dense": less(t, best, free, "wd_ratio"),
         "h3.coordinates": coordinates(t, best, free),
@@ -126,15 +122,16 @@ def measurements(t: "Tables", about: dict) -> dict[str, Measurement | None]:
         "h4.composition": composition(t) if not t["composition"].empty else None,
         "h4.correlated": None,
         "h5.shuffled": of(t, shuffled, "rho_dev"),
-        "new_groups.few": new_groups(t, ("scores, U frozen", 10), ("population", 0)),
-        "new_groups.vector": new_groups(t, ("scores, U frozen", 10), ("whole vector", 10)),
-        "real.gemma": less(t, best, "no steering", "wd_ratio") if about["subject"] == "gemma-2-2b" else None,
+        "new_groups.few": new_groups(t, few, ("population", 0)),
+        "new_groups.vector": new_groups(t, few, ("whole vector", 10)),
+        "real.gemma": less(t, best, none, "wd_ratio") if about["subject"] == "gemma-2-2b" else None,
     }
     for kind in ("multiplicative", "gated", "additive"):
         for short, other in (("random", f"random {kind}"), ("pca", f"PCA {kind}"), ("dense", dense)):
             found[f"space.{kind}_{short}"] = less(t, f"SAE {kind}", other)
     judged = {name: _measured(m) for name, m in found.items()}
     judged["shift.sensitivity"] = Measurement.of(of(t, best, "rho_dev"), of(t, shuffled, "rho_dev"))
+    judged["shift.second_axis"] = Measurement.of(axis(t, 2), axis(t, 2, "chance")) if planted else None
     return {f"opinion_qa.{name}": m for name, m in judged.items()}
 
 

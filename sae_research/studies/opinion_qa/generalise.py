@@ -28,19 +28,31 @@ def best_kappa(
     bench: Bench,
     basis: Basis,
     shift: Shift,
-    known: Sequence[tuple[Sequence[Group], np.ndarray]],
+    groups: Sequence[Group],
+    answers: np.ndarray,
     questions: np.ndarray,
-    kappas: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    kappas: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2),
 ) -> float:
-    """The shrinkage of composition that fits `known` intersections and their answers to `questions` best."""
-    truth = torch.tensor(np.concatenate([answers for _, answers in known]))
+    """The shrinkage with which compositions, mixed by their shares, give the answers of their margins back.
+
+    `answers` are those of the shift's own groups to `questions`: nothing is known of an intersection but its share.
+    """
+    mixture, truth = _margins(shift, groups), torch.tensor(answers)
+    kept = mixture.sum(1) > 0
 
     def loss(kappa: float) -> float:
-        delta = torch.cat([composed(shift, groups, kappa) for groups, _ in known])
+        delta = composed(shift, groups, kappa)
         found = bench.answers(basis, shift.kind, delta, questions, shift.positions).probabilities
-        return objective.forward_divergence(truth, torch.tensor(np.log(np.maximum(found, 1e-12)))).mean().item()
+        mixed = torch.tensor(np.einsum("gi,iqk->gqk", mixture[kept], found))
+        return objective.forward_divergence(truth[kept], mixed.clamp(min=1e-12).log()).mean().item()
 
     return min(kappas, key=loss)
+
+
+def _margins(shift: Shift, groups: Sequence[Group]) -> np.ndarray:
+    """Share of each intersection within each of the shift's groups, [groups, intersections]; zero where it is none."""
+    found = np.array([[g.share if name in g.name.split("|") else 0.0 for g in groups] for name in shift.groups])
+    return found / np.maximum(found.sum(1, keepdims=True), 1e-12)
 
 
 def without(targets: Targets, left_out: Sequence[int]) -> Targets:
@@ -95,6 +107,34 @@ def few_shot(
         optimizer.step()
         schedule.step()
     return (shared + scores @ axes.T).detach().cpu()
+
+
+RIDGES = (0.0, 1e-3, 1e-2, 1e-1)
+
+
+def best_ridge(
+    bench: Bench,
+    basis: Basis,
+    shift: Shift,
+    answers: np.ndarray,
+    questions: np.ndarray,
+    validation: np.ndarray,
+    *,
+    free: bool,
+    seed: int,
+) -> float:
+    """The ridge with which groups that the shift knows, placed anew from `questions`, answer `validation` ones best.
+
+    So a way is tuned without another answer of the new group, and each way gets a ridge of its own.
+    """
+    truth = torch.tensor(answers[:, validation])
+
+    def loss(ridge: float) -> float:
+        delta = few_shot(bench, basis, shift, answers, questions, ridge=ridge, free=free, seed=seed)
+        found = bench.answers(basis, shift.kind, delta, validation, shift.positions).probabilities
+        return objective.forward_divergence(truth, torch.tensor(np.log(np.maximum(found, 1e-12)))).mean().item()
+
+    return min(RIDGES, key=loss)
 
 
 def held_out(targets: Targets, turn: int = 0) -> list[int]:

@@ -24,6 +24,7 @@ from sae_research.studies.opinion_qa.shift import (
     random_basis,
     residual_basis,
     sae_basis,
+    token_basis,
 )
 from sae_research.survey import Question, Survey, reliability, sampling_noise
 
@@ -84,6 +85,8 @@ class Laboratory:
                 return random_basis(self.bench.block, self.sae.size, self.l0, seed)
             case "PCA":
                 return pca_basis(self.bench.block)
+            case "tokens":
+                return token_basis(self.bench.block, self.bench.block_tokens)
         return residual_basis(self.bench.lens.d_model, self.bench.lens.device)
 
 

@@ -11,7 +11,7 @@ from sae_research.config import LoRATraining
 from sae_research.studies.opinion_qa import objective
 from sae_research.studies.opinion_qa.bench import Bench, Cost, Prompts
 from sae_research.studies.opinion_qa.fit import Targets
-from sae_research.studies.opinion_qa.letters import averaged, by_ordinal, option_log_probs
+from sae_research.studies.opinion_qa.letters import Reading, averaged, by_ordinal, option_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +29,8 @@ class Adapted:
     """Cost on other text."""
     parameters: int
     """Numbers trained."""
+    order: float
+    """Mean total variation between the two option orders."""
 
 
 def adapter(model: "PreTrainedModel", training: LoRATraining, seed: int):
@@ -75,8 +77,10 @@ def train(
         optimizer.step()
         schedule.step()
     model.eval()
-    found = np.stack([answers_of(model, bench, one, exam) for one in asked])
-    return Adapted(found, cost(model, bench), sum(p.numel() for p in model.parameters() if p.requires_grad))
+    read = [answers_of(model, bench, one, exam) for one in asked]
+    answers, order = np.stack([r.probabilities for r in read]), np.mean([r.order_sensitivity.mean() for r in read])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Adapted(answers, cost(model, bench), trained, float(order))
 
 
 def _gather(asked: list[Prompts], who: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +99,7 @@ def _scores(model, bench: Bench, tokens: torch.Tensor, last: torch.Tensor) -> to
 
 
 @torch.no_grad()
-def answers_of(model, bench: Bench, asked: Prompts, exam: np.ndarray) -> np.ndarray:
+def answers_of(model, bench: Bench, asked: Prompts, exam: np.ndarray) -> Reading:
     """Answers [questions, options], both orders averaged."""
     rows = asked.rows(exam)
     found = [
@@ -103,7 +107,7 @@ def answers_of(model, bench: Bench, asked: Prompts, exam: np.ndarray) -> np.ndar
         for part in rows.split(bench.batch)
     ]
     halves = [half.softmax(-1).double().cpu().numpy() for half in torch.cat(found).chunk(2)]
-    return averaged(halves, [np.ones(len(half)) for half in halves]).probabilities
+    return averaged(halves, [np.full(len(half), np.nan) for half in halves])
 
 
 @torch.no_grad()

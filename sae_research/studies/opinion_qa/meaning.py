@@ -35,31 +35,69 @@ class Latent:
     """AUC of telling them: .5 knows nothing, 1 or 0 all."""
 
 
-@torch.no_grad()
+class Activity:
+    """Where the coordinates of a basis fire on the survey."""
+
+    @torch.no_grad()
+    def __init__(self, bench: Bench, basis: Basis):
+        self.bench, self.basis, self.place = bench, basis, bench.prompts.editable("question")
+        self.parts = bench.parts(torch.arange(len(bench.residual)), 1)
+        total, active = 0.0, 0.0
+        for rows in self.parts:
+            codes = basis.encode(bench.residual[rows])[self.place[rows]]
+            total, active = total + codes.sum(0), active + (codes > 0).float().sum(0)
+        self.mean = (total / active.clamp(min=1)).cpu()
+        self.share = (active / self.place.sum()).cpu()
+
+    def effect(self, weights: torch.Tensor) -> torch.Tensor:
+        """How strongly weights on latents [..., M] act on the survey."""
+        return weights.abs() * self.mean * self.share.sqrt() * self.basis.rows.norm(dim=-1).cpu()
+
+    @torch.no_grad()
+    def contexts(self, latents: torch.Tensor) -> list[tuple[str, ...]]:
+        """The text on which each of some latents fires most."""
+        codes = torch.cat(
+            [self.basis.encode(self.bench.residual[r])[..., latents] * self.place[r][..., None] for r in self.parts]
+        ).cpu()
+        return [_contexts(self.bench, codes[..., i]) for i in range(len(latents))]
+
+
+def _strongest(effect: torch.Tensor, top: int) -> torch.Tensor:
+    return effect.topk(min(top, int((effect > 0).sum()))).indices
+
+
 def latents(
     bench: Bench, basis: Basis, shift: Shift, asked: Prompted, attributes: Sequence[str], top: int = 5
 ) -> list[Latent]:
     """The latents with the largest weights on each axis, weighted by how strongly they act on the survey."""
-    place, mean, active = bench.prompts.editable("question"), 0.0, 0.0
-    parts = bench.parts(torch.arange(len(bench.residual)), 1)
-    for rows in parts:
-        codes = basis.encode(bench.residual[rows])[place[rows]]
-        mean, active = mean + codes.sum(0), active + (codes > 0).float().sum(0)
-    mean, share = (mean / active.clamp(min=1)).cpu(), (active / place.sum()).cpu()
-    effect = shift.axes.T.abs() * mean * share.sqrt() * basis.rows.norm(dim=-1).cpu()
-    chosen = [row.topk(min(top, int((row > 0).sum()))).indices for row in effect]
+    activity = Activity(bench, basis)
+    chosen = [_strongest(effect, top) for effect in activity.effect(shift.axes.T)]
     every = torch.cat(chosen).unique()
-    codes = torch.cat([basis.encode(bench.residual[rows])[..., every] * place[rows][..., None] for rows in parts]).cpu()
-    known = selectivity(basis, asked, attributes, every)
+    known, contexts = selectivity(basis, asked, attributes, every), activity.contexts(every)
     best = np.abs(known - 0.5).argmax(0)
     found = []
     for axis, indices in enumerate(chosen):
         for index in indices.tolist():
             at = int((every == index).nonzero())
-            about = (axis, index, float(shift.axes[index, axis]), float(mean[index]), float(share[index]))
+            acts = float(shift.axes[index, axis]), float(activity.mean[index]), float(activity.share[index])
             told = shift.groups[best[at]], float(known[best[at], at])
-            found.append(Latent(*about, _contexts(bench, codes[..., at]), *told))
+            found.append(Latent(axis, index, *acts, contexts[at], *told))
     return found
+
+
+def main_latents(bench: Bench, basis: Basis, shift: Shift, top: int = 5) -> list[list[dict]]:
+    """For each group, the latents through which its own part acts most, with the text on which they fire."""
+    activity, own = Activity(bench, basis), shift.scores @ shift.axes.T
+    chosen = [_strongest(effect, top) for effect in activity.effect(own)]
+    every = torch.cat(chosen).unique()
+    contexts = activity.contexts(every)
+    return [
+        [
+            {"latent": i, "weight": round(float(row[i]), 5), "fires_on": list(contexts[int((every == i).nonzero())])}
+            for i in indices.tolist()
+        ]
+        for row, indices in zip(own, chosen, strict=True)
+    ]
 
 
 def _contexts(bench: Bench, codes: torch.Tensor, n: int = 3, before: int = 4) -> tuple[str, ...]:
@@ -108,11 +146,13 @@ def selectivity(basis: Basis, asked: Prompted, attributes: Sequence[str], latent
 
 
 def agreement(basis: Basis, shift: Shift, asked: Prompted, contrast: torch.Tensor) -> np.ndarray:
-    """Cosine, per group, of what the shift writes on average with what a group prompt changes in codes."""
-    with torch.no_grad():
-        codes = torch.stack([basis.encode(hidden).mean(0) for hidden in asked.hidden])
-    part = (shift.scores @ shift.axes.T).to(codes)
-    wrote = codes * torch.expm1(part) if shift.kind == "multiplicative" else part
+    """Cosine, per group, of what the shift writes into the survey block on average with what a group prompt changes."""
+    part = (shift.scores @ shift.axes.T).to(asked.codes)
+    wrote = part
+    if shift.kind == "multiplicative":
+        wrote = asked.codes * torch.expm1(part)
+    elif shift.kind == "gated":
+        wrote = asked.fires * part
     found = torch.nn.functional.cosine_similarity(wrote @ basis.rows, contrast @ basis.rows, dim=1)
     return found.cpu().numpy()
 

@@ -8,15 +8,15 @@ import numpy as np
 import pandas as pd
 
 from sae_research.studies.opinion_qa import evaluate
+from sae_research.studies.opinion_qa import intervals as intervals_of
 from sae_research.studies.opinion_qa.evaluate import Exam
-from sae_research.studies.opinion_qa.study import DENSE, ERROR_KEEPING
+from sae_research.studies.opinion_qa.study import DENSE, ERROR_KEEPING, RAW, SHUFFLED, TOKENS, Plan
 from sae_research.survey import deviations
 
 if TYPE_CHECKING:
     from sae_research.studies.opinion_qa.batch import Part
 
-SHUFFLED = "shuffled groups"
-POPULATION, UNSTEERED = "human overall marginal", "no steering"
+UNSTEERED = "no steering"
 
 
 def answers(parts: "Sequence[Part]") -> dict[str, np.ndarray]:
@@ -32,37 +32,74 @@ def scores(exam: Exam, parts: "Sequence[Part]") -> pd.DataFrame:
     for part in parts:
         for o in part.outcomes:
             about = {"method": o.name, "seed": part.seed, "cost": o.cost.loss, "divergence": o.cost.divergence}
-            about |= {name: getattr(o, name) for name in ("parameters", "coordinates", "moved", "mass", "order")}
+            names = ("parameters", "coordinates", "moved", "silent", "size", "strength", "mass", "order")
+            about |= {name: getattr(o, name) for name in names}
             rows.append(about | asdict(evaluate.scores(exam, o.answers, unsteered)))
     return pd.DataFrame(rows)
 
 
-def intervals(exam: Exam, parts: "Sequence[Part]", seed: int = 0) -> pd.DataFrame:
-    """WD and rho_dev of every method with intervals over clusters of questions and seeds."""
+def tables(exam: Exam, parts: "Sequence[Part]", plan: Plan) -> dict[str, pd.DataFrame]:
+    """Every table of a subject."""
+    found = {
+        "choices": choices(plan),
+        "scores": scores(exam, parts),
+        "intervals": intervals(exam, parts),
+        "paired": paired(exam, parts, plan.headline),
+        "groups": groups(exam, parts),
+        "topics": topics(exam, parts),
+        "attributes": attributes(exam, parts, [plan.headline, SHUFFLED]),
+    }
+    return found | collected(parts)
+
+
+def choices(plan: Plan) -> pd.DataFrame:
+    """What validation chose for every arm, and how close it came there."""
     rows = []
-    for name, found in answers(parts).items():
-        for metric, interval in (("wd", evaluate.wd_interval), ("rho_dev", evaluate.rho_interval)):
-            rows.append({"method": name, "metric": metric} | asdict(interval(exam, found, seed)))
+    for name, choice in plan.choices.items():
+        row = {"method": name, "edit": choice.best.kind, "rank": choice.best.rank}
+        row |= {"keep": choice.best.keep, "sparsity": choice.best.sparsity, "sparsest": choice.sparse.sparsity}
+        rows.append(row | {"validation_kl": choice.loss, "validation_cost": choice.harm})
     return pd.DataFrame(rows)
 
 
+def intervals(exam: Exam, parts: "Sequence[Part]", seed: int = 0) -> pd.DataFrame:
+    """Scores of every method with intervals over clusters of questions and the seeds that it was run with."""
+    metrics = {
+        "wd": intervals_of.wd,
+        "kl": intervals_of.kl,
+        "rho_dev": intervals_of.rho_dev,
+        "slope": intervals_of.slope,
+        "identification": intervals_of.identification,
+        "quietest": intervals_of.quietest_share,
+    }
+    return pd.DataFrame(
+        {"method": name, "metric": metric, "seeds": len(found)} | asdict(interval(exam, found, seed))
+        for name, found in answers(parts).items()
+        for metric, interval in metrics.items()
+    )
+
+
 def pairs(headline: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Which methods are compared: the headline with all, each edit in SAE space with itself elsewhere."""
+    """What is compared: the headline with all, all with no steering, each edit in SAE space with itself elsewhere."""
     yield from ((headline, name) for name in names if name != headline)
+    yield from ((name, UNSTEERED) for name in names if name not in (headline, UNSTEERED))
     for kind in ERROR_KEEPING:
         own = f"SAE {kind}"
-        yield from ((own, other) for other in (f"random {kind}", f"PCA {kind}", DENSE) if own != headline)
+        rivals = [f"random {kind}", f"PCA {kind}", DENSE, TOKENS, RAW]
+        yield from ((own, other) for other in rivals if own != headline and other in names)
 
 
 def paired(exam: Exam, parts: "Sequence[Part]", headline: str, seed: int = 0) -> pd.DataFrame:
-    """First less second method on the same questions: WD, rho_dev, and the ratio of their WDs."""
+    """First less second method on the same questions: WD, KL, rho_dev; the ratio of WDs; the largest group's change."""
     table, rows = answers(parts), []
     for first, second in pairs(headline, list(table)):
         a, b = _of_equal_seeds(table[first], table[second])
         found = {
-            "wd": evaluate.wd_interval(exam, a, seed, b),
-            "rho_dev": evaluate.rho_interval(exam, a, seed, b),
-            "wd_ratio": evaluate.wd_ratio(exam, a, b, seed),
+            "wd": intervals_of.wd(exam, a, seed, b),
+            "kl": intervals_of.kl(exam, a, seed, b),
+            "rho_dev": intervals_of.rho_dev(exam, a, seed, b),
+            "wd_ratio": intervals_of.wd_ratio(exam, a, b, seed),
+            "worst_group": intervals_of.worst_change(exam, a, b, seed),
         }
         rows += [{"first": first, "second": second, "metric": m} | asdict(interval) for m, interval in found.items()]
     return pd.DataFrame(rows)

@@ -4,6 +4,7 @@ x' = x + W_dec^T (f' - f) with f = enc(x): the part of x that the dictionary doe
 exactly the frozen model. Only the `literal` edit of the abstract drops it (section 3.3).
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,18 +67,16 @@ def sae_basis(sae: "SAE", name: str = "SAE") -> Basis:
 
 
 def random_basis(residuals: torch.Tensor, size: int, l0: float, seed: int) -> Basis:
-    """As many random unit rows as the SAE has latents, each active above one threshold that gives the same L0."""
+    """As many random unit rows as the SAE has latents; as many of the largest as its L0 are active on every token."""
     random = torch.Generator().manual_seed(seed)
     rows = torch.randn(size, residuals.shape[-1], generator=random).to(residuals)
     rows = rows / rows.norm(dim=-1, keepdim=True)
-    mean = residuals.mean(0)
-    projected = (residuals - mean) @ rows.T
-    keep = max(1, round(l0 * len(residuals)))
-    threshold = projected.flatten().topk(min(keep, projected.numel())).values[-1].clamp(min=1e-6)
+    mean, k = residuals.mean(0), max(1, round(l0))
 
     def encode(x: torch.Tensor) -> torch.Tensor:
         found = (x - mean) @ rows.T
-        return torch.where(found >= threshold, found, 0.0)
+        largest = found.topk(k, dim=-1)
+        return torch.zeros_like(found).scatter(-1, largest.indices, largest.values.clamp(min=0))
 
     return Basis("random dictionary", encode, rows, mean)
 
@@ -88,6 +87,24 @@ def pca_basis(residuals: torch.Tensor) -> Basis:
     components = torch.linalg.svd(residuals - mean, full_matrices=False).Vh
     rows = torch.cat([components, -components])
     return Basis("PCA", lambda x: torch.relu((x - mean) @ rows.T), rows, mean)
+
+
+def token_basis(residuals: torch.Tensor, tokens: torch.Tensor) -> Basis:
+    """A vector of its own for every token of the survey: all that gating by token can do, without an SAE.
+
+    Which token a residual belongs to is read off it: the nearest of the tokens' means.
+    """
+    names, which = tokens.unique(return_inverse=True)
+    sums = torch.zeros(len(names), residuals.shape[-1]).to(residuals).index_add_(0, which, residuals)
+    means = sums / which.bincount()[:, None]
+    width = residuals.shape[-1]
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        near = torch.cdist(x.flatten(0, -2), means).argmin(-1)
+        hot = torch.nn.functional.one_hot(near, len(names)).to(x)
+        return hot.repeat_interleave(width, -1).unflatten(0, x.shape[:-1])
+
+    return Basis("a vector a token", encode, torch.eye(width).to(residuals).repeat(len(names), 1))
 
 
 def residual_basis(width: int, device: str = "cpu") -> Basis:
@@ -177,7 +194,10 @@ class Shift:
         return replace(self, axes=self.axes * kept[:, None])
 
     def edit(self, basis: Basis, group: str | int, *, last: bool | None = None, strength: float = 1.0) -> "Edit":
-        """The edit of one group for `Lens.logits(tokens, {shift.hook: edit})`; `strength` scales the group part."""
+        """The edit of one group for `Lens.logits(tokens, {shift.hook: edit})`; `strength` scales the group part.
+
+        Tokens must be survey prompts for a shift of `question` tokens: it acts on all but the start token of a row.
+        """
         delta = self.delta(group, strength)[None]
         last = self.positions == "answer" if last is None else last
 
@@ -202,15 +222,13 @@ def canonical(shift: Shift, weights: torch.Tensor) -> Shift:
     return replace(shift, axes=axes, scores=shift.scores @ triangle.T @ turned.T)
 
 
-def save_shift(shift: Shift, folder: Path, *, model: str, sae: str, cards: dict[str, dict]) -> None:
-    """Write the shift with what it fits and one card a group, whole or not at all."""
+def save_shift(shift: Shift, folder: Path, *, model: str, sae: str, rows: torch.Tensor, cards: dict[str, dict]) -> None:
+    """Write the shift, what it fits (`rows` is the decoder of its SAE) and a card a group, whole or not at all."""
+    fits = {"model": model, "sae": sae, "hook": shift.hook, "edit": shift.kind, "positions": shift.positions}
+    fits["decoder"] = _print(rows)
     with store.writing(Path(folder)) as partial:
-        store.write_tensors(
-            partial / _WEIGHTS,
-            {"shared": shift.shared, "axes": shift.axes, "scores": shift.scores},
-            {"model": model, "sae": sae, "hook": shift.hook, "kind": shift.kind, "positions": shift.positions},
-        )
-        fits = {"model": model, "sae": sae, "hook": shift.hook, "edit": shift.kind, "positions": shift.positions}
+        tensors = {"shared": shift.shared, "axes": shift.axes, "scores": shift.scores}
+        store.write_tensors(partial / _WEIGHTS, tensors, fits)
         store.write_json(partial / _CARDS, {"fits": fits, "groups": [{"name": g, **cards[g]} for g in shift.groups]})
 
 
@@ -228,8 +246,16 @@ def load_shift(folder: Path, lens: "Lens | None" = None, sae: "SAE | None" = Non
         if lens.name != fits["model"]:
             raise ResearchError(f"this shift steers '{fits['model']}', not '{lens.name}'; load that model.")
         lens.hook(shift.hook)
-    if sae is not None and sae.cfg.d_sae != len(shift.shared):
-        raise ResearchError(
-            f"this shift moves {len(shift.shared)} latents but the SAE has {sae.cfg.d_sae}; load '{fits['sae']}'."
-        )
+    if sae is not None:
+        if sae.cfg.d_sae != len(shift.shared):
+            raise ResearchError(
+                f"this shift moves {len(shift.shared)} latents but the SAE has {sae.cfg.d_sae}; load '{fits['sae']}'."
+            )
+        if _print(sae_basis(sae).rows) != fits["decoder"]:
+            raise ResearchError(f"this SAE has other latents than the one of the shift; load '{fits['sae']}'.")
     return shift
+
+
+def _print(rows: torch.Tensor) -> str:
+    """What tells one decoder from another of its size."""
+    return hashlib.sha256(rows.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]

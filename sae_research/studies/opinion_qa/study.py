@@ -1,6 +1,5 @@
 """Trained shifts: the space they act in, settings chosen on validation questions alone, judgement on test questions."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +10,7 @@ from sae_research.studies.opinion_qa import baselines
 from sae_research.studies.opinion_qa.bench import Cost
 from sae_research.studies.opinion_qa.fit import Fit, fit
 from sae_research.studies.opinion_qa.laboratory import Laboratory
-from sae_research.studies.opinion_qa.shift import Basis
+from sae_research.studies.opinion_qa.shift import Basis, Shift
 
 ERROR_KEEPING = ("gated", "multiplicative", "additive")
 """Edits that leave what the SAE does not explain as it is."""
@@ -31,6 +30,9 @@ def noop(lab: Laboratory, prompts: int = 32) -> float:
     return max(float((logits(x) - plain).abs().max()) for x in steered)
 
 
+NOT_MEASURED = float("nan")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one method achieves."""
@@ -43,19 +45,25 @@ class Outcome:
     """What it does to other text when it is always on."""
     parameters: int
     """Numbers trained, zeros not counted."""
-    moved: float = 1.0
+    moved: float = NOT_MEASURED
     """Share of coordinates that any group moves."""
-    mass: float = 1.0
+    mass: float = NOT_MEASURED
     """Mean probability of the letters among all tokens."""
-    order: float = 0.0
+    order: float = NOT_MEASURED
     """Mean total variation between the two option orders."""
-    coordinates: int = 0
+    coordinates: float = NOT_MEASURED
     """Coordinates that any group moves."""
+    silent: float = NOT_MEASURED
+    """Those of them that never fire on the survey: moving one adds the same vector to every text (section 10)."""
+    size: float = NOT_MEASURED
+    """Mean length of what the shift adds, as a share of the residual's, on tokens of the survey."""
+    strength: float = NOT_MEASURED
+    """The multiple of an untrained direction that validation chose."""
     fit: Fit | None = None
     """The trained shift."""
 
 
-NO_COST = Cost(0.0, 0.0)
+NO_COST, UNKNOWN_COST = Cost(0.0, 0.0), Cost(NOT_MEASURED, NOT_MEASURED)
 
 
 def shifted(lab: Laboratory, name: str, basis: Basis, found: Fit) -> Outcome:
@@ -74,11 +82,33 @@ def shifted(lab: Laboratory, name: str, basis: Basis, found: Fit) -> Outcome:
         float(reading.mass.mean()),
         float(reading.order_sensitivity.mean()),
         int(shift.active.sum()),
-        found,
+        int((shift.active & ~fires(lab, basis)).sum()),
+        size(lab, basis, found.shift),
+        fit=found,
     )
 
 
+@torch.no_grad()
+def fires(lab: Laboratory, basis: Basis) -> torch.Tensor:
+    """Which coordinates are ever active on the survey, [M]."""
+    return (basis.encode(lab.bench.block) != 0).any(0).cpu()
+
+
+@torch.no_grad()
+def size(lab: Laboratory, basis: Basis, shift: Shift, prompts: int = 32) -> float:
+    """Mean ||x' - x|| / ||x|| over groups and survey tokens of some test prompts."""
+    rows = lab.bench.prompts.rows(lab.exam.questions)[:prompts]
+    found = []
+    for part in lab.bench.parts(rows, len(shift.groups)):
+        _, moved = lab.bench.steered(basis, shift.kind, shift.deltas, part, shift.positions)
+        share = moved.norm(dim=-1) / lab.bench.residual[part].norm(dim=-1)[:, None]
+        inside = lab.bench.prompts.editable(shift.positions)[part][:, None].expand_as(share)
+        found.append(share[inside])
+    return float(torch.cat(found).mean())
+
+
 DENSE, FREE = "dense vector, low rank", "dense vector, free"
+TOKENS, RAW = "a vector a token", "raw coordinates multiplicative"
 ARMS: dict[str, tuple[str, dict]] = {
     "SAE multiplicative": ("SAE", {"kind": "multiplicative"}),
     "SAE gated": ("SAE", {"kind": "gated"}),
@@ -89,51 +119,101 @@ ARMS: dict[str, tuple[str, dict]] = {
     "PCA multiplicative": ("PCA", {"kind": "multiplicative"}),
     "PCA gated": ("PCA", {"kind": "gated"}),
     "PCA additive": ("PCA", {"kind": "additive"}),
+    RAW: ("dense", {"kind": "multiplicative"}),
     DENSE: ("dense", {"kind": "additive"}),
     FREE: ("dense", {"kind": "additive", "rank": None}),
+    TOKENS: ("tokens", {"kind": "gated"}),
     "SAE literal": ("SAE", {"kind": "literal"}),
-    "SAE free": ("SAE", {"rank": None}),
 }
-"""Trained shifts: the space they act in and how they depart from the headline; all choose keep and sparsity alike."""
+"""Trained shifts: the space they act in and how they depart from the settings; all choose keep and sparsity alike."""
+
+SPARSE, UNKEPT, SHUFFLED = "sparsest within one s.e.", "nothing kept", "shuffled groups"
+VARIANTS: dict[str, dict] = {
+    UNKEPT: {"keep": 0.0},
+    "movement kept small": {"keep": 0.0, "movement": 1.0},
+    "two stages": {"calibration": "first"},
+    "a vector a group": {"rank": None},
+}
+"""How further arms depart from the headline."""
+
+_LARGEST = 16_384
+"""Coordinates above which no vector a token is trained."""
 
 
-def arms(lab: Laboratory, seed: int) -> dict[str, ShiftTraining]:
-    """The settings of every arm, keep and sparsity chosen on validation questions and documents."""
-    s = lab.settings
-    return {
-        name: choose(lab, lab.basis(space, seed), replace(s.training, **changes), seed, s.keeps, s.sparsities)
-        for name, (space, changes) in ARMS.items()
-    }
+def arms(lab: Laboratory) -> list[str]:
+    """The arms that this subject can have: a vector a token needs a small vocabulary."""
+    tokens = len(lab.bench.block_tokens.unique()) * lab.bench.lens.d_model
+    return [name for name in ARMS if name != TOKENS or tokens <= _LARGEST]
 
 
-def choose(
-    lab: Laboratory,
-    basis: Basis,
-    training: ShiftTraining,
-    seed: int,
-    keeps: Sequence[float],
-    sparsities: Sequence[float],
-) -> ShiftTraining:
-    """lam_keep and lam_sp by validation: harmless to other text, then the sparsest within one s.e. of the best KL."""
-    if len(keeps) == len(sparsities) == 1:
-        return replace(training, keep=keeps[0], sparsity=sparsities[0])
-    tried = []
-    for keep in keeps:
-        base = replace(training, keep=keep)
-        for sparsity in sparsities:
-            candidate = replace(base, sparsity=sparsity)
-            found = fit(lab.bench, basis, candidate, lab.targets, seed)
+@dataclass(frozen=True)
+class Choice:
+    """What validation says of one arm."""
+
+    best: ShiftTraining
+    """The harmless setting with the lowest KL."""
+    sparse: ShiftTraining
+    """The sparsest one whose KL is within one standard error of that, clusters of questions paired (section 3.5)."""
+    loss: float
+    """That lowest KL."""
+    harm: float
+    """What the best setting costs other validation text, in nats."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What validation has decided before any test question is read."""
+
+    headline: str
+    """The edit in SAE space with the lowest validation KL."""
+    choices: dict[str, Choice]
+    """Every arm's settings."""
+
+    @property
+    def best(self) -> ShiftTraining:
+        """The headline's settings."""
+        return self.choices[self.headline].best
+
+
+def planned(choices: dict[str, Choice]) -> Plan:
+    """The plan that follows from the choices: harmless edits that keep the error term compete for the headline."""
+    edits = [f"SAE {kind}" for kind in ERROR_KEEPING]
+    return Plan(min(edits, key=lambda name: choices[name].loss), choices)
+
+
+def choose(lab: Laboratory, name: str, seed: int) -> Choice:
+    """lam_keep and lam_sp of an arm from validation questions and documents alone."""
+    s, (space, changes) = lab.settings, ARMS[name]
+    basis, tried = lab.basis(space, seed), []
+    for keep in s.keeps:
+        for sparsity in s.sparsities:
+            training = replace(s.training, keep=keep, sparsity=sparsity, **changes)
+            found = fit(lab.bench, basis, training, lab.targets, seed)
             harm = 0.0
             if training.positions == "all":
                 harm = lab.bench.cost(basis, training.kind, found.shift.deltas, "validation").loss
-            loss = validation_loss(lab, basis, found)
-            tried.append(
-                (candidate, harm, loss.mean(), loss.std(ddof=1) / len(loss) ** 0.5, found.shift.active.sum().item())
-            )
-    harmless = [t for t in tried if t[1] <= lab.settings.harm] or [min(tried, key=lambda t: t[1])]
-    best = min(harmless, key=lambda t: t[2])
-    close = [t for t in harmless if t[2] <= best[2] + best[3]]
-    return min(close, key=lambda t: (t[4], t[2]))[0]
+            moved = int(found.shift.active.sum())
+            tried.append(_Tried(training, harm, validation_loss(lab, basis, found), moved))
+    harmless = [t for t in tried if t.harm <= s.harm] or [min(tried, key=lambda t: t.harm)]
+    best = min(harmless, key=lambda t: t.loss.mean())
+    close = [t for t in harmless if t is best or within_one_error(t.loss - best.loss)]
+    sparse = min(close, key=lambda t: (t.moved, t.loss.mean()))
+    return Choice(best.training, sparse.training, float(best.loss.mean()), float(best.harm))
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """One setting that was tried."""
+
+    training: ShiftTraining
+    harm: float
+    loss: np.ndarray
+    moved: int
+
+
+def within_one_error(gaps: np.ndarray) -> bool:
+    """Whether the mean of gaps, paired by cluster of questions, is at most its standard error."""
+    return bool(gaps.mean() <= gaps.std(ddof=1) / len(gaps) ** 0.5)
 
 
 def validation_loss(lab: Laboratory, basis: Basis, found: Fit) -> np.ndarray:
@@ -147,13 +227,13 @@ def validation_loss(lab: Laboratory, basis: Basis, found: Fit) -> np.ndarray:
     return cluster_means(loss, [lab.families[i] for i in rows])
 
 
-def trained(lab: Laboratory, name: str, training: ShiftTraining, seed: int) -> Outcome:
-    """Train and judge one of `ARMS` with settings that were chosen before."""
-    basis = lab.basis(ARMS[name][0], seed)
+def trained(lab: Laboratory, name: str, training: ShiftTraining, seed: int, space: str = "SAE") -> Outcome:
+    """Train a shift with settings that were chosen before, and judge it."""
+    basis = lab.basis(space, seed)
     return shifted(lab, name, basis, fit(lab.bench, basis, training, lab.targets, seed))
 
 
 def shuffled(lab: Laboratory, training: ShiftTraining, seed: int) -> Outcome:
     """The headline shift trained on groups that were permuted within each cluster of questions."""
     targets = baselines.groups_shuffled(lab.targets, lab.families, seed)
-    return shifted(lab, "shuffled groups", lab.sae, fit(lab.bench, lab.sae, training, targets, seed))
+    return shifted(lab, SHUFFLED, lab.sae, fit(lab.bench, lab.sae, training, targets, seed))

@@ -1,0 +1,194 @@
+"""Study 1 on real settings: Gemma-2-2B and its tuned sibling, as miniature replicas, asked a made-up OpinionQA."""
+
+import csv
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+torch = pytest.importorskip("torch")
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from sae_research import catalogue, claims, config, dictionaries, paths, survey_files  # noqa: E402
+from sae_research.errors import ResearchError  # noqa: E402
+from sae_research.studies.opinion_qa import findings, laboratory, prompts, subject  # noqa: E402
+from sae_research.studies.opinion_qa.prompts import ENGLISH  # noqa: E402
+from sae_research.survey import Group, Question, Survey  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("offline_hub")
+
+WAVES, UNSEEN = {26: 16, 34: 4}, (34,)
+ATTRIBUTES = {"SEX": ("Male", "Female"), "AGE": ("18-29", "30-49", "65+")}
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory):
+    """OpinionQA's layout with made-up questions: twins of one wording in each wave, groups that truly differ."""
+    data = tmp_path_factory.mktemp("data")
+    folder, draws = data / "private" / "opinion_qa", np.random.default_rng(0)
+    words = ["".join(draws.choice(list("abcdefghij"), 5)) for _ in range(200)]
+    for wave, size in WAVES.items():
+        place, items = folder / "human_resp" / f"American_Trends_Panel_W{wave}", []
+        for n in range(size):
+            if n % 2 == 0:
+                stem = " ".join(draws.choice(words, 7, replace=False))
+            options = ["No", "Perhaps", "Yes"][: 2 + n % 2]
+            items.append({
+                "key": f"Q{n}_W{wave}", "question": f"{stem} {words[n]}?", "references": str([*options, "Refused"]),
+                "option_ordinal": str([float(i + 1) for i in range(len(options))]),
+            })  # fmt: skip
+        write_rows(place / "info.csv", items)
+        write_rows(place / "metadata.csv", [{"key": k, "options": str(list(v))} for k, v in ATTRIBUTES.items()])
+        people = []
+        for _ in range(400):
+            who = {k: str(draws.choice(v)) for k, v in ATTRIBUTES.items()}
+            trait = (who["SEX"] == "Male") - (who["AGE"] == "65+")
+            row = {**who, f"WEIGHT_W{wave}": round(float(draws.uniform(0.5, 2)), 3)}
+            for n, item in enumerate(items):
+                top = 1 + n % 2
+                side = 1 if n // 2 % 2 else -1
+                row[item["key"]] = ["No", "Perhaps", "Yes"][draws.binomial(top, 1 / (1 + np.exp(-side * trait)))]
+                if draws.random() < 0.02:
+                    row[item["key"]] = "Refused"
+            people.append(row)
+        write_rows(place / "responses.csv", people)
+    texts = [" ".join(draws.choice(words, 60)) for _ in range(20)]
+    (folder / "passages.txt").write_text("\n".join(texts), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "DATA", data)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def profile():
+    """The gpu profile's study with everything small that costs time; base and tuned model, two layers."""
+    quick = replace(
+        config.ShiftTraining(), steps=2, calibration_steps=1, batch=2, groups=3, documents=2, look=1, rank=2, rate=0.03
+    )
+    settings = replace(
+        config.OpinionQA(), waves=tuple(WAVES), unseen_waves=UNSEEN, layers=("layer_6", "layer_24"), training=quick,
+        lora=config.LoRATraining(steps=1, batch=2), keeps=(1.0,), sparsities=(0.1,), ranks=(1,), documents=2,
+        strengths=(0.0, 1.0), shots=(2, 10), features=(1,), rounds=1, unseen_attributes=False, rows=64,
+        once=(
+            *(f"{space} {kind}" for space in ("random", "PCA") for kind in ("multiplicative", "gated", "additive")),
+            "SAE literal", "raw coordinates multiplicative", "dense vector, free", "a vector a token",
+            "a vector a group", "two stages", "movement kept small", "last token only", "at layer_6",
+            *(f"SAE {kind}, nothing kept" for kind in ("multiplicative", "gated", "additive")),
+            *(f"at {role}, {what}" for role in ("layer_6", "layer_24") for what in ("last token only", "dense vector")),
+        ),
+    )  # fmt: skip
+    runtime = replace(config.Runtime(), device="cpu", threads=1, seeds=2)
+    return config.Profile("gpu", runtime=runtime, opinion_qa=settings)
+
+
+@pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-2-2b-it"])
+def test_a_real_subject_runs_from_reader_s_files_to_claims(name, private, profile, tmp_path):
+    found = subject.complete(profile, name, tmp_path / "scratch")
+    facts, tables = found.facts, found.tables
+    assert facts["noop"] < 1e-5
+    assert facts["subject"] == name
+    assert facts["groups"] == 5
+    assert facts["latents"] == 48
+    assert 0 < facts["reliability"] < 1
+    assert 0 < facts["sampling_noise"] < 0.1
+    assert 0 < facts["refusal"] < 1
+    layers = tables["layers"]
+    assert layers["role"].tolist() == ["primary", "layer_6", "layer_24"]
+    assert layers["blocks"].tolist() == [13, 7, 25]
+    assert findings.deepest(tables)["all"] == "at layer_24"
+    topics = tables["topics"].query("method == 'no steering'").set_index("topic")["seen"].to_dict()
+    assert topics == {"wave 26": True, "wave 34": False}
+    assert tables["axes"].empty  # nothing is planted
+    assert tables["composition"].empty
+    assert len(tables["scores"].query("method == 'at layer_24'")) == 2
+    assert len(tables["scores"].query("method == 'at layer_6'")) == 1
+    assert np.isfinite(tables["scores"][["wd", "kl", "rho_dev", "slope", "swap", "skill"]].to_numpy()).all()
+    untold = tables["scores"].query("method in ['prompt QA', 'uniform']")["moved"]
+    assert untold.isna().all()  # what was not measured is not printed as a number
+
+    subject.write(found, tmp_path / name)
+    again = findings.tables(tmp_path / name)
+    measured = findings.measurements(again, findings.facts(tmp_path / name))
+    stated = claims.stated("opinion_qa")
+    verdicts = {i: claims.judge(stated[i], measured[i]) for i in stated}
+    for planted in ("shift.negative_control", "shift.second_axis", "h4.composition", "h4.correlated"):
+        assert verdicts[f"opinion_qa.{planted}"] == "not testable here"
+    assert (verdicts["opinion_qa.real.gemma"] == "not testable here") == (name != "gemma-2-2b")
+    text = "".join(path.read_text() for path in (tmp_path / name).rglob("*.csv"))
+    asked = survey_files.load_opinion_qa(private, tuple(WAVES)).questions
+    assert not any(question.key in text for question in asked)  # no table holds Pew's items
+
+
+def test_waves_families_and_small_groups_are_kept_apart(private, profile):
+    lab = laboratory.opened(profile, "gemma-2-2b", 0)
+    by_family = pd.DataFrame({"family": lab.families, "split": [q.split for q in lab.survey.questions]})
+    assert (by_family.groupby("family")["split"].nunique() == 1).all()
+    assert by_family["family"].nunique() == len(by_family) / 2  # twins
+    assert {q.split for q in lab.survey.questions if q.topic == "wave 34"} == {"test"}
+    assert lab.exam.clusters.max() + 1 == by_family.query("split == 'test'")["family"].nunique()
+    assert [len(lab.bench.texts[split]) for split in laboratory.SPLITS] == [2, 2, 2]
+
+
+def test_the_tuned_model_is_asked_in_its_chat_template_and_answers_after_the_same_words(private, profile):
+    lab = laboratory.opened(profile, "gemma-2-2b-it", 0)
+    tokenizer, first = lab.bench.lens.tokenizer, lab.bench.prompts
+    text = tokenizer.decode(first.tokens[0, : first.last[0] + 1])
+    assert text.startswith("<bos><start_of_turn>user\nQuestion:")
+    assert text.endswith("<end_of_turn>\n<start_of_turn>model\nAnswer:")
+    assert text.count("<bos>") == 1
+    assert lab.dialect.offering_refusal(lab.survey.questions[0], False).count(prompts.REFUSAL) == 1
+    group = lab.survey.groups[0]
+    told = lab.dialect.prompted("BIO", group, lab.survey.groups[:2])(lab.survey.questions[0], False)
+    assert told.index("<start_of_turn>user") < told.index("Male") < told.index("Question:")
+    with pytest.raises(ResearchError, match="no chat template"):
+        prompts.in_chat(ENGLISH, catalogue.get("gemma-2-2b").load().tokenizer)
+
+
+def test_only_the_catalogue_may_put_saes_on_another_model():
+    tuned = catalogue.get("gemma-2-2b-it")
+    lens = tuned.load()
+    assert dictionaries.check_fit(lens, tuned.sae("primary")) == lens.hook("blocks.12.hook_resid_post")
+    with pytest.raises(ResearchError, match="trained on the model 'gemma-2-2b', not on 'google/gemma-2-2b-it'"):
+        dictionaries.check_fit(lens, catalogue.get("gemma-2-2b").sae("primary"))
+
+
+def poll(counts, attributes):
+    """A survey of as many two-option questions as `counts` [groups, questions, 2] has."""
+    counts = np.array(counts)
+    questions = tuple(Question(f"Q{i}", f"{i}?", ("No", "Yes"), (1, 2), split="test") for i in range(counts.shape[1]))
+    groups = tuple(Group(a, f"{a}{i}", 0.5) for i, a in enumerate(attributes))
+    shares = counts / counts.sum(-1, keepdims=True)
+    return Survey(questions, groups, shares, shares.mean(0), counts=counts)
+
+
+def test_groups_with_few_answers_and_those_that_then_stand_alone_are_left_out():
+    many, few = [[30, 10], [10, 30]], [[30, 10], [2, 3]]
+    kept = laboratory.well_polled(poll([many, many, few, many, few], ["a", "a", "a", "b", "b"]), 20)
+    assert [g.name for g in kept.groups] == ["a0", "a1"]
+    with pytest.raises(ResearchError, match="no attribute has two groups with 50 answers"):
+        laboratory.well_polled(poll([many, many], ["a", "a"]), 50)
+
+
+def test_groups_that_do_not_differ_are_refused():
+    draws = np.random.default_rng(0)
+    same = draws.multinomial(200, [0.5, 0.5], size=(4, 30))
+    with pytest.raises(ResearchError, match="split-half reliability"):
+        laboratory.examined(poll(np.repeat(same[:1], 2, 0) // 2 * 2, ["a", "a"]), [str(i) for i in range(30)])
+
+
+def test_a_reader_without_the_files_is_told_what_to_do(profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    with pytest.raises(ResearchError, match="put your own copy"):
+        laboratory.opened(profile, "gemma-2-2b", 0)
