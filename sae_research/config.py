@@ -134,6 +134,8 @@ class OpinionQA:
     """Largest latents that alone are kept when causal share is measured (section 5.5)."""
     shots: tuple[int, ...] = (2, 5, 10, 20, 50, 100)
     """Questions from which the scores of a new group are fitted (section 3.7)."""
+    shot_steps: int = 40
+    """Steps of that fit."""
     rounds: int = 3
     """Rounds of training without one group of every attribute of more than two, another one each (section 3.6)."""
     unseen_attributes: bool = True

@@ -80,7 +80,7 @@ def profile():
     settings = replace(
         config.OpinionQA(), waves=tuple(WAVES), unseen_waves=UNSEEN, layers=("layer_6", "layer_24"), training=quick,
         lora=config.LoRATraining(steps=1, batch=2), keeps=(1.0,), sparsities=(0.1,), ranks=(1,), documents=2,
-        strengths=(0.0, 1.0), shots=(2, 10), features=(1,), rounds=1, unseen_attributes=False, rows=64,
+        strengths=(0.0, 1.0), shots=(10,), shot_steps=1, features=(1,), rounds=1, unseen_attributes=False, rows=64,
         once=(
             *(f"{space} {kind}" for space in ("random", "PCA") for kind in ("multiplicative", "gated", "additive")),
             "SAE literal", "raw coordinates multiplicative", "dense vector, free", "a vector a token",
@@ -89,12 +89,14 @@ def profile():
             *(f"at {role}, {what}" for role in ("layer_6", "layer_24") for what in ("last token only", "dense vector")),
         ),
     )  # fmt: skip
-    runtime = replace(config.Runtime(), device="cpu", threads=1, seeds=2)
+    runtime = replace(config.Runtime(), device="cpu", dtype="float32", threads=1, seeds=2)
     return config.Profile("gpu", runtime=runtime, opinion_qa=settings)
 
 
 @pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-2-2b-it"])
 def test_a_real_subject_runs_from_reader_s_files_to_claims(name, private, profile, tmp_path):
+    if name.endswith("-it"):  # the tuned one as a GPU would have it
+        profile = replace(profile, runtime=replace(profile.runtime, dtype="bfloat16", seeds=1))
     found = subject.complete(profile, name, tmp_path / "scratch")
     facts, tables = found.facts, found.tables
     assert facts["noop"] < 1e-5
@@ -112,7 +114,7 @@ def test_a_real_subject_runs_from_reader_s_files_to_claims(name, private, profil
     assert topics == {"wave 26": True, "wave 34": False}
     assert tables["axes"].empty  # nothing is planted
     assert tables["composition"].empty
-    assert len(tables["scores"].query("method == 'at layer_24'")) == 2
+    assert len(tables["scores"].query("method == 'at layer_24'")) == profile.runtime.seeds
     assert len(tables["scores"].query("method == 'at layer_6'")) == 1
     assert np.isfinite(tables["scores"][["wd", "kl", "rho_dev", "slope", "swap", "skill"]].to_numpy()).all()
     untold = tables["scores"].query("method in ['prompt QA', 'uniform']")["moved"]

@@ -274,12 +274,13 @@ def _new_groups(lab: Laboratory, best: ShiftTraining, asked: baselines.Prompted 
         for shots in (n for n in lab.settings.shots if n <= len(order)):
             for way, free in (("scores, U frozen", False), ("whole vector", True)):
                 case, some = (lab.bench, lab.sae, shift), order[:shots]
+                how = {"free": free, "steps": lab.settings.shot_steps, "seed": seed}
                 if (way, shots) not in ridges:
                     ridges[way, shots] = generalise.best_ridge(
-                        *case, targets.answers[standing_in], some, targets.validation, free=free, seed=seed
+                        *case, targets.answers[standing_in], some, targets.validation, **how
                     )
                 made[way, shots] = generalise.few_shot(
-                    *case, targets.answers[out], some, ridge=ridges[way, shots], free=free, seed=seed
+                    *case, targets.answers[out], some, ridge=ridges[way, shots], **how
                 )
         for (way, shots), deltas in made.items():
             wd = lab.exam.distance(_answers(lab, shift, deltas), lab.exam.truth[out])

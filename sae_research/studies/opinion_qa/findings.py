@@ -69,7 +69,7 @@ def new_groups(t: "Tables", first: tuple[str, int], second: tuple[str, int]) -> 
     ways = [table.query("way == @way and shots == @shots").set_index(keys)["wd"] for way, shots in (first, second)]
     if any(way.empty for way in ways):
         return None
-    gap = (ways[0] - ways[1]).unstack("cluster").sort_index()
+    gap = (ways[0] - ways[1]).dropna().unstack("cluster").sort_index()
     shape = [gap.index.get_level_values(i).nunique() for i in (0, 1)]
     return intervals.over_groups_and_clusters(gap.to_numpy().reshape(*shape, -1), seed=0)
 

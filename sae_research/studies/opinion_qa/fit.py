@@ -156,15 +156,16 @@ class _Stage:
             now.backward(leaf.grad)
             optimizer.step()
             if t.sparsity:
-                rate = schedule.get_last_lr()[0]
-                sparse.data = objective.shrink_rows(sparse.data, rate * t.sparsity * amount)
+                with torch.no_grad():
+                    sparse.copy_(objective.shrink_rows(sparse, schedule.get_last_lr()[0] * t.sparsity * amount))
             schedule.step()
             if (step + 1) % t.look == 0 or step + 1 == steps:
                 looks.append(self.look(deltas().detach()))
                 if looks[-1] <= min(looks):
                     best = [p.detach().clone() for p in parameters]
-        for parameter, value in zip(parameters, best, strict=True):
-            parameter.data = value
+        with torch.no_grad():
+            for parameter, value in zip(parameters, best, strict=True):
+                parameter.copy_(value)
         return looks
 
 

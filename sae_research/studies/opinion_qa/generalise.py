@@ -76,7 +76,7 @@ def few_shot(
     *,
     ridge: float = 0.01,
     free: bool = False,
-    steps: int = 40,
+    steps: int,
     rate: float = 0.1,
     batch: int = 24,
     seed: int = 0,
@@ -121,6 +121,7 @@ def best_ridge(
     validation: np.ndarray,
     *,
     free: bool,
+    steps: int,
     seed: int,
 ) -> float:
     """The ridge with which groups that the shift knows, placed anew from `questions`, answer `validation` ones best.
@@ -130,7 +131,7 @@ def best_ridge(
     truth = torch.tensor(answers[:, validation])
 
     def loss(ridge: float) -> float:
-        delta = few_shot(bench, basis, shift, answers, questions, ridge=ridge, free=free, seed=seed)
+        delta = few_shot(bench, basis, shift, answers, questions, ridge=ridge, free=free, steps=steps, seed=seed)
         found = bench.answers(basis, shift.kind, delta, validation, shift.positions).probabilities
         return objective.forward_divergence(truth, torch.tensor(np.log(np.maximum(found, 1e-12)))).mean().item()
 

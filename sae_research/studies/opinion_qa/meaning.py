@@ -166,6 +166,8 @@ def stability(shifts: Sequence[Shift], top: int = 50) -> tuple[float, float]:
         chosen[part.norm(dim=0).topk(min(top, part.shape[1])).indices.numpy()] = True
         sets.append(chosen)
     pairs = [(i, j) for i in range(len(parts)) for j in range(i)]
+    if not pairs:
+        return float("nan"), float("nan")
     overlap = np.mean([jaccard(sets[i], sets[j]) for i, j in pairs])
     cosine = np.mean([torch.nn.functional.cosine_similarity(parts[i], parts[j], dim=1).mean().item() for i, j in pairs])
     return float(overlap), float(cosine)
