@@ -256,7 +256,9 @@ def writable(path: Path, source: str) -> Path:
 
 
 def ignored(path: Path) -> bool:
-    """Whether git leaves a path of this repository alone; without git, nothing counts as ignored."""
+    """Whether git leaves a path of this folder alone; an unpacked archive has no repository that could pick it up."""
+    if not (ROOT / ".git").exists():
+        return True
     try:
         found = subprocess.run(["git", "check-ignore", "-q", str(path)], cwd=ROOT, capture_output=True, check=False)
         tracked = subprocess.run(["git", "ls-files", str(path)], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sae_research import survey, survey_files
+from sae_research import paths, store, survey, survey_files
 from sae_research.errors import ResearchError
 from sae_research.paths import ROOT
 
@@ -194,6 +194,15 @@ def test_pew_data_is_never_written_where_git_would_pick_it_up(tmp_path):
         assert survey_files.writable(ROOT / place, "GSS") == ROOT / place
     assert survey_files.writable(tmp_path / "pew.csv", "OpinionQA") == (tmp_path / "pew.csv").resolve()
     assert survey_files.writable(ROOT / "data" / "scratch" / "pew.csv", "SubPOP")
+
+
+def test_artefacts_may_hold_it_while_they_are_written_too(tmp_path, monkeypatch):
+    for profile in ("gpu", "laptop"):
+        folder = paths.artefacts(profile, "opinion_qa")
+        for place in (folder, store._partial(folder), paths.scratch(profile, "10_opinion_qa_run")):
+            assert survey_files.writable(place / "gemma-2-2b", "OpinionQA")
+    monkeypatch.setattr(survey_files, "ROOT", tmp_path)  # no repository there
+    assert survey_files.writable(tmp_path / "pew.csv", "OpinionQA")
 
 
 def test_the_real_opinions_give_their_reference_numbers():

@@ -17,6 +17,7 @@ from sae_research import catalogue, claims, config, dictionaries, paths, survey_
 from sae_research.errors import ResearchError  # noqa: E402
 from sae_research.studies.opinion_qa import findings, laboratory, prompts, subject  # noqa: E402
 from sae_research.studies.opinion_qa.prompts import ENGLISH  # noqa: E402
+from sae_research.studies.opinion_qa.shift import load_shift  # noqa: E402
 from sae_research.survey import Group, Question, Survey  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("offline_hub")
@@ -73,20 +74,21 @@ def private(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def profile():
-    """The gpu profile's study with everything small that costs time; base and tuned model, two layers."""
+    """The gpu profile's study with everything small that costs time, at deep layers, which leave little to rerun."""
     quick = replace(
-        config.ShiftTraining(), steps=2, calibration_steps=1, batch=2, groups=3, documents=2, look=1, rank=2, rate=0.03
+        config.ShiftTraining(), steps=1, calibration_steps=1, batch=2, groups=3, documents=2, look=1, rank=2, rate=0.03
     )
     settings = replace(
-        config.OpinionQA(), waves=tuple(WAVES), unseen_waves=UNSEEN, layers=("layer_6", "layer_24"), training=quick,
+        config.OpinionQA(), waves=tuple(WAVES), unseen_waves=UNSEEN, sae="layer_20", layers=("layer_18", "layer_24"),
+        training=quick,
         lora=config.LoRATraining(steps=1, batch=2), keeps=(1.0,), sparsities=(0.1,), ranks=(1,), documents=2,
         strengths=(0.0, 1.0), shots=(10,), shot_steps=1, features=(1,), rounds=1, unseen_attributes=False, rows=64,
         once=(
             *(f"{space} {kind}" for space in ("random", "PCA") for kind in ("multiplicative", "gated", "additive")),
             "SAE literal", "raw coordinates multiplicative", "dense vector, free", "a vector a token",
-            "a vector a group", "two stages", "movement kept small", "last token only", "at layer_6",
+            "a vector a group", "two stages", "movement kept small", "last token only", "at layer_18",
             *(f"SAE {kind}, nothing kept" for kind in ("multiplicative", "gated", "additive")),
-            *(f"at {role}, {what}" for role in ("layer_6", "layer_24") for what in ("last token only", "dense vector")),
+            *(f"at layer_{n}, {what}" for n in (18, 24) for what in ("last token only", "dense vector")),
         ),
     )  # fmt: skip
     runtime = replace(config.Runtime(), device="cpu", dtype="float32", threads=1, seeds=2)
@@ -107,30 +109,35 @@ def test_a_real_subject_runs_from_reader_s_files_to_claims(name, private, profil
     assert 0 < facts["sampling_noise"] < 0.1
     assert 0 < facts["refusal"] < 1
     layers = tables["layers"]
-    assert layers["role"].tolist() == ["primary", "layer_6", "layer_24"]
-    assert layers["blocks"].tolist() == [13, 7, 25]
+    assert layers["role"].tolist() == ["layer_20", "layer_18", "layer_24"]
+    assert layers["blocks"].tolist() == [21, 19, 25]
     assert findings.deepest(tables)["all"] == "at layer_24"
     topics = tables["topics"].query("method == 'no steering'").set_index("topic")["seen"].to_dict()
     assert topics == {"wave 26": True, "wave 34": False}
     assert tables["axes"].empty  # nothing is planted
     assert tables["composition"].empty
     assert len(tables["scores"].query("method == 'at layer_24'")) == profile.runtime.seeds
-    assert len(tables["scores"].query("method == 'at layer_6'")) == 1
+    assert len(tables["scores"].query("method == 'at layer_18'")) == 1
     assert np.isfinite(tables["scores"][["wd", "kl", "rho_dev", "slope", "swap", "skill"]].to_numpy()).all()
     untold = tables["scores"].query("method in ['prompt QA', 'uniform']")["moved"]
     assert untold.isna().all()  # what was not measured is not printed as a number
 
     subject.write(found, tmp_path / name)
-    again = findings.tables(tmp_path / name)
-    measured = findings.measurements(again, findings.facts(tmp_path / name))
-    stated = claims.stated("opinion_qa")
-    verdicts = {i: claims.judge(stated[i], measured[i]) for i in stated}
-    for planted in ("shift.negative_control", "shift.second_axis", "h4.composition", "h4.correlated"):
-        assert verdicts[f"opinion_qa.{planted}"] == "not testable here"
-    assert (verdicts["opinion_qa.real.gemma"] == "not testable here") == (name != "gemma-2-2b")
     text = "".join(path.read_text() for path in (tmp_path / name).rglob("*.csv"))
     asked = survey_files.load_opinion_qa(private, tuple(WAVES)).questions
     assert not any(question.key in text for question in asked)  # no table holds Pew's items
+    with pytest.raises(ResearchError, match="may not be redistributed"):
+        subject.write(found, paths.ROOT / "figures" / "gpu" / "opinion_qa")
+    again = load_shift(tmp_path / name / "shift", catalogue.get(name).load(), catalogue.get(name).sae("layer_20"))
+    assert again.groups == ("Male", "Female", "18-29", "30-49", "65+")
+    if profile.runtime.seeds < 2:
+        return
+    measured = findings.measurements(findings.tables(tmp_path / name), findings.facts(tmp_path / name))
+    stated = claims.stated("opinion_qa")
+    verdicts = {i.removeprefix("opinion_qa."): claims.judge(stated[i], measured[i]) for i in stated}
+    for planted in ("shift.negative_control", "shift.second_axis", "h4.composition", "h4.correlated"):
+        assert verdicts[planted] == "not testable here"
+    assert verdicts["real.gemma"] != "not testable here"
 
 
 def test_waves_families_and_small_groups_are_kept_apart(private, profile):

@@ -107,6 +107,21 @@ def test_a_subject_is_run_judged_saved_and_every_claim_measured(lens, small, ben
         assert claims.judge(claim, found[name]) in claims.VERDICTS
 
 
+# choosing
+
+
+def test_validation_decides_between_edits_and_ties_go_by_paired_errors():
+    def choice(loss):
+        return study.Choice(ShiftTraining(), ShiftTraining(), loss, 0.0)
+
+    losses = {"SAE gated": 0.3, "SAE multiplicative": 0.2, "SAE additive": 0.4, "SAE literal": 0.1, "PCA gated": 0.0}
+    plan = study.planned({name: choice(loss) for name, loss in losses.items()})
+    assert plan.headline == "SAE multiplicative"  # the literal edit and other spaces do not compete
+    assert study.within_one_error(np.zeros(4))
+    assert study.within_one_error(np.array([-1.0, 1.0, -1.0, 1.2]))
+    assert not study.within_one_error(np.full(4, 0.01))  # small, but the same everywhere
+
+
 # findings
 
 
