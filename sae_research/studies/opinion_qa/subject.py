@@ -32,8 +32,8 @@ def save(part: Part, folder: Path, lab: Laboratory) -> None:
     store.write_tensors(folder / "answers.safetensors", {o.name: torch.tensor(o.answers) for o in part.outcomes})
     for name, table in part.tables.items():
         store.write_text(folder / f"{name}.csv", table.to_csv(index=False))
-    about = {"model": lab.bench.lens.name, "sae": lab.settings.sae, "rows": lab.sae.rows}
-    save_shift(part.shift, folder / "shift", **about, cards=cards(part.shift, lab))
+    fits = {"model": lab.bench.lens.name, "sae": lab.settings.sae, "rows": lab.sae.rows}
+    save_shift(part.shift, folder / "shift", **fits, cards=cards(part.shift, lab))
 
 
 def cards(shift: Shift, lab: Laboratory, top: int = 5) -> dict[str, dict]:
