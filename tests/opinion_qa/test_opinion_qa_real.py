@@ -15,7 +15,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sae_research import catalogue, claims, config, dictionaries, paths, survey_files  # noqa: E402
 from sae_research.errors import ResearchError  # noqa: E402
-from sae_research.studies.opinion_qa import findings, laboratory, prompts, subject  # noqa: E402
+from sae_research.studies.opinion_qa import (  # noqa: E402
+    baselines,
+    findings,
+    laboratory,
+    prompts,
+    rivals,
+    study,
+    subject,
+)
 from sae_research.studies.opinion_qa.prompts import ENGLISH  # noqa: E402
 from sae_research.studies.opinion_qa.shift import load_shift  # noqa: E402
 from sae_research.survey import Group, Question, Survey  # noqa: E402
@@ -91,14 +99,13 @@ def profile():
             *(f"at layer_{n}, {what}" for n in (18, 24) for what in ("last token only", "dense vector")),
         ),
     )  # fmt: skip
-    runtime = replace(config.Runtime(), device="cpu", dtype="float32", threads=1, seeds=2)
+    runtime = replace(config.Runtime(), device="cpu", threads=1, seeds=2)
+    assert runtime.dtype == "bfloat16"  # as a GPU would have it
     return config.Profile("gpu", runtime=runtime, opinion_qa=settings)
 
 
-@pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-2-2b-it"])
-def test_a_real_subject_runs_from_reader_s_files_to_claims(name, private, profile, tmp_path):
-    if name.endswith("-it"):  # the tuned one as a GPU would have it
-        profile = replace(profile, runtime=replace(profile.runtime, dtype="bfloat16", seeds=1))
+def test_a_real_subject_runs_from_reader_s_files_to_claims(private, profile, tmp_path):
+    name = "gemma-2-2b"
     found = subject.complete(profile, name, tmp_path / "scratch")
     facts, tables = found.facts, found.tables
     assert facts["noop"] < 1e-5
@@ -116,7 +123,7 @@ def test_a_real_subject_runs_from_reader_s_files_to_claims(name, private, profil
     assert topics == {"wave 26": True, "wave 34": False}
     assert tables["axes"].empty  # nothing is planted
     assert tables["composition"].empty
-    assert len(tables["scores"].query("method == 'at layer_24'")) == profile.runtime.seeds
+    assert len(tables["scores"].query("method == 'at layer_24'")) == 2
     assert len(tables["scores"].query("method == 'at layer_18'")) == 1
     assert np.isfinite(tables["scores"][["wd", "kl", "rho_dev", "slope", "swap", "skill"]].to_numpy()).all()
     untold = tables["scores"].query("method in ['prompt QA', 'uniform']")["moved"]
@@ -130,14 +137,32 @@ def test_a_real_subject_runs_from_reader_s_files_to_claims(name, private, profil
         subject.write(found, paths.ROOT / "figures" / "gpu" / "opinion_qa")
     again = load_shift(tmp_path / name / "shift", catalogue.get(name).load(), catalogue.get(name).sae("layer_20"))
     assert again.groups == ("Male", "Female", "18-29", "30-49", "65+")
-    if profile.runtime.seeds < 2:
-        return
     measured = findings.measurements(findings.tables(tmp_path / name), findings.facts(tmp_path / name))
     stated = claims.stated("opinion_qa")
     verdicts = {i.removeprefix("opinion_qa."): claims.judge(stated[i], measured[i]) for i in stated}
     for planted in ("shift.negative_control", "shift.second_axis", "h4.composition", "h4.correlated"):
         assert verdicts[planted] == "not testable here"
     assert verdicts["real.gemma"] != "not testable here"
+
+
+def test_the_tuned_model_is_steered_and_told_too(private, profile):
+    lab = laboratory.opened(profile, "gemma-2-2b-it", 0)
+    asked = baselines.prompted(lab.bench, lab.sae, lab.dialect, "BIO", lab.survey, lab.targets.train)
+    choice = study.choose(lab, "SAE multiplicative", 0)
+    outcomes = [
+        study.trained(lab, "SAE multiplicative", choice.best, 0),
+        rivals.probe(lab, asked)[1],
+        *rivals.prompting_rows(lab, {"BIO": asked}),
+        *rivals.lora_rows(lab, asked, 0),
+    ]
+    for outcome in outcomes:
+        assert outcome.answers.shape == (5, len(lab.exam.questions), 3), outcome.name
+        assert np.allclose(outcome.answers.sum(-1), 1, atol=1e-5), outcome.name
+    assert study.noop(lab) == 0
+    words = lab.bench.prompts.last
+    told = asked.prompts[0].last - words  # the note on the group comes on top of the same words and turns
+    assert (told > 0).all()
+    assert (baselines.shared_ending(asked.prompts[0], lab.bench.prompts) < words).all()
 
 
 def test_waves_families_and_small_groups_are_kept_apart(private, profile):
