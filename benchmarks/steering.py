@@ -28,7 +28,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 from sae_research.last_token import LastToken, Record, naive
-from sae_research.lens import Lens
+from sae_research.models import LanguageModel
 
 D, LAYERS, HEADS, VOCAB, T = 256, 6, 8, 4096, 48
 POOL, FEATURES, CONTEXTS, PANEL = 512, 200, 48, 2048
@@ -43,12 +43,29 @@ ARCHITECTURES = {
 
 def random_model(architecture: str) -> torch.nn.Module:
     """A Hugging Face model with random weights, scaled up so that attention is not uniform."""
-    from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        Gemma2Config,
+        GPT2Config,
+        GPTNeoXConfig,
+        LlamaConfig,
+    )
 
-    wide = {"vocab_size": VOCAB, "hidden_size": D, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-    grouped = wide | {"intermediate_size": 2 * D + D // 2, "num_key_value_heads": HEADS // 2, "head_dim": D // HEADS}
+    wide = {
+        "vocab_size": VOCAB,
+        "hidden_size": D,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+    }
+    grouped = wide | {
+        "intermediate_size": 2 * D + D // 2,
+        "num_key_value_heads": HEADS // 2,
+        "head_dim": D // HEADS,
+    }
     config = {
-        "GPT-2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=D, n_layer=LAYERS, n_head=HEADS, n_positions=128),
+        "GPT-2": lambda: GPT2Config(
+            vocab_size=VOCAB, n_embd=D, n_layer=LAYERS, n_head=HEADS, n_positions=128
+        ),
         "GPT-NeoX": lambda: GPTNeoXConfig(intermediate_size=4 * D, **wide),
         "Llama": lambda: LlamaConfig(**grouped),
         "Gemma-2": lambda: Gemma2Config(query_pre_attn_scalar=D // HEADS, **grouped),
@@ -70,9 +87,12 @@ def bridged(architecture: str):
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w1")
-    return Lens(
+    return LanguageModel(
         TransformerBridge.boot_transformers(
-            ARCHITECTURES[architecture], hf_model=random_model(architecture), tokenizer=tokenizer, device="cpu"
+            ARCHITECTURES[architecture],
+            hf_model=random_model(architecture),
+            tokenizer=tokenizer,
+            device="cpu",
         ),
         architecture,
     )
@@ -115,7 +135,9 @@ class Timed(LastToken):
             self.prefix += time.process_time() - start
 
 
-def engine_pass(engine: Timed, pool, chosen, directions) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def engine_pass(
+    engine: Timed, pool, chosen, directions
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Every (row numbers, logits, read) of the problem."""
     which = torch.arange(len(chosen)).repeat_interleave(chosen.shape[1])
     for rows, _, edited in engine.sweep(pool, chosen.flatten(), which, directions):
@@ -140,7 +162,9 @@ def compare(architecture: str, rounds: int, few: int) -> dict[str, float]:
         return lambda: [run(pool[chosen[f]], directions[f]) for f in range(few)]
 
     loops = {
-        "bridge loop": loop(lambda tokens, direction: naive(lens, HOOK, (READ,), tokens, direction)),
+        "bridge loop": loop(
+            lambda tokens, direction: naive(lens, HOOK, (READ,), tokens, direction)
+        ),
         "HF loop": loop(lambda tokens, direction: hf_loop(plain, tokens, direction)),
     }
     times: dict[str, list[float]] = {name: [] for name in (*loops, "prefix", "upper")}
@@ -156,9 +180,16 @@ def compare(architecture: str, rounds: int, few: int) -> dict[str, float]:
     logits, reads = torch.cat([t[0] for t in truth]), torch.cat([t[1][0] for t in truth])
     error = 0.0
     for rows, got, read in engine_pass(engine, pool, chosen[:few], directions[:few]):
-        error = max(error, float((got - logits[rows]).abs().max()), float((read - reads[rows]).abs().max()))
-    plain_error = float((hf_loop(plain, pool[chosen[0]], directions[0]) - logits[:CONTEXTS]).abs().max())
-    return {name: statistics.median(s) for name, s in times.items()} | {"error": error, "loops differ by": plain_error}
+        error = max(
+            error, float((got - logits[rows]).abs().max()), float((read - reads[rows]).abs().max())
+        )
+    plain_error = float(
+        (hf_loop(plain, pool[chosen[0]], directions[0]) - logits[:CONTEXTS]).abs().max()
+    )
+    return {name: statistics.median(s) for name, s in times.items()} | {
+        "error": error,
+        "loops differ by": plain_error,
+    }
 
 
 def peak(architecture: str) -> float:
@@ -182,7 +213,9 @@ def label_alone(architecture: str, features: int = 300) -> None:
         codes = pool.reader(downstream, torch.arange(PANEL))
         tokens = torch.randint(2, VOCAB, (POOL, T))
         contexts = torch.stack([torch.randperm(POOL)[:CONTEXTS] for _ in range(features)])
-        found = labels.measure(engine, codes, tokens, torch.randn(features, D), contexts, (0.01, 0.05, 0.1))
+        found = labels.measure(
+            engine, codes, tokens, torch.randn(features, D), contexts, (0.01, 0.05, 0.1)
+        )
         labels.labels(engine, found)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)
 
@@ -200,13 +233,26 @@ def quiet() -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds; medians are shown")
-    parser.add_argument("--few", type=int, default=3, help="features on which the loops are timed before extrapolation")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="interleaved rounds; medians are shown"
+    )
+    parser.add_argument(
+        "--few",
+        type=int,
+        default=3,
+        help="features on which the loops are timed before extrapolation",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{FEATURES} features x {CONTEXTS} contexts from a pool of {POOL}, T {T}, d {D}, {LAYERS} layers, V {VOCAB}")
-    print(f"CPU seconds on one thread, median of {arguments.rounds} interleaved rounds; loops timed on {arguments.few}")
-    print(f"features and extrapolated; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
+    print(
+        f"{FEATURES} features x {CONTEXTS} contexts from a pool of {POOL}, T {T}, d {D}, {LAYERS} layers, V {VOCAB}"
+    )
+    print(
+        f"CPU seconds on one thread, median of {arguments.rounds} interleaved rounds; loops timed on {arguments.few}"
+    )
+    print(
+        f"features and extrapolated; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n"
+    )
     heads = (
         "",
         "bridge loop",
@@ -226,7 +272,12 @@ def main() -> None:
         for architecture in ARCHITECTURES:
             t = compare(architecture, arguments.rounds, arguments.few)
             whole, upper = t["prefix"] + t["upper"], t["upper"]
-            ratios = [t["bridge loop"] / whole, t["bridge loop"] / upper, t["HF loop"] / whole, t["HF loop"] / upper]
+            ratios = [
+                t["bridge loop"] / whole,
+                t["bridge loop"] / upper,
+                t["HF loop"] / whole,
+                t["HF loop"] / upper,
+            ]
             worst, worst_amortised = min(worst, ratios[0]), min(worst_amortised, ratios[3])
             cells = [f"{t[k]:.2f}" for k in ("bridge loop", "HF loop", "prefix", "upper")] + [
                 f"{r:.1f}" for r in ratios
@@ -234,7 +285,9 @@ def main() -> None:
             cells += [f"{t['error']:.1e}", f"{peak(architecture):.2f}"]
             print(" ".join(f"{c:>11}" for c in (architecture, *cells)), flush=True)
     print("\n-p: without the prefix pass, which the study needs anyway for its activations")
-    print("max error: logits and downstream residual against the bridge loop; peak: 300 x 48 with a panel of 2,048")
+    print(
+        "max error: logits and downstream residual against the bridge loop; peak: 300 x 48 with a panel of 2,048"
+    )
     print(f"steering_ratio={worst:.1f} steering_ratio_amortised={worst_amortised:.1f}")
 
 

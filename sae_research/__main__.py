@@ -31,7 +31,9 @@ def _world(given: argparse.Namespace) -> int:
     from sae_research.world import build
 
     if not given.build:
-        raise ResearchError("say `world --build` to build the embedded world anew (15 minutes on two cores).")
+        raise ResearchError(
+            "say `world --build` to build the embedded world anew (15 minutes on two cores)."
+        )
     build.build()
     return 0
 
@@ -52,19 +54,19 @@ def _doctor(given: argparse.Namespace) -> int:
 
 
 def _profiles(given: argparse.Namespace) -> int:
-    from sae_research import settings
+    from sae_research import settings_page
 
     if given.write:
-        settings.refresh()
-    print(settings.text())
+        settings_page.write()
+    print(settings_page.text())
     return 0
 
 
 def _claims(given: argparse.Namespace) -> int:
-    from sae_research import claims, verdicts
+    from sae_research import claims, ledger
 
-    ledger = claims.read(given.profile)
-    print(verdicts.markdown(ledger) if given.markdown else verdicts.text(ledger))
+    lines = claims.read(given.profile)
+    print(ledger.markdown(lines) if given.markdown else ledger.text(lines))
     return 0
 
 
@@ -82,28 +84,49 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, do: object, help: str, profile: str | None = "cpu") -> argparse.ArgumentParser:
+    def command(
+        name: str, do: object, help: str, profile: str | None = "cpu"
+    ) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=help)
         made.set_defaults(do=do)
         if profile is not None:
-            made.add_argument("--profile", default=profile, help=f"profile of params.yaml (default {profile})")
+            made.add_argument(
+                "--profile", default=profile, help=f"profile of params.yaml (default {profile})"
+            )
         return made
 
-    command("run", _run, "execute one notebook for the record").add_argument("notebook", help="name without .ipynb")
-    command("reproduce", _reproduce, "run what is missing or changed, then compare and report").add_argument(
+    command("run", _run, "execute one notebook for the record").add_argument(
+        "notebook", help="name without .ipynb"
+    )
+    command(
+        "reproduce", _reproduce, "run what is missing or changed, then compare and report"
+    ).add_argument(
         "--force", action="store_true", help="run every stage, the embedded world included"
     )
-    command("validate", _validate, "run the executed notebooks again and compare every output (nbval)")
+    command(
+        "validate", _validate, "run the executed notebooks again and compare every output (nbval)"
+    )
     command("world", _world, "the embedded world", profile=None).add_argument(
-        "--build", action="store_true", help="build data/embedded anew; a killed build goes on where it stopped"
+        "--build",
+        action="store_true",
+        help="build data/embedded anew; a killed build goes on where it stopped",
     )
-    command("doctor", _doctor, "whether this machine can run each profile, and what is missing", profile="")
-    command("profiles", _profiles, "settings of each profile against the papers' values", profile=None).add_argument(
-        "--write", action="store_true", help="bring the table of what is scaled down in README.md in step"
+    command(
+        "doctor",
+        _doctor,
+        "whether this machine can run each profile, and what is missing",
+        profile="",
     )
+    command(
+        "profiles", _profiles, "settings of each profile against the papers' values", profile=None
+    ).add_argument("--write", action="store_true", help="bring docs/settings.md in step")
     command("settings", _settings, "write the settings in force, which the stages depend on")
-    command("claims", _claims, "the verdict table of a profile").add_argument("--markdown", action="store_true")
-    command("clear", _clear, "clear the outputs of all notebook sources before a commit", profile=None)
+    command("claims", _claims, "the verdict table of a profile").add_argument(
+        "--markdown", action="store_true"
+    )
+    command(
+        "clear", _clear, "clear the outputs of all notebook sources before a commit", profile=None
+    )
     return parser
 
 
@@ -128,7 +151,9 @@ def main(words: list[str] | None = None) -> int:
             file=sys.stderr,
         )
     except KeyboardInterrupt:
-        print("stopped; finished work is kept, run the same command again to go on.", file=sys.stderr)
+        print(
+            "stopped; finished work is kept, run the same command again to go on.", file=sys.stderr
+        )
     return 1
 
 

@@ -3,15 +3,18 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from tqdm.auto import tqdm
+
 from sae_research.errors import ResearchError
-from sae_research.lens import Lens
-from sae_research.progress import bar
+from sae_research.models import LanguageModel
 
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor
 
 
-def collect(lens: Lens, tokens: "LongTensor", hook: str, *, batch: int = 64, skip_bos: bool = True) -> "Tensor":
+def collect(
+    lens: LanguageModel, tokens: "LongTensor", hook: str, *, batch: int = 64, skip_bos: bool = True
+) -> "Tensor":
     """Activations [n_tokens, d] of the text positions of `tokens`, on the CPU in float32, rows in reading order.
 
     Padding never counts; BOS, whose residual is far larger than any other, only without `skip_bos`.
@@ -20,7 +23,7 @@ def collect(lens: Lens, tokens: "LongTensor", hook: str, *, batch: int = 64, ski
 
     found = []
     chunks = tokens.split(batch)
-    for rows in bar(chunks, total=len(chunks), desc=f"residuals of {lens.name}"):
+    for rows in tqdm(chunks, total=len(chunks), desc=f"residuals of {lens.name}", leave=False):
         start = rows == lens.bos
         keep = lens.content(rows) & ~start if skip_bos else lens.content(rows) | start
         found.append(lens.residual(rows, hook)[keep.to(lens.device)].float().cpu())
@@ -32,7 +35,9 @@ def batches(acts: "Tensor", batch_size: int, steps: int, seed: int) -> Iterator[
     import torch
 
     if not 0 < batch_size <= len(acts):
-        raise ResearchError(f"batches of {batch_size} do not fit: there are {len(acts)} activations; collect more.")
+        raise ResearchError(
+            f"batches of {batch_size} do not fit: there are {len(acts)} activations; collect more."
+        )
     random = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):

@@ -12,11 +12,11 @@ from sae_research.errors import ResearchError, unknown
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-    from sae_research.lens import Lens
+    from sae_research.models import LanguageModel
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelSpec:
     """One model with the SAEs that the studies use on it."""
 
     name: str
@@ -44,15 +44,17 @@ class Subject:
     note: str = field(default="", compare=False)
     """What a reader should know."""
 
-    def load(self, *, device: str = "cpu", dtype: str = "float32") -> "Lens":
+    def load(self, *, device: str = "cpu", dtype: str = "float32") -> "LanguageModel":
         """The model."""
-        from sae_research import lens
+        from sae_research import models
 
         if not self.embedded:
-            return lens.load(self.model, device=device, dtype=dtype)
+            return models.load_model(self.model, device=device, dtype=dtype)
         from sae_research.world import build
 
-        return lens.load(build.model_folder(self.model), device=device, dtype=dtype, name=self.name)
+        return models.load_model(
+            build.model_folder(self.model), device=device, dtype=dtype, name=self.name
+        )
 
     def roles(self) -> tuple[str, ...]:
         """Roles that have an SAE to load."""
@@ -60,17 +62,21 @@ class Subject:
 
     def sae(self, role: str, *, device: str = "cpu", dtype: str = "float32") -> "SAE":
         """The SAE of a role."""
-        from sae_research import dictionaries
+        from sae_research import saes
 
         roles = self.roles()
         if not roles:
-            raise ResearchError(f"{self.name} comes without SAEs; the studies that use it train their own.")
+            raise ResearchError(
+                f"{self.name} comes without SAEs; the studies that use it train their own."
+            )
         if role not in roles:
             raise unknown("SAE role", role, roles, f"the catalogue's entry '{self.name}'")
         source = (self._folders()[role],) if self.embedded else self.saes[role]
-        sae = dictionaries.load(*source, device=device, dtype=dtype)
+        sae = saes.load_sae(*source, device=device, dtype=dtype)
         if self.trained_on:
-            sae.cfg.metadata.model_name = self.model  # said openly: `check_fit` refuses every other stranger
+            sae.cfg.metadata.model_name = (
+                self.model
+            )  # said openly: `check_fit` refuses every other stranger
         return sae
 
     def content(self) -> list[str]:
@@ -80,7 +86,10 @@ class Subject:
 
         if not self.embedded:
             return [self.model]
-        return [(EMBEDDED / self.model / piece / store.CHECKSUMS).read_text() for piece in ("model", "saes")]
+        return [
+            (EMBEDDED / self.model / piece / store.CHECKSUMS).read_text()
+            for piece in ("model", "saes")
+        ]
 
     def _folders(self) -> dict:
         from sae_research.world import build
@@ -88,13 +97,13 @@ class Subject:
         return build.sae_folders(self.model)
 
 
-def _gpt2_small() -> Subject:
+def _gpt2_small() -> ModelSpec:
     release, ladder = "gpt2-small-res-jb", "gpt2-small-res-jb-feature-splitting"
     widths = (768, 1536, 3072, 6144, 12288, 24576, 49152, 98304)
     layers = {f"layer_{n}": f"blocks.{n}.hook_resid_pre" for n in range(12)}
     paper = {"primary": layers["layer_8"], "downstream": layers["layer_10"]}
     steps = {f"width_{width}": layers["layer_8"] for width in widths}
-    return Subject(
+    return ModelSpec(
         name="gpt2-small",
         model="gpt2",
         parameters=124_439_808,
@@ -107,8 +116,8 @@ def _gpt2_small() -> Subject:
     )
 
 
-def _gpt2_large() -> Subject:
-    return Subject(
+def _gpt2_large() -> ModelSpec:
+    return ModelSpec(
         name="gpt2-large",
         model="gpt2-large",
         parameters=774_030_080,
@@ -117,11 +126,11 @@ def _gpt2_large() -> Subject:
     )
 
 
-def _pythia() -> Subject:
+def _pythia() -> ModelSpec:
     release = "pythia-70m-deduped-res-sm"
     layers = {f"layer_{n}": f"blocks.{n}.hook_resid_post" for n in range(6)}
     paper = {"primary": layers["layer_4"], "downstream": layers["layer_5"]}
-    return Subject(
+    return ModelSpec(
         name="pythia-70m",
         model="EleutherAI/pythia-70m-deduped",
         parameters=70_426_624,
@@ -133,26 +142,31 @@ def _pythia() -> Subject:
     )
 
 
-def _gemma(size: str, parameters: int, layers: tuple[int, ...], tuned: str = "", **others: object) -> Subject:
+def _gemma(
+    size: str, parameters: int, layers: tuple[int, ...], tuned: str = "", **others: object
+) -> ModelSpec:
     release = f"gemma-scope-{size}-pt-res-canonical"
     hooks = others.pop("hooks")
     layers = {f"layer_{n}": f"blocks.{n}.hook_resid_post" for n in layers}
     with_saes = {role: hook for role, hook in {**hooks, **layers}.items() if role != "train"}
-    return Subject(
+    return ModelSpec(
         name=f"gemma-2-{size}{tuned}",
         model=f"google/gemma-2-{size}{tuned}",
         gated=True,
         parameters=parameters,
         hooks={**hooks, **layers},
-        saes={role: (release, f"layer_{hook.split('.')[1]}/width_16k/canonical") for role, hook in with_saes.items()},
+        saes={
+            role: (release, f"layer_{hook.split('.')[1]}/width_16k/canonical")
+            for role, hook in with_saes.items()
+        },
         **others,
     )
 
 
-def _llama(expansion: int, layers: tuple[int, ...] = (), **others: object) -> Subject:
+def _llama(expansion: int, layers: tuple[int, ...] = (), **others: object) -> ModelSpec:
     paper = {"primary": "blocks.16.hook_resid_post", "downstream": "blocks.20.hook_resid_post"}
     hooks = {**paper, **{f"layer_{n}": f"blocks.{n}.hook_resid_post" for n in layers}}
-    return Subject(
+    return ModelSpec(
         model="meta-llama/Llama-3.1-8B",
         gated=True,
         parameters=8_030_261_248,
@@ -165,8 +179,8 @@ def _llama(expansion: int, layers: tuple[int, ...] = (), **others: object) -> Su
     )
 
 
-def _specimen(which: str) -> Subject:
-    return Subject(
+def _specimen(which: str) -> ModelSpec:
+    return ModelSpec(
         name=f"world-{which}",
         model=which,
         embedded=True,
@@ -178,7 +192,7 @@ _GEMMA_2B = {"primary": "blocks.12.hook_resid_post", "downstream": "blocks.16.ho
 _GEMMA_2B_LAYERS = (5, 6, 9, 10, 15, 18, 20, 24)
 """Study 5's layers (5, 10, 15, 20) and those of study 1's sweep."""
 
-SUBJECTS = {
+MODEL_SPECS = {
     subject.name: subject
     for subject in (
         _gpt2_small(),
@@ -229,8 +243,8 @@ SUBJECTS = {
 }
 
 
-def get(name: str) -> Subject:
+def get(name: str) -> ModelSpec:
     """The subject called `name`."""
-    if name not in SUBJECTS:
-        raise unknown("subject", name, SUBJECTS, "the catalogue")
-    return SUBJECTS[name]
+    if name not in MODEL_SPECS:
+        raise unknown("subject", name, MODEL_SPECS, "the catalogue")
+    return MODEL_SPECS[name]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_research import notebooks, paths, store, verdicts
+from sae_research import ledger, notebooks, paths, store
 from sae_research.errors import ResearchError, unknown
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ class Expectation:
 
     def met_by(self, m: "Measurement") -> bool:
         """Whether the value, and where the rule asks for it the interval, lies where it is expected."""
-        return self.admits(m.value) and (not self.interval or (self.admits(m.low) and self.admits(m.high)))
+        return self.admits(m.value) and (
+            not self.interval or (self.admits(m.low) and self.admits(m.high))
+        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Measurement:
     low: float | None = None
     """Lower end of its interval."""
     high: float | None = None
-    """Upper end of its interval."""
+    """ModelTail end of its interval."""
     n: int | None = None
     """How many independent items (seeds, features, persons) the number rests on."""
     control: "Measurement | None" = None
@@ -141,9 +143,13 @@ def _fill(cls: type, given: object, where: str, **extra: object):
     for key in given:
         if key not in known or key in extra:
             raise unknown("field", str(key), set(known) - set(extra), f"{where} of claims.yaml")
-    missing = {n for n, f in known.items() if f.default is f.default_factory} - set(given) - set(extra)
+    missing = (
+        {n for n, f in known.items() if f.default is f.default_factory} - set(given) - set(extra)
+    )
     if missing:
-        raise ResearchError(f"{where} in claims.yaml lacks {', '.join(sorted(missing))}; state it before any run.")
+        raise ResearchError(
+            f"{where} in claims.yaml lacks {', '.join(sorted(missing))}; state it before any run."
+        )
     return cls(**{**given, **extra})
 
 
@@ -153,11 +159,22 @@ def _expectation(cls: type, given: object, where: str, **extra: object) -> Expec
         raise unknown("expectation", str(made.expect), _SIDES, f"{where} of claims.yaml")
     if made.expect == "between":
         pair = made.threshold
-        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_number, pair)) and pair[0] <= pair[1]):
-            raise ResearchError(f"{where} in claims.yaml: `between` needs two numbers, the smaller first.")
-        made = cls(**{**{f.name: getattr(made, f.name) for f in fields(cls)}, "threshold": tuple(pair)})
+        if not (
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and all(map(_number, pair))
+            and pair[0] <= pair[1]
+        ):
+            raise ResearchError(
+                f"{where} in claims.yaml: `between` needs two numbers, the smaller first."
+            )
+        made = cls(
+            **{**{f.name: getattr(made, f.name) for f in fields(cls)}, "threshold": tuple(pair)}
+        )
     elif not _number(made.threshold):
-        raise ResearchError(f"{where} in claims.yaml: the threshold of `{made.expect}` must be one number.")
+        raise ResearchError(
+            f"{where} in claims.yaml: the threshold of `{made.expect}` must be one number."
+        )
     if not isinstance(made.interval, bool):
         raise ResearchError(f"{where} in claims.yaml: `interval` must be true or false.")
     return made
@@ -175,10 +192,16 @@ def parse(study: str, given: dict) -> Claim:
         control = _expectation(Control, control, f"the control of {name}")
     rule = _expectation(Rule, stated, f"the rule of {name}", control=control)
     if rule.direction is not None and (rule.expect == "between" or not _number(rule.direction)):
-        raise ResearchError(f"the rule of {name} in claims.yaml: `direction` must be a number, and `between` has none.")
-    beyond = rule.direction is not None and not Expectation(rule.expect, rule.direction).admits(rule.threshold)
+        raise ResearchError(
+            f"the rule of {name} in claims.yaml: `direction` must be a number, and `between` has none."
+        )
+    beyond = rule.direction is not None and not Expectation(rule.expect, rule.direction).admits(
+        rule.threshold
+    )
     if beyond and rule.direction != rule.threshold:
-        raise ResearchError(f"the rule of {name} in claims.yaml: `direction` lies beyond the threshold.")
+        raise ResearchError(
+            f"the rule of {name} in claims.yaml: `direction` lies beyond the threshold."
+        )
     return Claim(**{**{f.name: getattr(block, f.name) for f in fields(Claim)}, "rule": rule})
 
 
@@ -189,9 +212,13 @@ def stated(study: str | None = None) -> dict[str, Claim]:
     try:
         book = yaml.safe_load(paths.CLAIMS.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ResearchError(f"claims.yaml cannot be read ({error}); restore it from the repository.") from error
+        raise ResearchError(
+            f"claims.yaml cannot be read ({error}); restore it from the repository."
+        ) from error
     if not isinstance(book, dict) or not all(isinstance(block, list) for block in book.values()):
-        raise ResearchError("claims.yaml must map each study to a list of claims; restore it from the repository.")
+        raise ResearchError(
+            "claims.yaml must map each study to a list of claims; restore it from the repository."
+        )
     if study is not None and study not in book:
         raise unknown("study", study, book, "claims.yaml")
     claims: dict[str, Claim] = {}
@@ -199,7 +226,9 @@ def stated(study: str | None = None) -> dict[str, Claim]:
         for given in block:
             claim = parse(name, given)
             if claim.id in claims:
-                raise ResearchError(f"claim '{claim.id}' is stated twice in claims.yaml; give each claim its own id.")
+                raise ResearchError(
+                    f"claim '{claim.id}' is stated twice in claims.yaml; give each claim its own id."
+                )
             claims[claim.id] = claim
     return {i: c for i, c in claims.items() if study in (None, c.study)}
 
@@ -209,16 +238,24 @@ def _check(m: Measurement, wanted: Expectation, what: str) -> None:
     if not _number(m.value):
         raise ResearchError(f"{what} was measured as {m.value}; a verdict needs a finite number.")
     if (m.low is None) != (m.high is None):
-        raise ResearchError(f"{what} has one end of its interval only; give `low` and `high`, or neither.")
+        raise ResearchError(
+            f"{what} has one end of its interval only; give `low` and `high`, or neither."
+        )
     if m.low is None:
         if wanted.interval:
-            raise ResearchError(f"{what} has no interval, but its rule asks for one; measure `low` and `high`.")
+            raise ResearchError(
+                f"{what} has no interval, but its rule asks for one; measure `low` and `high`."
+            )
         return
     if not (_number(m.low) and _number(m.high)):
-        raise ResearchError(f"{what} has the interval [{m.low}, {m.high}]; both ends must be finite numbers.")
+        raise ResearchError(
+            f"{what} has the interval [{m.low}, {m.high}]; both ends must be finite numbers."
+        )
     slack = 1e-9 * max(1.0, abs(m.value))
     if not m.low - slack <= m.value <= m.high + slack:
-        raise ResearchError(f"{what} has a value of {m.value} outside its interval [{m.low}, {m.high}].")
+        raise ResearchError(
+            f"{what} has a value of {m.value} outside its interval [{m.low}, {m.high}]."
+        )
 
 
 def judge(claim: Claim, measurement: Measurement | None) -> str:
@@ -226,7 +263,9 @@ def judge(claim: Claim, measurement: Measurement | None) -> str:
     rule = claim.rule
     if measurement is None:
         if not claim.needs:
-            raise ResearchError(f"claim '{claim.id}' was not measured; only one with `needs` may be left out.")
+            raise ResearchError(
+                f"claim '{claim.id}' was not measured; only one with `needs` may be left out."
+            )
         return NOT_TESTABLE
     _check(measurement, rule, f"claim '{claim.id}'")
     if (rule.control is None) != (measurement.control is None):
@@ -244,15 +283,27 @@ def judge(claim: Claim, measurement: Measurement | None) -> str:
 
 
 def _plain(x: object) -> object:
-    return {k: _plain(v) for k, v in x.items()} if isinstance(x, dict) else list(x) if isinstance(x, tuple) else x
+    return (
+        {k: _plain(v) for k, v in x.items()}
+        if isinstance(x, dict)
+        else list(x)
+        if isinstance(x, tuple)
+        else x
+    )
 
 
 def entry(claim: Claim, measurement: Measurement | None, notebook: str) -> dict:
     """The ledger's line for one claim."""
-    m = asdict(measurement) if measurement else {"value": None, "low": None, "high": None, "n": None, "control": None}
+    m = (
+        asdict(measurement)
+        if measurement
+        else {"value": None, "low": None, "high": None, "n": None, "control": None}
+    )
     if m["control"] is not None:
         m["control"] = {k: v for k, v in m["control"].items() if k != "control"}
-    line = {key: getattr(claim, key) for key in ("id", "study", "statement", "paper_value", "evidence")}
+    line = {
+        key: getattr(claim, key) for key in ("id", "study", "statement", "paper_value", "evidence")
+    }
     rule = _plain(asdict(claim.rule))
     return {**line, **m, "rule": rule, "verdict": judge(claim, measurement), "notebook": notebook}
 
@@ -261,7 +312,9 @@ def _file(profile: str, study: str) -> Path:
     return paths.study_data(profile, study) / "claims.json"
 
 
-def record(profile: str, study: str, notebook: str, measurements: dict[str, Measurement | None]) -> "pd.DataFrame":
+def record(
+    profile: str, study: str, notebook: str, measurements: dict[str, Measurement | None]
+) -> "pd.DataFrame":
     """Judge every claim of a study and write `data/<profile>/<study>/claims.json`; returns the table to show."""
     claims = stated(study)
     for given in measurements:
@@ -269,10 +322,12 @@ def record(profile: str, study: str, notebook: str, measurements: dict[str, Meas
             raise unknown("claim", given, claims, f"the measurements of {notebook}")
     missing = sorted(set(claims) - set(measurements))
     if missing:
-        raise ResearchError(f"{notebook} did not measure {', '.join(missing)}; every claim of {study} needs one.")
+        raise ResearchError(
+            f"{notebook} did not measure {', '.join(missing)}; every claim of {study} needs one."
+        )
     lines = [entry(claim, measurements[i], notebook) for i, claim in claims.items()]
     store.write_json(_file(profile, study), lines)
-    return verdicts.table(lines)
+    return ledger.table(lines)
 
 
 def read(profile: str) -> list[dict]:

@@ -35,8 +35,8 @@ def run(profile: str | None = None) -> tuple[str, int]:
 def judge(profile: config.Profile, machine: Machine) -> dict[str, list[str]]:
     """For each study of a profile, what keeps it from running on `machine`."""
     return {
-        study: _here(machine) + _needs(profile.runtime, getattr(profile, study).subjects, machine)
-        for study in config.STUDIES
+        study: _here(machine) + _needs(profile.runtime, getattr(profile, study).models, machine)
+        for study in config.study_names()
     }
 
 
@@ -57,11 +57,15 @@ def _here(machine: Machine) -> list[str]:
 def _needs(runtime: config.Runtime, names: Sequence[str], machine: Machine) -> list[str]:
     subjects = [catalogue.get(name) for name in names]
     missing = [machine.world[s.model] for s in subjects if s.embedded and s.model in machine.world]
-    weights = max((s.parameters or 0) * _BYTES.get(runtime.dtype, 4) for s in subjects) / GB * _OVERHEAD
+    weights = (
+        max((s.parameters or 0) * _BYTES.get(runtime.dtype, 4) for s in subjects) / GB * _OVERHEAD
+    )
     if runtime.device.startswith("cuda"):
         missing += _gpu(weights + _WORKING_MEMORY, machine)
     elif weights + _WORKING_MEMORY > machine.memory:
-        missing.append(f"{weights + _WORKING_MEMORY:.0f} GB of memory at least ({machine.memory:.0f} here)")
+        missing.append(
+            f"{weights + _WORKING_MEMORY:.0f} GB of memory at least ({machine.memory:.0f} here)"
+        )
     return missing + _from_hub(runtime, [s for s in subjects if not s.embedded], machine)
 
 
@@ -77,7 +81,9 @@ def _gpu(needed: float, machine: Machine) -> list[str]:
     return missing
 
 
-def _from_hub(runtime: config.Runtime, subjects: list[catalogue.Subject], machine: Machine) -> list[str]:
+def _from_hub(
+    runtime: config.Runtime, subjects: list[catalogue.ModelSpec], machine: Machine
+) -> list[str]:
     if not subjects:
         return []
     if not runtime.hub:
@@ -88,11 +94,21 @@ def _from_hub(runtime: config.Runtime, subjects: list[catalogue.Subject], machin
         missing.append(machine.hub)
     gated = sorted({s.model for s in away if s.gated})
     if gated and not machine.token:
-        missing.append(f"a token for {', '.join(gated)}: accept the licence there, then `hf auth login`")
-    missing += [f"access to {model} ({machine.refused[model]})" for model in gated if model in machine.refused]
-    models = {s.model: (s.parameters or 0) * 4 / GB for s in away}  # checkpoints in float32 are the largest
+        missing.append(
+            f"a token for {', '.join(gated)}: accept the licence there, then `hf auth login`"
+        )
+    missing += [
+        f"access to {model} ({machine.refused[model]})"
+        for model in gated
+        if model in machine.refused
+    ]
+    models = {
+        s.model: (s.parameters or 0) * 4 / GB for s in away
+    }  # checkpoints in float32 are the largest
     if sum(models.values()) > machine.cache_disk:
-        missing.append(f"{sum(models.values()):.0f} GB of disk for downloads ({machine.cache_disk:.0f} are free)")
+        missing.append(
+            f"{sum(models.values()):.0f} GB of disk for downloads ({machine.cache_disk:.0f} are free)"
+        )
     return missing
 
 
@@ -102,23 +118,36 @@ def _caveat(runtime: config.Runtime, machine: Machine) -> str:
 
 
 def _facts(machine: Machine) -> str:
-    gpus = ", ".join(f"{name.split(': ')[1]} {memory:.0f} GB" for name, memory in machine.gpus.items())
+    gpus = ", ".join(
+        f"{name.split(': ')[1]} {memory:.0f} GB" for name, memory in machine.gpus.items()
+    )
     if machine.absent:
         versions = f"missing: {', '.join(machine.absent)}"
     elif machine.differing:
         shown = ", ".join(machine.differing[:6]) + (", ..." if len(machine.differing) > 6 else "")
-        versions = f"{len(machine.differing)} differ from constraints.txt, so results may too: {shown}"
+        versions = (
+            f"{len(machine.differing)} differ from constraints.txt, so results may too: {shown}"
+        )
     else:
         versions = f"as pinned in constraints.txt (torch {machine.torch})"
     facts = [
-        ["Python", f"{'.'.join(map(str, machine.python))} on {platform.system()} {platform.machine()}"],
+        [
+            "Python",
+            f"{'.'.join(map(str, machine.python))} on {platform.system()} {platform.machine()}",
+        ],
         ["packages", versions],
         ["cores", str(machine.cores)],
         ["memory", f"{machine.memory:.0f} GB"],
-        ["disk", f"{machine.disk:.0f} GB free here, {machine.cache_disk:.0f} GB where models are kept"],
+        [
+            "disk",
+            f"{machine.disk:.0f} GB free here, {machine.cache_disk:.0f} GB where models are kept",
+        ],
         ["GPU", gpus or "none"],
         ["hub token", "present" if machine.token else "none (only gated models need one)"],
-        ["embedded world", f"not usable: {', '.join(machine.world)}" if machine.world else "intact"],
+        [
+            "embedded world",
+            f"not usable: {', '.join(machine.world)}" if machine.world else "intact",
+        ],
         ["pipeline", machine.pipeline],
     ]
     return aligned(facts, header=False)

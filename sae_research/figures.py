@@ -82,7 +82,13 @@ def canvas(
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(rows, columns, figsize=size, sharex=share, sharey=share)
-    figure.suptitle(_folded(title, size[0]), x=0.01, ha="left", fontweight="bold", fontsize=LOOK["axes.titlesize"] + 1)
+    figure.suptitle(
+        _folded(title, size[0]),
+        x=0.01,
+        ha="left",
+        fontweight="bold",
+        fontsize=LOOK["axes.titlesize"] + 1,
+    )
     if rows * columns == 1:
         label(axes, "", x, y)
     return figure, axes
@@ -125,14 +131,24 @@ def forest(
     _same_length(labels=labels, intervals=intervals, verdicts=verdicts)
     for row, interval in enumerate(intervals):
         colour, marker = _verdict(verdicts[row]) if verdicts else (COLOURS[0], "o")
-        axes.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2, solid_capstyle="butt")
+        axes.plot(
+            [interval.low, interval.high],
+            [row, row],
+            color=colour,
+            linewidth=2,
+            solid_capstyle="butt",
+        )
         axes.plot(interval.value, row, marker, color=colour, markersize=7, markeredgecolor="white")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     if threshold is not None:
-        axes.axvline(threshold, color=GREY, linestyle="--", linewidth=1.2, label=threshold_label or None)
-    _legend_below(axes.get_figure(), _verdict_keys(verdicts or ()) + axes.get_legend_handles_labels()[0])
+        axes.axvline(
+            threshold, color=GREY, linestyle="--", linewidth=1.2, label=threshold_label or None
+        )
+    _legend_below(
+        axes.get_figure(), _verdict_keys(verdicts or ()) + axes.get_legend_handles_labels()[0]
+    )
 
 
 @look()
@@ -152,16 +168,29 @@ def bars(
         _same_length(labels=labels, **{name: intervals})
         places = [i + (g - (len(groups) - 1) / 2) * width for i in range(len(labels))]
         values = [interval.value for interval in intervals]
-        errors = [[max(0.0, i.value - i.low) for i in intervals], [max(0.0, i.high - i.value) for i in intervals]]
+        errors = [
+            [max(0.0, i.value - i.low) for i in intervals],
+            [max(0.0, i.high - i.value) for i in intervals],
+        ]
         style = {"ecolor": "#333333", "elinewidth": 1.2, "capsize": 2.5}
-        axes.bar(places, values, 0.92 * width, color=COLOURS[g % len(COLOURS)], label=name, yerr=errors, error_kw=style)
+        axes.bar(
+            places,
+            values,
+            0.92 * width,
+            color=COLOURS[g % len(COLOURS)],
+            label=name,
+            yerr=errors,
+            error_kw=style,
+        )
     axes.set_xticks(range(len(labels)), labels)
     axes.grid(axis="x", visible=False)
     axes.axhline(0, color="#444444", linewidth=0.8)
     if threshold is not None:
         axes.axhline(threshold, color=GREY, linestyle="--", linewidth=1.2)
         place = blended_transform_factory(axes.transAxes, axes.transData)
-        axes.text(1.01, threshold, threshold_label, transform=place, va="center", color=GREY, fontsize=9)
+        axes.text(
+            1.01, threshold, threshold_label, transform=place, va="center", color=GREY, fontsize=9
+        )
     if len(groups) > 1:
         _legend_below(axes.get_figure(), axes.get_legend_handles_labels()[0])
 
@@ -183,16 +212,24 @@ def heat(
 
     values = np.asarray(matrix, dtype=float)
     if values.shape != (len(rows), len(columns)):
-        raise ResearchError(f"the heat map has shape {values.shape} but {len(rows)} rows and {len(columns)} columns.")
+        raise ResearchError(
+            f"the heat map has shape {values.shape} but {len(rows)} rows and {len(columns)} columns."
+        )
     low, high = limits or (np.nanmin(values), np.nanmax(values))
     if centre is not None:
         reach = max(abs(high - centre), abs(low - centre)) or 1.0
         low, high = centre - reach, centre + reach
-    image = axes.imshow(values, cmap="viridis" if centre is None else "PuOr_r", vmin=low, vmax=high, aspect="auto")
+    image = axes.imshow(
+        values, cmap="viridis" if centre is None else "PuOr_r", vmin=low, vmax=high, aspect="auto"
+    )
     for (i, j), value in np.ndenumerate(values):
         shown = format(value, form) if np.isfinite(value) else "–"
-        dark = np.isfinite(value) and _luminance(image.cmap(image.norm(value))) < 0.18  # white has more contrast there
-        axes.text(j, i, shown, ha="center", va="center", color="white" if dark else "black", fontsize=9)
+        dark = (
+            np.isfinite(value) and _luminance(image.cmap(image.norm(value))) < 0.18
+        )  # white has more contrast there
+        axes.text(
+            j, i, shown, ha="center", va="center", color="white" if dark else "black", fontsize=9
+        )
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     if sum(map(len, columns)) > 60:
@@ -202,7 +239,9 @@ def heat(
             tick.set_rotation_mode("anchor")
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    axes.get_figure().colorbar(image, ax=axes, label=unit, fraction=0.046, pad=0.02).outline.set_visible(False)
+    axes.get_figure().colorbar(
+        image, ax=axes, label=unit, fraction=0.046, pad=0.02
+    ).outline.set_visible(False)
 
 
 def _luminance(colour: Sequence[float]) -> float:
@@ -222,23 +261,53 @@ def scatter(
     colour: str = COLOURS[0],
 ) -> None:
     """Points with their rank correlation and its interval written above the panel's right corner."""
-    axes.scatter(x, y, s=16, color=colour, alpha=0.6, linewidths=0, label=name or None, rasterized=len(x) > 3000)
+    axes.scatter(
+        x,
+        y,
+        s=16,
+        color=colour,
+        alpha=0.6,
+        linewidths=0,
+        label=name or None,
+        rasterized=len(x) > 3000,
+    )
     if correlation is not None:
         words = f"Spearman {correlation.value:.2f} [{correlation.low:.2f}, {correlation.high:.2f}], n {correlation.n:,}"
         frame = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2}
         axes.margins(y=0.12)
-        axes.text(0.98, 0.985, words, transform=axes.transAxes, ha="right", va="top", fontsize=9, bbox=frame)
+        axes.text(
+            0.98,
+            0.985,
+            words,
+            transform=axes.transAxes,
+            ha="right",
+            va="top",
+            fontsize=9,
+            bbox=frame,
+        )
 
 
 @look()
 def curve(
-    axes: "Axes", x: Sequence[float], intervals: "Sequence[Interval]", *, name: str = "", colour: str | None = None
+    axes: "Axes",
+    x: Sequence[float],
+    intervals: "Sequence[Interval]",
+    *,
+    name: str = "",
+    colour: str | None = None,
 ) -> None:
     """A line through the estimates with their intervals as a band."""
     _same_length(x=x, intervals=intervals)
-    (line,) = axes.plot(x, [i.value for i in intervals], marker="o", label=name or None, color=colour)
+    (line,) = axes.plot(
+        x, [i.value for i in intervals], marker="o", label=name or None, color=colour
+    )
     axes.fill_between(
-        x, [i.low for i in intervals], [i.high for i in intervals], color=line.get_color(), alpha=0.18, linewidth=0
+        x,
+        [i.low for i in intervals],
+        [i.high for i in intervals],
+        color=line.get_color(),
+        alpha=0.18,
+        linewidth=0,
     )
     if name:
         axes.legend()
@@ -247,7 +316,9 @@ def curve(
 def _same_length(**columns: Sequence | None) -> None:
     lengths = {name: len(column) for name, column in columns.items() if column is not None}
     if len(set(lengths.values())) > 1:
-        raise ResearchError("lengths differ: " + ", ".join(f"{name} {n}" for name, n in lengths.items()) + ".")
+        raise ResearchError(
+            "lengths differ: " + ", ".join(f"{name} {n}" for name, n in lengths.items()) + "."
+        )
 
 
 def _verdict(verdict: str) -> tuple[str, str]:
@@ -262,7 +333,16 @@ def _verdict_keys(verdicts: Sequence[str]) -> list:
     from matplotlib.lines import Line2D
 
     return [
-        Line2D([], [], color=colour, marker=marker, markersize=7, linewidth=2, markeredgecolor="white", label=verdict)
+        Line2D(
+            [],
+            [],
+            color=colour,
+            marker=marker,
+            markersize=7,
+            linewidth=2,
+            markeredgecolor="white",
+            label=verdict,
+        )
         for verdict, (colour, marker) in VERDICTS.items()
         if verdict in verdicts
     ]

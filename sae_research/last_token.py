@@ -15,7 +15,7 @@ import torch
 from sae_research.errors import ResearchError
 
 if TYPE_CHECKING:
-    from sae_research.lens import Lens
+    from sae_research.models import LanguageModel
 
 
 @dataclass
@@ -49,7 +49,13 @@ class Record:
 class LastToken:
     """Runs a model's upper part on edited final tokens, in float32 even if the part below the hook is not."""
 
-    def __init__(self, lens: "Lens", hook: str, reads: tuple[str, ...] = (), dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        lens: "LanguageModel",
+        hook: str,
+        reads: tuple[str, ...] = (),
+        dtype: torch.dtype = torch.float32,
+    ):
         """Edit at `hook`, read at `reads`; casts the blocks above the hook and the final norm to `dtype` in place."""
         self.bridge = bridge = lens.bridge
         self.dtype = dtype
@@ -57,7 +63,9 @@ class LastToken:
         self.reads = tuple(lens.depth(read) for read in reads)
         for read, layer in zip(reads, self.reads, strict=True):
             if layer < self.start:
-                raise ResearchError(f"read '{read}' lies below the edit at '{hook}' and would never change.")
+                raise ResearchError(
+                    f"read '{read}' lies below the edit at '{hook}' and would never change."
+                )
         self.blocks = list(bridge.blocks)[self.start :]
         for module in (*self.blocks, bridge.ln_final):
             module.to(dtype)
@@ -70,7 +78,9 @@ class LastToken:
         b_U = getattr(bridge, "b_U", None)
         self.b_U = None if b_U is None else b_U.detach().to(dtype)
 
-    def _upper(self, h: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache) -> tuple[list, torch.Tensor]:
+    def _upper(
+        self, h: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache
+    ) -> tuple[list, torch.Tensor]:
         rotary = None if self.rotary is None else self.rotary(h, positions)
         below = {}
         for layer, block in enumerate(self.blocks, start=self.start):
@@ -96,7 +106,9 @@ class LastToken:
             return self.bridge(tokens, stop_at_layer=self.start).to(self.dtype)
         kept = []
         self.bridge.run_with_hooks(
-            tokens, return_type=None, fwd_hooks=[(f"blocks.{self.start - 1}.hook_out", lambda h, hook: kept.append(h))]
+            tokens,
+            return_type=None,
+            fwd_hooks=[(f"blocks.{self.start - 1}.hook_out", lambda h, hook: kept.append(h))],
         )
         return kept[0].to(self.dtype)
 
@@ -119,7 +131,9 @@ class LastToken:
         h = self.residual(tokens) if residual is None else residual
         length, cache = tokens.shape[1], DynamicCache()
         positions = torch.arange(length, device=h.device).expand(len(h), length)
-        hidden = torch.full((length, length), torch.finfo(self.dtype).min, dtype=self.dtype, device=h.device).triu(1)
+        hidden = torch.full(
+            (length, length), torch.finfo(self.dtype).min, dtype=self.dtype, device=h.device
+        ).triu(1)
         reads, final = self._upper(h, positions, hidden.expand(len(h), 1, length, length), cache)
         layers = cache.layers[self.start :]
         return Record(
@@ -145,16 +159,25 @@ class LastToken:
 
         owner, slots = _chunks(contexts, pack)
         prefix = record.keys[0].shape[2] if record.keys else 0
-        mask = torch.full((pack, prefix + pack), torch.finfo(self.dtype).min, dtype=self.dtype, device=slots.device)
+        mask = torch.full(
+            (pack, prefix + pack),
+            torch.finfo(self.dtype).min,
+            dtype=self.dtype,
+            device=slots.device,
+        )
         mask[:, :prefix] = 0
         mask[:, prefix:].fill_diagonal_(0)
         for part in torch.arange(len(owner), device=slots.device).split(max(1, rows // pack)):
             context, slot = owner[part], slots[part]
             h = record.last[context][:, None] + directions[which[slot.clamp(min=0)]].to(self.dtype)
             cache = DynamicCache()
-            for layer, (keys, values) in enumerate(zip(record.keys, record.values, strict=True), start=self.start):
+            for layer, (keys, values) in enumerate(
+                zip(record.keys, record.values, strict=True), start=self.start
+            ):
                 cache.update(keys[context], values[context], layer)
-            reads, final = self._upper(h, torch.full_like(slot, prefix), mask.expand(len(part), 1, *mask.shape), cache)
+            reads, final = self._upper(
+                h, torch.full_like(slot, prefix), mask.expand(len(part), 1, *mask.shape), cache
+            )
             real = slot >= 0
             yield slot[real], State(tuple(r[real] for r in reads), final[real])
 
@@ -184,7 +207,9 @@ class LastToken:
             record = self.record(tokens[some])
             mine = torch.isin(contexts, some).nonzero()[:, 0]
             local = torch.searchsorted(some, contexts[mine])
-            for r, edited in self.steer(record, local, which[mine], directions, pack=pack, rows=rows):
+            for r, edited in self.steer(
+                record, local, which[mine], directions, pack=pack, rows=rows
+            ):
                 yield mine[r], record.clean.take(local[r]), edited
 
     def logits(self, final: torch.Tensor) -> torch.Tensor:
@@ -203,7 +228,9 @@ def _chunks(contexts: torch.Tensor, pack: int) -> tuple[torch.Tensor, torch.Tens
     order = torch.argsort(contexts, stable=True)
     sorted_contexts = contexts[order]
     _, counts = torch.unique_consecutive(sorted_contexts, return_counts=True)
-    rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rank = torch.arange(len(order), device=order.device) - (
+        counts.cumsum(0) - counts
+    ).repeat_interleave(counts)
     first = rank % pack == 0
     chunk = first.cumsum(0) - 1
     slots = order.new_full((int(first.sum()), pack), -1)
@@ -219,7 +246,11 @@ def _in_range(noun: str, index: torch.Tensor, size: int) -> None:
 
 @torch.no_grad()
 def naive(
-    lens: "Lens", hook: str, reads: tuple[str, ...], tokens: torch.Tensor, direction: torch.Tensor
+    lens: "LanguageModel",
+    hook: str,
+    reads: tuple[str, ...],
+    tokens: torch.Tensor,
+    direction: torch.Tensor,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Last-token logits and reads by a full forward under hooks: the loop that the engine replaces, and its judge."""
     kept = {}
@@ -241,7 +272,12 @@ def naive(
 
 
 def discrepancy(
-    lens: "Lens", hook: str, reads: tuple[str, ...], tokens: torch.Tensor, directions: torch.Tensor, **settings: int
+    lens: "LanguageModel",
+    hook: str,
+    reads: tuple[str, ...],
+    tokens: torch.Tensor,
+    directions: torch.Tensor,
+    **settings: int,
 ) -> dict[str, float]:
     """Largest difference of engine and full forward over every context and direction, beside the largest effect."""
     contexts = torch.arange(len(tokens), device=tokens.device).repeat(len(directions))
@@ -253,7 +289,10 @@ def discrepancy(
     for rows, clean, edited in engine.sweep(tokens, contexts, which, directions, **settings):
         got = engine.logits(edited.final)
         effect = max(effect, float((got - engine.logits(clean.final)).abs().max()))
-        differences = [got - logits[rows], *(e - r[rows] for e, r in zip(edited.reads, read, strict=True))]
+        differences = [
+            got - logits[rows],
+            *(e - r[rows] for e, r in zip(edited.reads, read, strict=True)),
+        ]
         error = max(error, *(float(d.abs().max()) for d in differences))
         seen += len(rows)
     return {"error": error, "effect": effect, "rows": seen}

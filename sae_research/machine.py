@@ -61,7 +61,12 @@ def examine(profiles: Sequence[config.Profile]) -> Machine:
     from huggingface_hub import constants, get_token
     from psutil import virtual_memory
 
-    named = {name for p in profiles for study in config.STUDIES for name in getattr(p, study).subjects}
+    named = {
+        name
+        for p in profiles
+        for study in config.study_names()
+        for name in getattr(p, study).models
+    }
     away = [s for s in map(catalogue.get, sorted(named)) if not s.embedded]
     cached = frozenset(s.name for s in away if downloaded(s, Path(constants.HF_HUB_CACHE)))
     away = [s for s in away if s.name not in cached]
@@ -70,7 +75,9 @@ def examine(profiles: Sequence[config.Profile]) -> Machine:
     absent, differing = packages()
     return Machine(
         python=sys.version_info[:3],
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
         memory=virtual_memory().total / GB,
         disk=_free(paths.ROOT),
         cache_disk=_free(Path(constants.HF_HUB_CACHE)),
@@ -83,7 +90,9 @@ def examine(profiles: Sequence[config.Profile]) -> Machine:
         pipeline=_pipeline(),
         hub=hub,
         token=token is not None,
-        refused=_refused(sorted({s.model for s in away if s.gated}), token) if token and not hub else {},
+        refused=_refused(sorted({s.model for s in away if s.gated}), token)
+        if token and not hub
+        else {},
         cached=cached,
     )
 
@@ -96,8 +105,12 @@ def packages() -> tuple[tuple[str, ...], tuple[str, ...]]:
     from packaging.version import Version
 
     asked = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    absent = tuple(name for name in (Requirement(line).name for line in asked) if _version(name) is None)
-    pinned = dict(line.split("==") for line in paths.CONSTRAINTS.read_text().split() if "==" in line)
+    absent = tuple(
+        name for name in (Requirement(line).name for line in asked) if _version(name) is None
+    )
+    pinned = dict(
+        line.split("==") for line in paths.CONSTRAINTS.read_text().split() if "==" in line
+    )
     found = {name: _version(name) for name in pinned}
     differing = tuple(
         f"{name} {here} (pinned {pinned[name]})"
@@ -130,7 +143,9 @@ def hub_problem(endpoint: str, offline: bool = False, timeout: float = 4.0) -> s
     if offline:
         return "the network (HF_HUB_OFFLINE is set)"
     try:
-        urlopen(Request(f"{endpoint}/gpt2/resolve/main/config.json", method="HEAD"), timeout=timeout).close()
+        urlopen(
+            Request(f"{endpoint}/gpt2/resolve/main/config.json", method="HEAD"), timeout=timeout
+        ).close()
     except HTTPError as error:
         return f"the hub ({host} answers {error.code})"
     except (OSError, ValueError):
@@ -138,7 +153,7 @@ def hub_problem(endpoint: str, offline: bool = False, timeout: float = 4.0) -> s
     return None
 
 
-def downloaded(subject: catalogue.Subject, folder: Path) -> bool:
+def downloaded(subject: catalogue.ModelSpec, folder: Path) -> bool:
     """Whether the model and its primary and downstream SAEs lie in the hub's cache folder."""
 
     def present(repository: str, pattern: str) -> bool:
@@ -148,7 +163,9 @@ def downloaded(subject: catalogue.Subject, folder: Path) -> bool:
     if not (present(subject.model, "*.safetensors") or present(subject.model, "*.bin")):
         return False
     releases = _releases() if subject.saes else {}
-    for release, sae_id in (subject.saes[role] for role in ("primary", "downstream") if role in subject.saes):
+    for release, sae_id in (
+        subject.saes[role] for role in ("primary", "downstream") if role in subject.saes
+    ):
         entry = releases[release]
         path = next(sae["path"] for sae in entry["saes"] if sae["id"] == sae_id)
         if not present(entry["repo_id"], path):
@@ -190,11 +207,17 @@ def _gpus() -> dict[str, float]:
         return {}
     query = [tool, "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        answer = subprocess.run(
+            query, capture_output=True, text=True, timeout=20, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
     lines = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
-    return {f"{index}: {name}": float(mb) / 1024 for index, name, mb in lines if mb.replace(".", "").isdigit()}
+    return {
+        f"{index}: {name}": float(mb) / 1024
+        for index, name, mb in lines
+        if mb.replace(".", "").isdigit()
+    }
 
 
 def _pipeline() -> str:
@@ -209,7 +232,11 @@ def _pipeline() -> str:
     if done.returncode == 0:
         return "every stage is up to date"
     complaint = done.stderr.strip().splitlines()
-    return f"DVC says: {complaint[-1]}" if complaint else "some stages are to be run; `make reproduce` runs them"
+    return (
+        f"DVC says: {complaint[-1]}"
+        if complaint
+        else "some stages are to be run; `make reproduce` runs them"
+    )
 
 
 def _version(name: str) -> str | None:

@@ -68,7 +68,9 @@ def environment(profile: config.Profile, folder: Path) -> dict[str, str]:
         "IPYTHONDIR": str(folder / "ipython"),
         "JUPYTER_PREFER_ENV_PATH": "1",
         "JUPYTER_PLATFORM_DIRS": "1",
-        **{name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")},
+        **{
+            name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        },
         **({} if profile.runtime.hub else {"HF_HUB_OFFLINE": "1"}),
     }
 
@@ -114,7 +116,9 @@ def _die_with_pipeline() -> None:
     import psutil
 
     me = psutil.Process()
-    pipeline = next((p for p in me.parents() if "sae_research run" not in " ".join(p.cmdline())), None)
+    pipeline = next(
+        (p for p in me.parents() if "sae_research run" not in " ".join(p.cmdline())), None
+    )
     if pipeline is None:
         os._exit(1)
 
@@ -150,7 +154,10 @@ def _outputs(outputs: "list[NotebookNode]") -> "list[NotebookNode]":
         elif out.output_type in ("display_data", "execute_result"):
             if any(kind.startswith(_WIDGET) for kind in out.data):
                 continue
-            out.data = {k: _relative(v) if isinstance(v, str) and k != "image/png" else v for k, v in out.data.items()}
+            out.data = {
+                k: _relative(v) if isinstance(v, str) and k != "image/png" else v
+                for k, v in out.data.items()
+            }
             out.metadata = {}
         kept.append(out)
     return kept
@@ -194,7 +201,9 @@ def _steady(notebook: "NotebookNode") -> "NotebookNode":
 
 def normalised(notebook: "NotebookNode", profile: str) -> "NotebookNode":
     """The executed notebook with everything removed that would differ in a second run."""
-    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    notebook.cells = [
+        c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])
+    ]
     count = 0
     for cell in _steady(notebook).cells:
         if cell.cell_type != "code":
@@ -227,17 +236,25 @@ def _execute(name: str, profile: config.Profile, folder: Path) -> "NotebookNode"
             str(part),
             parameters={"profile": profile.name},
             kernel_name="python3",
-            progress_bar={"desc": name, "leave": False, "bar_format": "{desc} |{bar}| {n_fmt}/{total_fmt} {elapsed}"}
+            progress_bar={
+                "desc": name,
+                "leave": False,
+                "bar_format": "{desc} |{bar}| {n_fmt}/{total_fmt} {elapsed}",
+            }
             if sys.stderr.isatty()
             else False,
             cwd=str(paths.NOTEBOOKS),
             extra_arguments=["--log-level=CRITICAL"],
-            config=Config(KernelManager={"transport": "ipc"}),  # no port that others on the machine could reach
+            config=Config(
+                KernelManager={"transport": "ipc"}
+            ),  # no port that others on the machine could reach
         )
     except papermill.PapermillExecutionError as error:
         fault = error.evalue if error.ename == "ResearchError" else f"{error.ename}: {error.evalue}"
         cell = f"cell [{error.exec_count}]"
-        raise ResearchError(f"notebook {name} failed in {cell}: {fault.strip()} ({read})") from error
+        raise ResearchError(
+            f"notebook {name} failed in {cell}: {fault.strip()} ({read})"
+        ) from error
     except DeadKernelError as error:
         raise ResearchError(
             f"the kernel of notebook {name} died, most likely for want of memory; close other programs and run again "
@@ -253,7 +270,9 @@ def run(name: str, profile: str) -> Path:
     source(name)
     declared = stages(profile).get(name)
     if declared is None:
-        raise ResearchError(f"notebook {name} has no stage in dvc.yaml; add one with the files that it uses.")
+        raise ResearchError(
+            f"notebook {name} has no stage in dvc.yaml; add one with the files that it uses."
+        )
     scratch = paths.scratch(profile, name)
     published = paths.executed(profile) / f"{name}.ipynb"
     _die_with_pipeline()
@@ -266,7 +285,10 @@ def run(name: str, profile: str) -> Path:
         _stamp(profile, name, [out for out in declared if out != stamp(profile, name)])
         shutil.rmtree(scratch, ignore_errors=True)
     order = names()
-    print(f"[{order.index(name) + 1}/{len(order)}] {name} ({profile}): {time.monotonic() - started:.0f} s", flush=True)
+    print(
+        f"[{order.index(name) + 1}/{len(order)}] {name} ({profile}): {time.monotonic() - started:.0f} s",
+        flush=True,
+    )
     return published
 
 
@@ -274,12 +296,20 @@ def validate(profile: str) -> int:
     """Run the executed notebooks of a profile again (nbval) and compare every output; returns pytest's exit code."""
     settings = config.load(profile)
     if not any(paths.executed(profile).glob("*.ipynb")):
-        raise ResearchError(f"no executed notebooks of '{profile}'; run `make reproduce PROFILE={profile}` first.")
+        raise ResearchError(
+            f"no executed notebooks of '{profile}'; run `make reproduce PROFILE={profile}` first."
+        )
     scratch = paths.scratch(profile, "validate")
     words = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env"]
-    words += ["--nbval-sanitize-with", "tests/nbval_sanitize.cfg", paths.relative(paths.executed(profile))]
+    words += [
+        "--nbval-sanitize-with",
+        "tests/nbval_sanitize.cfg",
+        paths.relative(paths.executed(profile)),
+    ]
     env = {**os.environ, **environment(settings, scratch)}
-    done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=paths.ROOT, env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=paths.ROOT, env=env, check=False
+    )
     shutil.rmtree(scratch, ignore_errors=True)
     return done.returncode
 
@@ -288,6 +318,13 @@ def _stamp(profile: str, name: str, outputs: list[Path]) -> None:
     """Write the checksum of every output, after making sure that all of them are there."""
     for out in outputs:
         if not out.exists():
-            raise ResearchError(f"notebook {name} did not write {paths.relative(out)}, which its stage declares.")
-    files = [f for out in outputs for f in (sorted(out.rglob("*")) if out.is_dir() else [out]) if f.is_file()]
+            raise ResearchError(
+                f"notebook {name} did not write {paths.relative(out)}, which its stage declares."
+            )
+    files = [
+        f
+        for out in outputs
+        for f in (sorted(out.rglob("*")) if out.is_dir() else [out])
+        if f.is_file()
+    ]
     store.write_json(stamp(profile, name), {paths.relative(f): store.sha256(f) for f in files})

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from tqdm.auto import tqdm
+
 from sae_research.errors import ResearchError
-from sae_research.progress import bar
 
 
 def shards(
@@ -23,19 +24,26 @@ def shards(
     threads whatever `n_jobs`, so that sums round alike.
     """
     items = list(items)
-    if n_jobs != "ray" and (not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or n_jobs == 0 or n_jobs < -1):
-        raise ResearchError(f"n_jobs must be a number of processes, -1 for one a core, or 'ray', not {n_jobs!r}.")
+    if n_jobs != "ray" and (
+        not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or n_jobs == 0 or n_jobs < -1
+    ):
+        raise ResearchError(
+            f"n_jobs must be a number of processes, -1 for one a core, or 'ray', not {n_jobs!r}."
+        )
     seeds = _seeds(seed, len(items))
-    calls = [(function, i, item, s, threads) for i, (item, s) in enumerate(zip(items, seeds, strict=True))]
+    calls = [
+        (function, i, item, s, threads)
+        for i, (item, s) in enumerate(zip(items, seeds, strict=True))
+    ]
     if n_jobs == 1 or len(items) < 2:
-        return [_shard(*call) for call in bar(calls, desc=desc)]
+        return [_shard(*call) for call in tqdm(calls, desc=desc, leave=False)]
 
     from joblib import Parallel, delayed
 
     with _backend(n_jobs, threads) as keeps_order:
         if keeps_order:
             done = Parallel(return_as="generator")(delayed(_shard)(*call) for call in calls)
-            return list(bar(done, total=len(calls), desc=desc))
+            return list(tqdm(done, total=len(calls), desc=desc, leave=False))
         return Parallel()(delayed(_shard)(*call) for call in calls)
 
 
@@ -55,7 +63,9 @@ def _shard(function: Callable, index: int, item: object, seed: int | None, threa
     except Exception as error:
         name = repr(item)
         name = name if len(name) <= 120 else name[:117] + "..."
-        cause = str(error) if isinstance(error, ResearchError) else f"{type(error).__name__}: {error}"
+        cause = (
+            str(error) if isinstance(error, ResearchError) else f"{type(error).__name__}: {error}"
+        )
         raise ResearchError(f"shard {index} ({name}) failed: {cause}") from error
 
 

@@ -6,10 +6,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
-from sae_research import claims, config, notebooks, paths, store, verdicts
+from sae_research import claims, config, ledger, notebooks, paths, store
 from sae_research.errors import ResearchError
 
 STATE = paths.ROOT / ".reproduce"
@@ -21,7 +20,9 @@ WORLD = "world"
 def _git(*words: str) -> bytes | None:
     """What git says about this folder's own repository; nothing without git."""
     try:
-        found = subprocess.run(["git", "-C", str(paths.ROOT), *words], capture_output=True, check=False)
+        found = subprocess.run(
+            ["git", "-C", str(paths.ROOT), *words], capture_output=True, check=False
+        )
     except FileNotFoundError:
         return None
     return found.stdout if found.returncode == 0 else None
@@ -48,19 +49,29 @@ def _read_lock(path: Path) -> dict | None:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError):
         return None
-    return content["stages"] if isinstance(content, dict) and isinstance(content.get("stages"), dict) else None
+    return (
+        content["stages"]
+        if isinstance(content, dict) and isinstance(content.get("stages"), dict)
+        else None
+    )
 
 
 def _write_lock(path: Path, stages: dict) -> None:
     import yaml
 
-    store.write_text(path, yaml.safe_dump({"schema": "2.0", "stages": stages}, sort_keys=False, width=10_000))
+    store.write_text(
+        path, yaml.safe_dump({"schema": "2.0", "stages": stages}, sort_keys=False, width=10_000)
+    )
 
 
 def _set_profile(profile: str) -> None:
-    text, found = re.subn(r"(?m)^profile:.*$", f"profile: {profile}", paths.PARAMS.read_text(), count=1)
+    text, found = re.subn(
+        r"(?m)^profile:.*$", f"profile: {profile}", paths.PARAMS.read_text(), count=1
+    )
     if not found:
-        raise ResearchError("params.yaml must hold a line `profile: ...`; restore it from the repository.")
+        raise ResearchError(
+            "params.yaml must hold a line `profile: ...`; restore it from the repository."
+        )
     store.write_text(paths.PARAMS, text)
 
 
@@ -73,7 +84,9 @@ def _restore(state: dict) -> None:
     if kept.exists():
         before = _read_lock(kept) or {}
         if WORLD in stages and before.get(WORLD) != stages[WORLD]:
-            _write_lock(LOCK, {WORLD: stages[WORLD], **{k: v for k, v in before.items() if k != WORLD}})
+            _write_lock(
+                LOCK, {WORLD: stages[WORLD], **{k: v for k, v in before.items() if k != WORLD}}
+            )
         else:
             store.write_bytes(LOCK, kept.read_bytes())
     else:
@@ -102,7 +115,10 @@ def selected(profile: str) -> Iterator[None]:
     store.write_json(marker, {"before": before, "running": profile})
     stages = _read_lock(_profile_lock(profile)) or {}
     world = (_read_lock(kept) or {}).get(WORLD)  # the embedded world is the same in every profile
-    _write_lock(LOCK, {**({WORLD: world} if world else {}), **{k: v for k, v in stages.items() if k != WORLD}})
+    _write_lock(
+        LOCK,
+        {**({WORLD: world} if world else {}), **{k: v for k, v in stages.items() if k != WORLD}},
+    )
     _set_profile(profile)
     try:
         yield
@@ -133,7 +149,11 @@ def _forget_dead_readers() -> None:
         listed = store.read_json(path) if path.exists() else {}
         writers = list(listed.get("write", {}).values())
         readers = [reader for each in listed.get("read", {}).values() for reader in each]
-        alive = [p["pid"] for p in writers + readers if psutil.pid_exists(p["pid"]) and _is_pipeline(p["pid"])]
+        alive = [
+            p["pid"]
+            for p in writers + readers
+            if psutil.pid_exists(p["pid"]) and _is_pipeline(p["pid"])
+        ]
     except (ResearchError, AttributeError, KeyError, TypeError):
         alive = []
     if not alive:
@@ -152,7 +172,9 @@ def _is_pipeline(process: int) -> bool:
 
 def _dvc(force: bool) -> int:
     """Run what is missing or changed; returns how many stages ran."""
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    os.environ["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    )
     if not has_git() and _git("rev-parse") is None:
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         local = paths.ROOT / ".dvc" / "config.local"
@@ -180,7 +202,9 @@ def _results(profile: str) -> list[str]:
     """What a profile publishes: claims, figures and executed notebooks, as paths in the repository."""
     ledgers = (paths.DATA / profile).glob("**/claims.json")
     drawn = (paths.ROOT / "figures" / profile).glob("**/*.*")
-    return sorted(paths.relative(p) for p in (*ledgers, *drawn, *paths.executed(profile).glob("*.ipynb")))
+    return sorted(
+        paths.relative(p) for p in (*ledgers, *drawn, *paths.executed(profile).glob("*.ipynb"))
+    )
 
 
 def _known(profile: str) -> Path | None:
@@ -206,10 +230,18 @@ def compared(profile: str) -> list[str]:
         return (known / name).read_bytes() if (known / name).exists() else None
 
     lines = []
-    for kind, end in (("claims", "claims.json"), ("figures", (".png", ".svg")), ("notebooks", ".ipynb")):
+    for kind, end in (
+        ("claims", "claims.json"),
+        ("figures", (".png", ".svg")),
+        ("notebooks", ".ipynb"),
+    ):
         now = [name for name in _results(profile) if name.endswith(end)]
         old = {name: before(name) for name in now}
-        changed = [name for name in now if old[name] is not None and old[name] != (paths.ROOT / name).read_bytes()]
+        changed = [
+            name
+            for name in now
+            if old[name] is not None and old[name] != (paths.ROOT / name).read_bytes()
+        ]
         new = [name for name in now if old[name] is None]
         same = len(now) - len(changed) - len(new)
         words = [f"{same} as committed"]
@@ -221,13 +253,15 @@ def compared(profile: str) -> list[str]:
 
 def report(profile: str) -> str:
     """The last lines of a run: the verdicts, how they compare, and where to look."""
-    ledger = claims.read(profile)
-    lines = ["", verdicts.text(ledger), "", *compared(profile)]
+    found = claims.read(profile)
+    lines = ["", ledger.text(found), "", *compared(profile)]
     published = paths.DATA / PUBLISHED / "claims.json"
     if profile != PUBLISHED and published.exists():
-        agree, differ = verdicts.agreement(ledger, claims.read(PUBLISHED))
+        agree, differ = ledger.agreement(found, claims.read(PUBLISHED))
         total = agree + len(differ)
-        lines.append(f"{agree} of {total} verdicts agree with the published ones ({paths.relative(published)})")
+        lines.append(
+            f"{agree} of {total} verdicts agree with the published ones ({paths.relative(published)})"
+        )
         lines += [f"  {i}: {ours} here, {theirs} published" for i, ours, theirs in differ]
     elif profile != PUBLISHED:
         lines.append("no published verdicts to agree with yet (they come from the profile `full`)")
@@ -241,7 +275,7 @@ def report(profile: str) -> str:
 
 def write_settings(profile: str) -> None:
     """Write the settings in force to `data/<profile>/settings.json`: what each stage depends on, and a record."""
-    store.write_json(paths.DATA / profile / "settings.json", asdict(config.load(profile)))
+    store.write_json(paths.DATA / profile / "settings.json", config.as_json(config.load(profile)))
 
 
 def reproduce(profile: str, force: bool = False) -> str:
@@ -253,5 +287,9 @@ def reproduce(profile: str, force: bool = False) -> str:
         _forget_dead_readers()
         with selected(profile):
             ran = _dvc(force)
-    note = f"\n{ran} stages ran, the others were up to date" if ran else "\neverything was up to date, nothing ran"
+    note = (
+        f"\n{ran} stages ran, the others were up to date"
+        if ran
+        else "\neverything was up to date, nothing ran"
+    )
     return note + "\n" + report(profile)

@@ -24,7 +24,7 @@ class Interval:
     low: float
     """Lower end."""
     high: float
-    """Upper end."""
+    """ModelTail end."""
     n: int
     """Independent units: seeds, clusters or pairs."""
 
@@ -43,7 +43,9 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     (values,) = _columns(values=values)
     n = _at_least(2, len(values), "an interval over seeds")
     margin = t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / n**0.5
-    return Interval(float(values.mean()), float(values.mean() - margin), float(values.mean() + margin), n)
+    return Interval(
+        float(values.mean()), float(values.mean() - margin), float(values.mean() + margin), n
+    )
 
 
 def cluster_means(values: "np.ndarray", clusters: Sequence[Hashable] | None) -> "np.ndarray":
@@ -87,7 +89,13 @@ def paired_bootstrap(
     first, second = _columns(first=first, second=second)
     statistic = _or_mean(statistic)
     means = [cluster_means(first, clusters), cluster_means(second, clusters)]
-    return _percentile(lambda a, b, axis: statistic(a, axis=axis) - statistic(b, axis=axis), means, seed, draws, level)
+    return _percentile(
+        lambda a, b, axis: statistic(a, axis=axis) - statistic(b, axis=axis),
+        means,
+        seed,
+        draws,
+        level,
+    )
 
 
 def bootstrap(
@@ -108,11 +116,15 @@ def bootstrap(
     n = _at_least(2, len(rows), "a bootstrap")
     rng = np.random.default_rng(seed)
     sample = [np.concatenate([rows[i] for i in rng.integers(0, n, n)]) for _ in range(draws)]
-    drawn = np.array([statistic(*(column[chosen] for column in columns)) for chosen in sample], dtype=float)
+    drawn = np.array(
+        [statistic(*(column[chosen] for column in columns)) for chosen in sample], dtype=float
+    )
     return _interval(float(statistic(*columns)), drawn, n, level)
 
 
-def spearman(x: Sequence[float], y: Sequence[float], *, seed: int, draws: int = DRAWS, level: float = 0.95) -> Interval:
+def spearman(
+    x: Sequence[float], y: Sequence[float], *, seed: int, draws: int = DRAWS, level: float = 0.95
+) -> Interval:
     """Spearman's rank correlation with a bootstrap interval over pairs."""
     return _percentile(_rank_correlation, _varying(x=x, y=y), seed, draws, level)
 
@@ -148,7 +160,9 @@ def partial_spearman(
     `controls` is a list of columns. Each resample is ranked and residualised anew.
     """
     data = _varying(x=x, y=y, **{f"control {i + 1}": control for i, control in enumerate(controls)})
-    _at_least(len(controls) + 3, len(data[0]), f"a partial correlation with {len(controls)} control(s)")
+    _at_least(
+        len(controls) + 3, len(data[0]), f"a partial correlation with {len(controls)} control(s)"
+    )
     return _percentile(_partial_rank_correlation, data, seed, draws, level)
 
 
@@ -179,7 +193,10 @@ def permutation_test(
     else:
         data = _columns(first=first, second=second)
     if statistic is None and kind == "pairings":
-        data, statistic = [stats.rankdata(column) for column in _varying(first=first, second=second)], _pearson
+        data, statistic = (
+            [stats.rankdata(column) for column in _varying(first=first, second=second)],
+            _pearson,
+        )
     _at_least(2, min(map(len, data)), "a permutation test")
     statistic = statistic or (lambda a, b, axis: np.mean(a, axis=axis) - np.mean(b, axis=axis))
     result = stats.permutation_test(
@@ -210,8 +227,15 @@ def wilson(successes: int, trials: int, *, level: float = 0.95) -> Interval:
     """A share with Wilson's score interval."""
     from scipy.stats import binomtest
 
-    if not (trials == int(trials) and successes == int(successes) and 0 <= successes <= trials and trials > 0):
-        raise ResearchError(f"a share needs 0 <= successes <= trials and a trial, not {successes} of {trials}.")
+    if not (
+        trials == int(trials)
+        and successes == int(successes)
+        and 0 <= successes <= trials
+        and trials > 0
+    ):
+        raise ResearchError(
+            f"a share needs 0 <= successes <= trials and a trial, not {successes} of {trials}."
+        )
     bounds = binomtest(int(successes), int(trials)).proportion_ci(level, method="wilson")
     return Interval(successes / trials, float(bounds.low), float(bounds.high), int(trials))
 
@@ -234,11 +258,15 @@ def _columns(**named: Sequence[float]) -> "list[np.ndarray]":
             raise ResearchError(f"{name} is empty: there is nothing to measure.")
         if not np.isfinite(column).all():
             bad = int((~np.isfinite(column)).sum())
-            raise ResearchError(f"{name} holds {bad} NaN or infinite value(s) of {column.size}; remove them.")
+            raise ResearchError(
+                f"{name} holds {bad} NaN or infinite value(s) of {column.size}; remove them."
+            )
         columns[name] = column
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
-        raise ResearchError("lengths differ: " + ", ".join(f"{name} {n}" for name, n in lengths.items()) + ".")
+        raise ResearchError(
+            "lengths differ: " + ", ".join(f"{name} {n}" for name, n in lengths.items()) + "."
+        )
     return list(columns.values())
 
 
@@ -278,7 +306,9 @@ def _group_ids(clusters: Sequence[Hashable] | None, rows: int) -> "np.ndarray":
     return np.array([number[name] for name in names])
 
 
-def _percentile(statistic: "Statistic", columns: "list[np.ndarray]", seed: int, draws: int, level: float) -> Interval:
+def _percentile(
+    statistic: "Statistic", columns: "list[np.ndarray]", seed: int, draws: int, level: float
+) -> Interval:
     """Percentile interval of a vectorised statistic over jointly resampled rows."""
     import numpy as np
     from scipy.stats import bootstrap as resample
@@ -302,7 +332,9 @@ def _interval(value: float, drawn: "np.ndarray", n: int, level: float) -> Interv
     import numpy as np
 
     if not (np.isfinite(value) and np.isfinite(drawn).all()):
-        raise ResearchError("the statistic is not finite on the data or on a resample; use one that is always defined.")
+        raise ResearchError(
+            "the statistic is not finite on the data or on a resample; use one that is always defined."
+        )
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), n)
 

@@ -1,6 +1,6 @@
 """Edits of the residual stream: in SAE space with the error term kept, or along a direction; never at BOS.
 
-Every edit is a function of the residual [batch, positions, d_model] for `Lens.logits`, `losses` or `generate`.
+Every edit is a function of the residual [batch, positions, d_model] for `LanguageModel.logits`, `losses` or `generate`.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sae_lens import SAE
     from torch import Tensor
 
-    from sae_research.lens import Edit
+    from sae_research.models import Edit
 
 Change = Callable[["Tensor"], "Tensor"]
 """Takes codes [tokens, latents] and returns the codes to have instead."""
@@ -33,12 +33,16 @@ def edit(sae: "SAE", change: Change, positions: "str | Tensor" = "all") -> "Edit
     return apply
 
 
-def add_direction(direction: "Tensor", strength: float = 1.0, positions: "str | Tensor" = "all") -> "Edit":
+def add_direction(
+    direction: "Tensor", strength: float = 1.0, positions: "str | Tensor" = "all"
+) -> "Edit":
     """x + strength * direction at `positions`; the direction keeps its length."""
 
     def apply(residual: "Tensor") -> "Tensor":
         mask = _mask(residual, positions)
-        return _added(residual, mask, strength * direction.to(residual.device).expand(int(mask.sum()), -1))
+        return _added(
+            residual, mask, strength * direction.to(residual.device).expand(int(mask.sum()), -1)
+        )
 
     return apply
 
@@ -61,7 +65,11 @@ def directions(sae: "SAE") -> "Tensor":
             "edit with an SAE that reads raw residuals."
         )
     rows = sae.W_dec.detach()
-    return rows / rows.norm(dim=-1, keepdim=True) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else rows
+    return (
+        rows / rows.norm(dim=-1, keepdim=True)
+        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+        else rows
+    )
 
 
 def _mask(residual: "Tensor", positions: "str | Tensor") -> "Tensor":
@@ -91,5 +99,7 @@ def _added(residual: "Tensor", mask: "Tensor", difference: "Tensor") -> "Tensor"
 
     wide = torch.promote_types(residual.dtype, difference.dtype)
     edited = residual.clone()
-    edited[mask] = (residual[mask].to(wide) + difference.to(residual.device, wide)).to(residual.dtype)
+    edited[mask] = (residual[mask].to(wide) + difference.to(residual.device, wide)).to(
+        residual.dtype
+    )
     return edited

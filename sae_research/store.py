@@ -47,7 +47,9 @@ def _plain(value: object) -> object:
     if isinstance(value, PurePath):
         return value.as_posix()
     # the text of an object may differ between processes, and that of a long array leaves its middle out
-    raise TypeError(f"{type(value).__name__} has no stable fingerprint; pass settings, names and checksums only")
+    raise TypeError(
+        f"{type(value).__name__} has no stable fingerprint; pass settings, names and checksums only"
+    )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -122,7 +124,9 @@ def writing(folder: Path) -> Iterator[Path]:
             raise _explain(error.strerror or str(error), folder) from error
         raise
     except Exception as error:
-        code = re.search(r"os error (\d+)", str(error))  # how safetensors hands the system's error on
+        code = re.search(
+            r"os error (\d+)", str(error)
+        )  # how safetensors hands the system's error on
         if code and int(code[1]) in _FULL:
             raise _explain(os.strerror(int(code[1])), folder) from error
         raise
@@ -150,7 +154,9 @@ def verified(folder: Path) -> Path:
     folder = Path(folder)
     _recover(folder)
     if not (folder / CHECKSUMS).is_file():
-        raise ResearchError(f"{relative(folder)} is missing or incomplete; run `make reproduce` to make it.")
+        raise ResearchError(
+            f"{relative(folder)} is missing or incomplete; run `make reproduce` to make it."
+        )
     try:
         sums = dict(json.loads((folder / CHECKSUMS).read_text()))
     except (TypeError, ValueError) as error:
@@ -160,7 +166,9 @@ def verified(folder: Path) -> Path:
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():
-            raise ResearchError(f"{relative(path)} is missing; restore it or delete {relative(folder)} and run again.")
+            raise ResearchError(
+                f"{relative(path)} is missing; restore it or delete {relative(folder)} and run again."
+            )
         if sha256(path) != expected:
             raise ResearchError(
                 f"{relative(path)} does not match its checksum (truncated or altered); "
@@ -173,7 +181,11 @@ def resumed(folder: Path, key: object, build: Callable[[Path], None]) -> Path:
     """Return the artefact `folder` made with settings `key`; if it is not there, `build` fills it."""
     mark = fingerprint(key).encode()
     _recover(folder)
-    if (folder / CHECKSUMS).is_file() and (folder / "key").is_file() and (folder / "key").read_bytes() == mark:
+    if (
+        (folder / CHECKSUMS).is_file()
+        and (folder / "key").is_file()
+        and (folder / "key").read_bytes() == mark
+    ):
         return verified(folder)
     with writing(folder) as partial:
         build(partial)
@@ -211,9 +223,13 @@ def read_json(path: Path) -> object:
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError as error:
-        raise ResearchError(f"{relative(path)} is missing; run `make reproduce` to make it.") from error
+        raise ResearchError(
+            f"{relative(path)} is missing; run `make reproduce` to make it."
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResearchError(f"{relative(path)} is damaged; delete it and run `make reproduce`.") from error
+        raise ResearchError(
+            f"{relative(path)} is damaged; delete it and run `make reproduce`."
+        ) from error
 
 
 def code(*files: Path) -> str:
@@ -221,12 +237,30 @@ def code(*files: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
-def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None) -> None:
+def rounded(value: object, digits: int = 6) -> object:
+    """Numbers at any depth to significant digits, so that another processor writes the same bytes.
+
+    What is below 1e-12 in size is rounding noise and becomes zero.
+    """
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item, digits) for item in value]
+    if isinstance(value, float):
+        return 0.0 if abs(value) < 1e-12 else float(f"{value:.{digits}g}")
+    return value
+
+
+def write_tensors(
+    path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None
+) -> None:
     """Save tensors as safetensors, at once; metadata goes under one key, since the order of several is not kept."""
     from safetensors.torch import save
 
     about = {"about": json.dumps(metadata, sort_keys=True)} if metadata else None
-    write_bytes(path, save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, metadata=about))
+    write_bytes(
+        path, save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, metadata=about)
+    )
 
 
 def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
@@ -237,6 +271,10 @@ def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise ResearchError(f"{relative(path)} is missing; run `make reproduce` to make it.") from error
+        raise ResearchError(
+            f"{relative(path)} is missing; run `make reproduce` to make it."
+        ) from error
     except SafetensorError as error:
-        raise ResearchError(f"{relative(path)} is damaged; delete it and run `make reproduce`.") from error
+        raise ResearchError(
+            f"{relative(path)} is damaged; delete it and run `make reproduce`."
+        ) from error

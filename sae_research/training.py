@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm.auto import tqdm
 
-from sae_research import dictionaries
+from sae_research import saes
 from sae_research.errors import ResearchError
-from sae_research.progress import bar
 
 if TYPE_CHECKING:
     from sae_lens import SAE, TrainingSAE
@@ -48,7 +48,9 @@ class SAETraining:
     """Whether the decoder bias starts at the first batch's mean instead of zero."""
 
 
-def trainer(sae: "TrainingSAE", settings: SAETraining, kind: "type[SAETrainer] | None" = None) -> "SAETrainer":
+def trainer(
+    sae: "TrainingSAE", settings: SAETraining, kind: "type[SAETrainer] | None" = None
+) -> "SAETrainer":
     """SAELens's trainer (or a subclass of it) for one arm."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -89,7 +91,7 @@ def train(
         raise ResearchError("there are no activations to train on; collect some first.")
     scale = math.sqrt(first.shape[-1]) / first.norm(dim=-1).mean().item()
     running = {}
-    with dictionaries.quiet():
+    with saes.quiet():
         for name, config in arms.items():
             torch.manual_seed(seed)
             sae = TrainingSAE.get_sae_class_for_architecture(config.architecture())(config)
@@ -101,16 +103,25 @@ def train(
                 sae.b_dec.data = (first.mean(0) * (scale if scaled else 1.0)).to(sae.b_dec)
     steps = 0
     for step, batch in enumerate(
-        bar(islice(chain([first], batches), settings.steps), total=settings.steps, desc="SAEs")
+        tqdm(
+            islice(chain([first], batches), settings.steps),
+            total=settings.steps,
+            desc="SAEs",
+            leave=False,
+        )
     ):
         for name, arm in running.items():
             loss = arm.step(batch).loss
             arm.n_training_steps += 1
             if not torch.isfinite(loss):
-                raise ResearchError(f"the loss of SAE '{name}' is not finite at step {step}; lower its learning rate.")
+                raise ResearchError(
+                    f"the loss of SAE '{name}' is not finite at step {step}; lower its learning rate."
+                )
         steps += 1
     if steps < settings.steps:
-        raise ResearchError(f"the activations ended after {steps} of {settings.steps} steps; give more batches.")
+        raise ResearchError(
+            f"the activations ended after {steps} of {settings.steps} steps; give more batches."
+        )
     for arm in running.values():
         if arm.activation_scaler.scaling_factor is not None:
             arm.sae.fold_activation_norm_scaling_factor(arm.activation_scaler.scaling_factor)
@@ -126,7 +137,9 @@ def topk(d_in: int, d_sae: int, k: int, **given) -> "TrainingSAEConfig":
     return TopKTrainingSAEConfig(**_common(d_in, d_sae), k=k, **given)
 
 
-def jumprelu(d_in: int, d_sae: int, l0: float, coefficient: float = 0.2, **given) -> "TrainingSAEConfig":
+def jumprelu(
+    d_in: int, d_sae: int, l0: float, coefficient: float = 0.2, **given
+) -> "TrainingSAEConfig":
     """A JumpReLU arm with a quadratic pull of the mean L0 towards `l0`.
 
     Only thresholds learn through the straight-through estimator: where it reaches the input too, most latents die.
@@ -203,8 +216,8 @@ def inference(sae: "TrainingSAE", activations: "Tensor", k: float | None = None)
     from sae_lens import SAE
 
     if sae.cfg.architecture() not in ("topk", "standard"):
-        return dictionaries.exact_l0(sae, activations, k, half=True)
-    with TemporaryDirectory() as folder, dictionaries.quiet():
+        return saes.exact_l0(sae, activations, k, half=True)
+    with TemporaryDirectory() as folder, saes.quiet():
         sae.save_inference_model(folder)
         export = SAE.load_from_disk(folder).eval().requires_grad_(False)
-    return dictionaries.calibrated(dictionaries.rounded(export), activations)
+    return saes.calibrated(saes.rounded(export), activations)

@@ -13,14 +13,22 @@ def word_tokenizer(vocabulary: int = 64):
     from transformers import PreTrainedTokenizerFast
 
     words = [*SPECIAL, *(f"w{i}" for i in range(vocabulary - len(SPECIAL)))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
 
 
-def config(architecture: str, *, width: int = 32, blocks: int = 4, vocabulary: int = 64, context: int = 32):
+def config(
+    architecture: str, *, width: int = 32, blocks: int = 4, vocabulary: int = 64, context: int = 32
+):
     """The smallest configuration that keeps what is special about an architecture: groups, caps, parallel blocks."""
     from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
 
@@ -35,11 +43,20 @@ def config(architecture: str, *, width: int = 32, blocks: int = 4, vocabulary: i
     }
     match architecture:
         case "gpt2":
-            return GPT2Config(n_embd=width, n_layer=blocks, n_head=4, vocab_size=vocabulary, n_positions=context, **ids)
+            return GPT2Config(
+                n_embd=width,
+                n_layer=blocks,
+                n_head=4,
+                vocab_size=vocabulary,
+                n_positions=context,
+                **ids,
+            )
         case "neox":
             return GPTNeoXConfig(**shape, rotary_pct=0.25, use_parallel_residual=True, **ids)
         case "gemma2":
-            return Gemma2Config(**shape, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, **ids)
+            return Gemma2Config(
+                **shape, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, **ids
+            )
         case "llama":
             return LlamaConfig(**shape, num_key_value_heads=2, **ids)
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sae_research.catalogue import SUBJECTS
+from sae_research.catalogue import MODEL_SPECS
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 WIDTH = 16
@@ -27,7 +27,7 @@ BLOCKS = {
 
 def write_cache(cache: Path) -> None:
     """Fill `cache` with a replica of every model and SAE of the catalogue."""
-    models = {subject.model for subject in SUBJECTS.values() if not subject.embedded}
+    models = {subject.model for subject in MODEL_SPECS.values() if not subject.embedded}
     for repository in sorted(models):
         _publish(cache, repository, _model_files(repository))
     for repository, files in _sae_files():
@@ -45,7 +45,11 @@ def _publish(cache: Path, repository: str, fill: Callable[[Path], None]) -> None
     root = cache / f"models--{repository.replace('/', '--')}"
     with tempfile.TemporaryDirectory() as folder:
         fill(Path(folder))
-        contents = {p.relative_to(folder): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+        contents = {
+            p.relative_to(folder): p.read_bytes()
+            for p in sorted(Path(folder).rglob("*"))
+            if p.is_file()
+        }
     commit = hashlib.sha1(repository.encode()).hexdigest()
     (root / "refs").mkdir(parents=True)
     (root / "refs" / "main").write_text(commit)
@@ -75,7 +79,11 @@ def _model_files(repository: str) -> Callable[[Path], None]:
         with torch.no_grad():
             for weight in model.parameters():
                 weight.add_(0.2 * torch.randn_like(weight))
-        config = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": _dtype(name)}
+        config = {
+            **model.config.to_dict(),
+            "architectures": [type(model).__name__],
+            "dtype": _dtype(name),
+        }
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "generation_config.json").write_text(json.dumps({"_from_model_config": True}))
         _write_weights(folder, name, model)
@@ -99,7 +107,9 @@ def _config(name: str, vocabulary: int):
         "vocab_size": vocabulary,
     }
     if name.startswith("gpt2"):
-        return GPT2Config(n_embd=WIDTH, n_layer=BLOCKS[name], n_head=4, vocab_size=vocabulary, n_positions=1024)
+        return GPT2Config(
+            n_embd=WIDTH, n_layer=BLOCKS[name], n_head=4, vocab_size=vocabulary, n_positions=1024
+        )
     if name.startswith("pythia"):
         return GPTNeoXConfig(
             **{**shape, "vocab_size": vocabulary + 27},
@@ -179,18 +189,27 @@ def _tokenizer(name: str):
     if name.startswith("gpt2") and (REAL / "tokenizers" / "gpt2").is_dir():
         return AutoTokenizer.from_pretrained(REAL / "tokenizers" / "gpt2")
     special = {
-        "gemma": {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"},
+        "gemma": {
+            "pad_token": "<pad>",
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "unk_token": "<unk>",
+        },
         "Llama": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
         "pythi": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
         "gpt2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     }[name[:5].split("-")[0]]
     turns = ["<start_of_turn>", "<end_of_turn>"] if name.startswith("gemma") else []
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*dict.fromkeys(special.values()), *turns, *alphabet])}
+    vocabulary = {
+        token: i for i, token in enumerate([*dict.fromkeys(special.values()), *turns, *alphabet])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=turns, **special)
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=turns, **special
+    )
     if name.endswith("-it"):
         found.chat_template = (
             "{{ bos_token }}{% for turn in messages %}<start_of_turn>{{ turn.role }}\n{{ turn.content }}<end_of_turn>\n"
@@ -208,7 +227,7 @@ def _sae_files() -> Iterator[tuple[str, Callable[[Path], None]]]:
 
     known = get_pretrained_saes_directory()
     wanted: dict[str, set[str]] = {}
-    for subject in SUBJECTS.values():
+    for subject in MODEL_SPECS.values():
         for release, sae_id in subject.saes.values():
             wanted.setdefault(release, set()).add(sae_id)
     for release, ids in sorted(wanted.items()):
@@ -307,7 +326,11 @@ def _write_gemma_scope(folder: Path, sae_id: str, lookup) -> None:
     import numpy
 
     weights = {name: value.numpy() for name, value in _weights(lookup.release + sae_id).items()}
-    numpy.savez(folder / "params.npz", **weights, threshold=numpy.linspace(0.01, 0.3, LATENTS, dtype="float32"))
+    numpy.savez(
+        folder / "params.npz",
+        **weights,
+        threshold=numpy.linspace(0.01, 0.3, LATENTS, dtype="float32"),
+    )
 
 
 def _write_llama_scope(folder: Path, sae_id: str, lookup) -> None:

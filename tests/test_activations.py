@@ -3,7 +3,7 @@
 import miniatures
 import pytest
 
-from sae_research import activations, lens
+from sae_research import activations, models
 from sae_research.errors import ResearchError
 
 HOOK = "blocks.1.hook_resid_post"
@@ -11,7 +11,9 @@ HOOK = "blocks.1.hook_resid_post"
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return lens.load(miniatures.save(tmp_path_factory.mktemp("models") / "tiny-llama", "llama"))
+    return models.load_model(
+        miniatures.save(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+    )
 
 
 def test_collect_keeps_reading_order_whatever_the_batch(llama):
@@ -21,7 +23,9 @@ def test_collect_keeps_reading_order_whatever_the_batch(llama):
     for batch in (1, 2, 64):
         found = activations.collect(llama, rows, HOOK, batch=batch)
         assert found.shape == (6, llama.d_model)
-        assert found.allclose(direct.new_tensor([row.tolist() for part in expected for row in part]), atol=1e-5)
+        assert found.allclose(
+            direct.new_tensor([row.tolist() for part in expected for row in part]), atol=1e-5
+        )
 
 
 def test_bos_is_kept_only_when_asked_for(llama):

@@ -6,8 +6,15 @@ import re
 import numpy as np
 import pytest
 
-from sae_research import claims, notebooks, paths, verdicts
-from sae_research.claims import CONFOUNDED, DIRECTION, NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, Measurement
+from sae_research import claims, ledger, notebooks, paths
+from sae_research.claims import (
+    CONFOUNDED,
+    DIRECTION,
+    NOT_REPRODUCED,
+    NOT_TESTABLE,
+    REPRODUCED,
+    Measurement,
+)
 from sae_research.errors import ResearchError
 
 
@@ -28,7 +35,11 @@ BELOW = {"expect": "below", "threshold": -0.2, "direction": 0}
     ("rule", "measured", "verdict"),
     [
         (ABOVE, m(0.5, 0.3, 0.7), REPRODUCED),
-        (ABOVE, m(0.5, 0.2, 0.7), DIRECTION),  # `above` is strict: an interval that touches the bar does not clear it
+        (
+            ABOVE,
+            m(0.5, 0.2, 0.7),
+            DIRECTION,
+        ),  # `above` is strict: an interval that touches the bar does not clear it
         (ABOVE, m(0.5, 0.1, 0.7), DIRECTION),
         (ABOVE, m(0.1, 0.05, 0.2), DIRECTION),
         (ABOVE, m(0.1, -0.1, 0.3), DIRECTION),
@@ -51,7 +62,11 @@ BELOW = {"expect": "below", "threshold": -0.2, "direction": 0}
         ({"expect": "at least", "threshold": 1.0}, m(0.99, 0.98, 1.0), NOT_REPRODUCED),
         ({"expect": "at most", "threshold": 0.0}, m(0.0, 0.0, 0.0), REPRODUCED),
         ({"expect": "at most", "threshold": 0.0}, m(0.0, 0.0, 0.1), DIRECTION),
-        ({"expect": "at least", "threshold": 0.2, "direction": 0}, m(0.0, 0.0, 0.0), NOT_REPRODUCED),
+        (
+            {"expect": "at least", "threshold": 0.2, "direction": 0},
+            m(0.0, 0.0, 0.0),
+            NOT_REPRODUCED,
+        ),
         # bands
         ({"expect": "between", "threshold": [0.4, 0.6]}, m(0.5, 0.4, 0.6), REPRODUCED),
         ({"expect": "between", "threshold": [0.4, 0.6]}, m(0.5, 0.3, 0.6), DIRECTION),
@@ -70,14 +85,25 @@ PLACEBO = {**ABOVE, "control": {"name": "shuffled labels", "expect": "below", "t
     [
         (m(0.5, 0.3, 0.7), m(0.0, -0.05, 0.05), REPRODUCED),
         (m(0.5, 0.3, 0.7), m(0.4, 0.3, 0.5), CONFOUNDED),
-        (m(0.5, 0.3, 0.7), m(0.05, 0.0, 0.2), CONFOUNDED),  # a control that cannot be told from an effect
+        (
+            m(0.5, 0.3, 0.7),
+            m(0.05, 0.0, 0.2),
+            CONFOUNDED,
+        ),  # a control that cannot be told from an effect
         (m(0.1, 0.05, 0.2), m(0.0, -0.05, 0.05), DIRECTION),
-        (m(0.1, 0.05, 0.2), m(0.4, 0.3, 0.5), NOT_REPRODUCED),  # the little that is there, the control has too
+        (
+            m(0.1, 0.05, 0.2),
+            m(0.4, 0.3, 0.5),
+            NOT_REPRODUCED,
+        ),  # the little that is there, the control has too
         (m(-0.5, -0.7, -0.3), m(0.0, -0.05, 0.05), NOT_REPRODUCED),
     ],
 )
 def test_verdict_under_control(measured, control, verdict):
-    assert claims.judge(claim(**PLACEBO), Measurement(**{**vars(measured), "control": control})) == verdict
+    assert (
+        claims.judge(claim(**PLACEBO), Measurement(**{**vars(measured), "control": control}))
+        == verdict
+    )
 
 
 def test_verdict_never_rises_when_the_evidence_gets_worse():
@@ -89,7 +115,10 @@ def test_verdict_never_rises_when_the_evidence_gets_worse():
             ranks.append(order.index(claims.judge(rule, m(value, value - 0.1, value + 0.1))))
         assert ranks == sorted(ranks)
         assert set(ranks) == {0, 1, 2}
-        widths = [order.index(claims.judge(rule, m(0.5 * sign, 0.5 * sign - w, 0.5 * sign + w))) for w in (0.1, 0.4, 2)]
+        widths = [
+            order.index(claims.judge(rule, m(0.5 * sign, 0.5 * sign - w, 0.5 * sign + w)))
+            for w in (0.1, 0.4, 2)
+        ]
         assert widths == sorted(widths)
 
 
@@ -149,12 +178,20 @@ def test_numbers_of_numpy_become_plain_ones():
         ({"rule": {"expect": "between", "threshold": [1, 2], "direction": 0}}, "direction"),
         ({"rule": {"expect": "above", "threshold": 0.2, "direction": 0.5}}, "beyond"),
         ({"rule": {"expect": "above", "threshold": 0, "interval": "yes"}}, "true or false"),
-        ({"rule": {"expect": "above", "threshold": 0, "control": {"expect": "below"}}}, "control.*lacks threshold"),
+        (
+            {"rule": {"expect": "above", "threshold": 0, "control": {"expect": "below"}}},
+            "control.*lacks threshold",
+        ),
         ({"rule": "above 0"}, "block"),
     ],
 )
 def test_a_mistake_in_a_stated_claim_is_named(change, says):
-    given = {"id": "s.a", "statement": "x", "measure": "y", "rule": {"expect": "above", "threshold": 0}}
+    given = {
+        "id": "s.a",
+        "statement": "x",
+        "measure": "y",
+        "rule": {"expect": "above", "threshold": 0},
+    }
     with pytest.raises(ResearchError, match=says):
         claims.parse("s", {**given, **change})
 
@@ -165,11 +202,13 @@ def test_every_claim_of_the_repository_is_stated_well_and_once():
     for c in stated.values():
         assert c.statement.endswith(".")
         assert c.measure
-        assert c.paper_value == "" or c.evidence, f"{c.id} gives the paper's value without saying where it stands"
+        assert c.paper_value == "" or c.evidence, (
+            f"{c.id} gives the paper's value without saying where it stands"
+        )
 
 
 @pytest.fixture
-def ledger(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     book = """
 one:
   - {id: one.a, statement: A., measure: a, rule: {expect: above, threshold: 0}, paper_value: .58, evidence: Table 2}
@@ -180,11 +219,15 @@ two:
     (tmp_path / "claims.yaml").write_text(book)
     monkeypatch.setattr(paths, "CLAIMS", tmp_path / "claims.yaml")
     monkeypatch.setattr(paths, "DATA", tmp_path)
-    monkeypatch.setattr(notebooks, "stages", lambda profile: {"10_one": [tmp_path / profile / "one" / "claims.json"]})
+    monkeypatch.setattr(
+        notebooks,
+        "stages",
+        lambda profile: {"10_one": [tmp_path / profile / "one" / "claims.json"]},
+    )
     return tmp_path
 
 
-def test_record_and_union(ledger):
+def test_record_and_union(folder):
     frame = claims.record("cpu", "one", "10_one", {"one.a": m(0.5, 0.3, 0.7), "one.b": None})
     assert list(frame["verdict"]) == [REPRODUCED, NOT_TESTABLE]
     lines = claims.union("cpu")
@@ -193,24 +236,26 @@ def test_record_and_union(ledger):
     assert set(lines[0]) == set(keys.split())
     assert lines[0]["paper_value"] == 0.58
     assert lines[0]["notebook"] == "10_one"
-    assert "0.5 [0.3, 0.7]" in verdicts.markdown(lines)
-    assert verdicts.agreement(lines, lines) == (2, [])
+    assert "0.5 [0.3, 0.7]" in ledger.markdown(lines)
+    assert ledger.agreement(lines, lines) == (2, [])
     other = [{**lines[0], "verdict": NOT_REPRODUCED}, lines[1]]
-    assert verdicts.agreement(lines, other) == (1, [("one.a", REPRODUCED, NOT_REPRODUCED)])
+    assert ledger.agreement(lines, other) == (1, [("one.a", REPRODUCED, NOT_REPRODUCED)])
 
 
-def test_unknown_and_missing_claims_are_refused(ledger):
+def test_unknown_and_missing_claims_are_refused(folder):
     with pytest.raises(ResearchError, match=r"did you mean 'one.b'"):
         claims.record("cpu", "one", "10_one", {"one.a": m(0.5, 0.3, 0.7), "one.bb": None})
     with pytest.raises(ResearchError, match=r"one.b"):
         claims.record("cpu", "one", "10_one", {"one.a": m(0.5, 0.3, 0.7)})
     with pytest.raises(ResearchError, match="did you mean 'one'"):
         claims.record("cpu", "onee", "10_one", {})
-    assert not (ledger / "cpu").exists()
+    assert not (folder / "cpu").exists()
 
 
-def test_a_ledger_that_was_judged_by_another_rule_is_refused(ledger):
+def test_a_ledger_that_was_judged_by_another_rule_is_refused(folder):
     claims.record("cpu", "one", "10_one", {"one.a": m(0.5, 0.3, 0.7), "one.b": None})
-    paths.CLAIMS.write_text(paths.CLAIMS.read_text().replace("threshold: 0}, paper", "threshold: .1}, paper"))
+    paths.CLAIMS.write_text(
+        paths.CLAIMS.read_text().replace("threshold: 0}, paper", "threshold: .1}, paper")
+    )
     with pytest.raises(ResearchError, match=r"one.a.*as claims.yaml states it"):
         claims.union("cpu")

@@ -104,11 +104,15 @@ def test_the_profiles_of_the_design_are_there_and_cpu_is_the_default():
 
 
 def test_an_unknown_profile_or_study_names_the_nearest(tmp_path, monkeypatch):
-    with pytest.raises(ResearchError, match=r"unknown profile 'laptp' in params.yaml; did you mean 'laptop'"):
+    with pytest.raises(
+        ResearchError, match=r"unknown profile 'laptp' in params.yaml; did you mean 'laptop'"
+    ):
         config.load("laptp")
     monkeypatch.setattr(config, "PARAMS", tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("profile: a\nprofiles: {a: {opinion_q: {}}}\n")
-    with pytest.raises(ResearchError, match=r"'opinion_q' in profiles.a; did you mean 'opinion_qa'"):
+    with pytest.raises(
+        ResearchError, match=r"'opinion_q' in profiles.a; did you mean 'opinion_qa'"
+    ):
         config.load()
     for broken in ("profile: a\n", "profiles: [", "- 1", ""):
         (tmp_path / "params.yaml").write_text(broken)

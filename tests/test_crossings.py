@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from sae_research import paths
-from sae_research.crossings import FLOOR, added, leave_cell_out
 from sae_research.errors import ResearchError
-from sae_research.survey import Group, Question, Survey, load_table, wasserstein
+from sae_research.surveys.crossings import FLOOR, added, leave_cell_out
+from sae_research.surveys.survey import Group, Question, Survey, load_table, wasserstein
 
-OPINIONS = Path(os.environ.get("SAE_RESEARCH_REAL", paths.ROOT.parent / "shared" / "real")) / "opinions"
+OPINIONS = (
+    Path(os.environ.get("SAE_RESEARCH_REAL", paths.ROOT.parent / "shared" / "real")) / "opinions"
+)
 LADDERS = (3, 2, 4)
 MASK = np.arange(max(LADDERS)) < np.array(LADDERS)[:, None]
 GUESSES = ["overall", "first margin", "second margin", "mean of margins", "added", "noise"]
@@ -32,7 +34,13 @@ def crossed(counts, ordered=True):
     counts = np.asarray(counts)
     ladders = (counts.sum((0, 1)) > 0).sum(-1)
     questions = tuple(
-        Question(f"q{i}", f"Question {i}?", tuple("ABCD"[:k]), tuple(map(float, range(k))), ordered=ordered)
+        Question(
+            f"q{i}",
+            f"Question {i}?",
+            tuple("ABCD"[:k]),
+            tuple(map(float, range(k))),
+            ordered=ordered,
+        )
         for i, k in enumerate(ladders)
     )
     names = [(a, b) for a in range(counts.shape[0]) for b in range(counts.shape[1])]
@@ -51,16 +59,25 @@ def test_intersections_come_back_exactly_where_attributes_are_independent_given_
     draws = np.random.default_rng(0)
     answer = random_answers(draws)
     first, second = (shares(draws.uniform(0.5, 1.5, (*MASK.shape, k))) for k in (3, 5))
-    joint = np.einsum("qk,qka,qkb->abqk", answer, first, second)  # true shares of people, so margins are mixtures
-    ours = added(shares(joint.sum(1))[:, None], shares(joint.sum(0)), shares(joint.sum((0, 1))), MASK)
+    joint = np.einsum(
+        "qk,qka,qkb->abqk", answer, first, second
+    )  # true shares of people, so margins are mixtures
+    ours = added(
+        shares(joint.sum(1))[:, None], shares(joint.sum(0)), shares(joint.sum((0, 1))), MASK
+    )
     assert np.allclose(ours, shares(joint), rtol=0, atol=1e-9)
 
 
 def test_intersections_come_back_exactly_where_log_probabilities_add():
     draws = np.random.default_rng(1)
-    base, first, second = draws.normal(size=MASK.shape), draws.normal(size=MASK.shape), draws.normal(size=MASK.shape)
+    base, first, second = (
+        draws.normal(size=MASK.shape),
+        draws.normal(size=MASK.shape),
+        draws.normal(size=MASK.shape),
+    )
     p, p1, p2, both = (
-        shares(np.where(MASK, np.exp(x), 0)) for x in (base, base + first, base + second, base + first + second)
+        shares(np.where(MASK, np.exp(x), 0))
+        for x in (base, base + first, base + second, base + first + second)
     )
     assert min(x[MASK].min() for x in (p, p1, p2)) > FLOOR
     assert np.allclose(added(p1, p2, p, MASK), both, rtol=0, atol=1e-9)
@@ -68,7 +85,11 @@ def test_intersections_come_back_exactly_where_log_probabilities_add():
 
 def test_a_margin_like_everybody_adds_nothing_and_margins_can_be_swapped():
     draws = np.random.default_rng(2)
-    first, second, overall = random_answers(draws, 7), random_answers(draws, 7), random_answers(draws)
+    first, second, overall = (
+        random_answers(draws, 7),
+        random_answers(draws, 7),
+        random_answers(draws),
+    )
     assert np.allclose(added(first, overall, overall, MASK), first, rtol=0, atol=1e-12)
     assert np.allclose(added(overall, second, overall, MASK), second, rtol=0, atol=1e-12)
     assert np.array_equal(added(first, second, overall, MASK), added(second, first, overall, MASK))
@@ -93,10 +114,14 @@ def test_each_cell_is_guessed_from_the_other_cells_alone():
     found = leave_cell_out(survey, least=100)
     assert list(found) == GUESSES
     truth = yes.ravel() / 100
-    first, second, rest = np.array([[40, 10, 20, 70], [70, 20, 10, 40], [130 / 3, 100 / 3, 70 / 3, 40]]) / 100
+    first, second, rest = (
+        np.array([[40, 10, 20, 70], [70, 20, 10, 40], [130 / 3, 100 / 3, 70 / 3, 40]]) / 100
+    )
     odds = [p / (1 - p) for p in (first, second, rest)]
     both = odds[0] * odds[1] / odds[2] / (1 + odds[0] * odds[1] / odds[2])
-    for name, guess in zip(GUESSES, (rest, first, second, (first + second) / 2, both), strict=False):
+    for name, guess in zip(
+        GUESSES, (rest, first, second, (first + second) / 2, both), strict=False
+    ):
         assert found[name] == pytest.approx(np.abs(truth - guess).mean()), name
     assert leave_cell_out(survey) == found
     assert leave_cell_out(survey, seed=1)["noise"] != found["noise"]
@@ -126,7 +151,9 @@ def test_nominal_questions_count_by_total_variation():
     counts = np.array([[[60, 0, 40], [20, 20, 60]], [[10, 80, 10], [30, 30, 40]]])[:, :, None]
     truth = counts.reshape(4, 3) / 100
     first = truth[[1, 0, 3, 2]]
-    nominal, ordered = (leave_cell_out(crossed(counts, ordered=o))["first margin"] for o in (False, True))
+    nominal, ordered = (
+        leave_cell_out(crossed(counts, ordered=o))["first margin"] for o in (False, True)
+    )
     assert nominal == pytest.approx(np.abs(truth - first).sum(-1).mean() / 2)
     assert ordered == pytest.approx(wasserstein(truth, first, np.array([0.5, 0.5])).mean())
 
@@ -140,13 +167,17 @@ def test_small_cells_and_cells_without_a_margin_do_not_count():
     assert found["first margin"] == pytest.approx(known["first margin"])
     assert found["mean of margins"] == pytest.approx(known["mean of margins"])
     unanswered = np.concatenate([whole, whole], axis=2)
-    unanswered[0, :, 1] = 0  # the second question was not put to the first value: no cell of it has both margins
+    unanswered[0, :, 1] = (
+        0  # the second question was not put to the first value: no cell of it has both margins
+    )
     unanswered[1, 0, 1] = 0
     assert leave_cell_out(crossed(unanswered))["added"] == pytest.approx(known["added"])
     small = whole.copy()
     small[0, 0] = (3, 27)
     truth, first = np.array([40, 70, 20]) / 100, np.array([10, 20, 70]) / 100
-    assert leave_cell_out(crossed(small))["first margin"] == pytest.approx(np.abs(truth - first).mean())
+    assert leave_cell_out(crossed(small))["first margin"] == pytest.approx(
+        np.abs(truth - first).mean()
+    )
     with pytest.raises(ResearchError, match="no intersection has 101 respondents"):
         leave_cell_out(crossed(whole), least=101)
 
@@ -186,4 +217,11 @@ def test_on_real_intersections_adding_comes_closest_but_not_as_close_as_a_redraw
     measured = dict(zip(GUESSES, (0.0669, 0.0794, 0.0564, 0.0530, 0.0469, 0.0203), strict=True))
     assert found == pytest.approx(measured, abs=0.002)
     ranking = sorted(found, key=found.__getitem__)
-    assert ranking == ["noise", "added", "mean of margins", "second margin", "overall", "first margin"]
+    assert ranking == [
+        "noise",
+        "added",
+        "mean of margins",
+        "second margin",
+        "overall",
+        "first margin",
+    ]

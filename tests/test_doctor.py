@@ -24,13 +24,15 @@ GOOD = doctor.Machine(
 
 
 def missing(profile: str, study: str, **changes) -> str:
-    return "; ".join(doctor.judge(config.load(profile), dataclasses.replace(GOOD, **changes))[study])
+    return "; ".join(
+        doctor.judge(config.load(profile), dataclasses.replace(GOOD, **changes))[study]
+    )
 
 
 @pytest.mark.parametrize("profile", config.profiles())
 def test_a_machine_with_everything_runs_everything(profile):
     verdicts = doctor.judge(config.load(profile), GOOD)
-    assert tuple(verdicts) == config.STUDIES
+    assert tuple(verdicts) == config.study_names()
     assert not any(verdicts.values())
 
 
@@ -42,8 +44,18 @@ def test_a_machine_with_everything_runs_everything(profile):
         ("cpu", "meta_saes", {"disk": 0.5}, "2 GB of free disk (0.5 are free)"),
         ("cpu", "meta_saes", {"writable": False}, "folder that can be written"),
         ("cpu", "meta_saes", {"memory": 1.0}, "3 GB of memory at least (1 here)"),
-        ("cpu", "meta_saes", {"world": {"text": "the text world is broken"}}, "the text world is broken"),
-        ("laptop", "opinion_qa", {"hub": "the network (it does not answer)"}, "the network (it does not answer)"),
+        (
+            "cpu",
+            "meta_saes",
+            {"world": {"text": "the text world is broken"}},
+            "the text world is broken",
+        ),
+        (
+            "laptop",
+            "opinion_qa",
+            {"hub": "the network (it does not answer)"},
+            "the network (it does not answer)",
+        ),
         ("laptop", "opinion_qa", {"cache_disk": 0.1}, "GB of disk for downloads"),
         ("gpu", "opinion_qa", {"gpus": {}}, "an NVIDIA GPU with 9 GB at least"),
         ("gpu", "meta_saes", {"gpus": {"0: small": 16.0}}, "a GPU with 24 GB at least (16 here)"),
@@ -62,9 +74,14 @@ def test_what_is_missing_is_named(profile, study, changes, words):
 
 
 def test_only_what_a_study_needs_is_asked_of_it():
-    assert missing("cpu", "opinion_qa", world={"text": "broken"}) == ""  # it stands on the survey specimen
+    assert (
+        missing("cpu", "opinion_qa", world={"text": "broken"}) == ""
+    )  # it stands on the survey specimen
     assert missing("cpu", "meta_saes", gpus={}, hub="none", token=False, torch="2.13.0+cpu") == ""
-    assert missing("laptop", "opinion_qa", gpus={}, token=False, world={"text": "x", "survey": "y"}) == ""
+    assert (
+        missing("laptop", "opinion_qa", gpus={}, token=False, world={"text": "x", "survey": "y"})
+        == ""
+    )
     assert missing("laptop", "opinion_qa", hub="none", cached=frozenset({"gpt2-small"})) == ""
     assert missing("gpu", "specialized_saes", token=False) == ""  # its models are open
 
@@ -75,7 +92,9 @@ def test_memory_follows_parameters_and_number_format(tmp_path, monkeypatch):
         "    opinion_qa: {subjects: [llama-3.1-8b]}\n"
     )
     monkeypatch.setattr(config, "PARAMS", tmp_path / "params.yaml")
-    assert "39 GB of memory" in missing("big", "opinion_qa", memory=32)  # 8.03e9 x 4 bytes x 1.2 / 2^30 + 3
+    assert "39 GB of memory" in missing(
+        "big", "opinion_qa", memory=32
+    )  # 8.03e9 x 4 bytes x 1.2 / 2^30 + 3
     assert missing("big", "opinion_qa", memory=40) == ""
 
 
@@ -93,7 +112,7 @@ def test_the_world_is_intact_missing_or_damaged(tmp_path):
 
 
 def test_a_subject_is_downloaded_when_its_model_and_main_saes_are(hub_cache, tmp_path):
-    away = [subject for subject in catalogue.SUBJECTS.values() if not subject.embedded]
+    away = [subject for subject in catalogue.MODEL_SPECS.values() if not subject.embedded]
     assert [subject.name for subject in away if not machine.downloaded(subject, hub_cache)] == []
     left_out = {"models--jbloom--GPT2-Small-SAEs-Reformatted", "models--gpt2-large"}
     for repository in hub_cache.iterdir():
@@ -121,7 +140,9 @@ def test_the_hub_is_asked_and_its_answer_is_told():
     try:
         assert machine.hub_problem(address) is None
         _Hub.status = 503
-        assert machine.hub_problem(address) == f"the hub (127.0.0.1:{server.server_port} answers 503)"
+        assert (
+            machine.hub_problem(address) == f"the hub (127.0.0.1:{server.server_port} answers 503)"
+        )
         assert "HF_HUB_OFFLINE" in machine.hub_problem(address, offline=True)
     finally:
         _Hub.status = 200
@@ -150,7 +171,9 @@ def test_versions_are_compared_with_the_pins(tmp_path, monkeypatch):
     pins = machine.paths.CONSTRAINTS.read_text().replace("PyYAML==6.0.3", "PyYAML==5.0.0")
     (tmp_path / "constraints.txt").write_text(pins)
     monkeypatch.setattr(machine.paths, "CONSTRAINTS", tmp_path / "constraints.txt")
-    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["pyyaml", "no-such-package>=3"]\n')
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\ndependencies = ["pyyaml", "no-such-package>=3"]\n'
+    )
     monkeypatch.setattr(machine.paths, "ROOT", tmp_path)
     absent, differing = machine.packages()
     assert absent == ("no-such-package",)
@@ -166,7 +189,7 @@ def test_the_report_on_this_machine_judges_the_profile_asked_and_shows_no_token(
     assert code == 1
     assert text.endswith("This machine cannot run the profile 'gpu'.")
     assert [line.split()[:2] for line in text.splitlines() if line.startswith("gpu ")] == [
-        ["gpu", study] for study in config.STUDIES
+        ["gpu", study] for study in config.study_names()
     ]
     text, code = doctor.run("cpu")
     problems = doctor.judge(config.load("cpu"), doctor.examine([config.load("cpu")]))

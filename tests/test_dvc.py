@@ -26,7 +26,9 @@ def modules(name):
     path = PACKAGE.parent / name.replace(".", "/")
     if path.with_suffix(".py").is_file():
         yield path.with_suffix(".py")
-    elif (path / "__init__.py").is_file() and len(ast.parse((path / "__init__.py").read_text()).body) > 1:
+    elif (path / "__init__.py").is_file() and len(
+        ast.parse((path / "__init__.py").read_text()).body
+    ) > 1:
         yield path / "__init__.py"
 
 
@@ -68,7 +70,9 @@ def package_deps(name):
 
 
 def advice(name, wanted):
-    return f"the stage {name} must depend on exactly:\n" + "\n".join(f"      - {dep}" for dep in sorted(wanted))
+    return f"the stage {name} must depend on exactly:\n" + "\n".join(
+        f"      - {dep}" for dep in sorted(wanted)
+    )
 
 
 def test_every_notebook_has_a_stage_and_every_stage_a_notebook():
@@ -104,35 +108,52 @@ def test_the_world_depends_on_its_own_code_and_the_trainer():
 
 @pytest.mark.parametrize("name", notebooks.names())
 def test_a_stage_depends_on_the_settings_and_claims_that_its_notebook_uses(name):
-    params = {file: keys for p in STAGES[name].get("params", []) if isinstance(p, dict) for file, keys in p.items()}
+    params = {
+        file: keys
+        for p in STAGES[name].get("params", [])
+        if isinstance(p, dict)
+        for file, keys in p.items()
+    }
     text = "\n".join(ast.unparse(tree) for tree in code(name))
     settings = params.get("data/${profile}/settings.json", [])
     if "config.load" in text:
-        assert settings, f"{name} loads settings: it needs params of data/${{profile}}/settings.json"
-        for block in ("runtime", *config.STUDIES):
+        assert settings, (
+            f"{name} loads settings: it needs params of data/${{profile}}/settings.json"
+        )
+        for block in ("runtime", *config.study_names()):
             if f".{block}" in text:
                 assert block in settings, f"{name} uses the settings of {block}"
     for out in flat(STAGES[name]["outs"]):
         if out.endswith("/claims.json") and out.count("/") == 3:
-            assert out.split("/")[2] in params.get("claims.yaml", []), f"{name} judges claims: it needs params of them"
+            assert out.split("/")[2] in params.get("claims.yaml", []), (
+                f"{name} judges claims: it needs params of them"
+            )
 
 
 def test_ledgers_come_together_in_the_last_notebook():
     outs = {out for stage in STAGES.values() for out in flat(stage["outs"])}
     ledgers = {out for out in outs if out.endswith("/claims.json") and out.count("/") == 3}
     assert ledgers == {dep for dep in STAGES["90_claims"]["deps"] if dep.endswith("claims.json")}
-    assert {ledger.split("/")[2] for ledger in ledgers} <= {c.study for c in claims.stated().values()}
+    assert {ledger.split("/")[2] for ledger in ledgers} <= {
+        c.study for c in claims.stated().values()
+    }
 
 
 def test_dependencies_exist():
-    outs = {o for stage in STAGES.values() for o in flat([*stage["outs"], *stage.get("metrics", [])])}
+    outs = {
+        o for stage in STAGES.values() for o in flat([*stage["outs"], *stage.get("metrics", [])])
+    }
     for name, stage in STAGES.items():
         for dep in flat(stage["deps"]):
-            assert dep in outs or (paths.ROOT / dep).exists(), f"{name} depends on {dep}, which does not exist"
+            assert dep in outs or (paths.ROOT / dep).exists(), (
+                f"{name} depends on {dep}, which does not exist"
+            )
 
 
 def test_the_committed_lock_matches_the_code():
     words = [sys.executable, "-m", "dvc", "repro", "--allow-missing", "--dry"]
     done = subprocess.run(words, cwd=paths.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Running stage" not in done.stdout, f"results are older than the code, run `make reproduce`:\n{done.stdout}"
+    assert "Running stage" not in done.stdout, (
+        f"results are older than the code, run `make reproduce`:\n{done.stdout}"
+    )

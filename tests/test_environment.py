@@ -13,7 +13,8 @@ from sae_research.paths import CONSTRAINTS, ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ASKED = [Requirement(line) for line in PROJECT["dependencies"]]
 PINS = {
-    canonicalize_name(name): version for name, version in (line.split("==") for line in CONSTRAINTS.read_text().split())
+    canonicalize_name(name): version
+    for name, version in (line.split("==") for line in CONSTRAINTS.read_text().split())
 }
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
 BY_PLATFORM = ("nvidia-", "cuda-", "triton", "setuptools")
@@ -23,7 +24,9 @@ def test_every_dependency_is_pinned_within_its_range():
     for asked in ASKED:
         pin = PINS.get(canonicalize_name(asked.name))
         assert pin, f"{asked.name} of pyproject.toml is not pinned in constraints.txt"
-        assert Version(pin) in asked.specifier, f"{asked.name} is pinned to {pin}, outside '{asked.specifier}'"
+        assert Version(pin) in asked.specifier, (
+            f"{asked.name} is pinned to {pin}, outside '{asked.specifier}'"
+        )
 
 
 def test_conda_users_get_the_same_names_ranges_and_pins():
@@ -52,7 +55,11 @@ def needed(names: list[str]) -> set[str]:
 
 
 def test_what_the_dependencies_pull_in_is_pinned_too():
-    unpinned = {name for name in needed([r.name for r in ASKED]) - set(PINS) if not name.startswith(BY_PLATFORM)}
+    unpinned = {
+        name
+        for name in needed([r.name for r in ASKED]) - set(PINS)
+        if not name.startswith(BY_PLATFORM)
+    }
     assert unpinned == set()
 
 

@@ -19,7 +19,11 @@ from sae_research import figures
 from sae_research.errors import ResearchError
 from sae_research.stats import Interval
 
-INTERVALS = [Interval(0.5, 0.4, 0.6, 10), Interval(0.1, -0.1, 0.2, 10), Interval(-0.3, -0.5, 0.0, 10)]
+INTERVALS = [
+    Interval(0.5, 0.4, 0.6, 10),
+    Interval(0.1, -0.1, 0.2, 10),
+    Interval(-0.3, -0.5, 0.0, 10),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +103,9 @@ def test_forest_puts_every_interval_where_it_belongs():
     _, axes = figures.canvas()
     verdicts = ["reproduced", "confounded", "not reproduced"]
     figures.forest(axes, list("abc"), INTERVALS, threshold=0.2, verdicts=verdicts)
-    drawn = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"]
+    drawn = [
+        line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"
+    ]
     for row, (line, interval, verdict) in enumerate(zip(drawn, INTERVALS, verdicts, strict=True)):
         assert list(line.get_xdata()) == [interval.low, interval.high]
         assert list(line.get_ydata()) == [row, row]
@@ -112,7 +118,9 @@ def test_forest_puts_every_interval_where_it_belongs():
 def test_panels_share_one_legend():
     figure, axes = figures.canvas("Title", columns=2)
     for panel, verdict in zip(axes, ("reproduced", "confounded"), strict=True):
-        figures.forest(panel, ["a"], INTERVALS[:1], threshold=0, threshold_label="rule", verdicts=[verdict])
+        figures.forest(
+            panel, ["a"], INTERVALS[:1], threshold=0, threshold_label="rule", verdicts=[verdict]
+        )
     (legend,) = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == ["reproduced", "rule", "confounded"]
 
@@ -148,7 +156,11 @@ def contrast(one, other) -> float:
 
     def luminance(colour):
         rgb = np.array(to_rgb(colour))
-        return np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+        return np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [
+            0.2126,
+            0.7152,
+            0.0722,
+        ]
 
     high, low = sorted((luminance(one), luminance(other)), reverse=True)
     return (high + 0.05) / (low + 0.05)

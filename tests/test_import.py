@@ -5,9 +5,30 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "transformer_lens", "sae_lens", "sklearn", "matplotlib", "pandas", "scipy", "peft")
+HEAVY = (
+    "torch",
+    "transformers",
+    "transformer_lens",
+    "sae_lens",
+    "sklearn",
+    "matplotlib",
+    "pandas",
+    "scipy",
+    "peft",
+)
 MODULES = (
-    *("paths", "config", "errors", "store", "progress", "stats", "figures", "claims", "notebooks", "parallel"),
+    *(
+        "paths",
+        "config",
+        "errors",
+        "store",
+        "progress",
+        "stats",
+        "figures",
+        "claims",
+        "notebooks",
+        "parallel",
+    ),
     *(
         "doctor",
         "machine",
@@ -35,9 +56,15 @@ def test_light_modules_import_nothing_heavy(module):
 
 
 def test_the_package_imports_in_a_moment():
-    code = "import time; t = time.perf_counter(); import sae_research; print(time.perf_counter() - t)"
+    code = (
+        "import time; t = time.perf_counter(); import sae_research; print(time.perf_counter() - t)"
+    )
     took = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout
+        )
         for _ in range(5)
     ]
     assert min(took) < 0.3
@@ -48,7 +75,11 @@ def test_all_light_modules_together_import_in_a_moment():
     names = ", ".join(f"sae_research.{name}" for name in MODULES)
     code = f"import time; t = time.perf_counter(); import {names}; print(time.perf_counter() - t)"
     took = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout
+        )
         for _ in range(5)
     ]
     assert min(took) < 0.3, took

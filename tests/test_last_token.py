@@ -5,7 +5,7 @@ import torch
 
 from sae_research.errors import ResearchError
 from sae_research.last_token import LastToken, _chunks, discrepancy
-from sae_research.lens import Lens, load
+from sae_research.models import LanguageModel, load_model
 from sae_research.paths import ROOT
 
 ARCHITECTURES = ("gpt2", "neox", "gemma2", "llama")
@@ -40,12 +40,21 @@ def tiny(architecture: str, dtype: torch.dtype = torch.float32, window: int = 32
         LlamaConfig,
     )
 
-    wide = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    wide = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     grouped = wide | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
     config = {
         "gpt2": lambda: GPT2Config(vocab_size=101, n_positions=64, n_embd=32, n_layer=4, n_head=4),
-        "neox": lambda: GPTNeoXConfig(vocab_size=101, max_position_embeddings=64, rotary_pct=0.5, **wide),
-        "gemma2": lambda: Gemma2Config(vocab_size=101, sliding_window=window, query_pre_attn_scalar=8, **grouped),
+        "neox": lambda: GPTNeoXConfig(
+            vocab_size=101, max_position_embeddings=64, rotary_pct=0.5, **wide
+        ),
+        "gemma2": lambda: Gemma2Config(
+            vocab_size=101, sliding_window=window, query_pre_attn_scalar=8, **grouped
+        ),
         "llama": lambda: LlamaConfig(vocab_size=101, **grouped),
     }[architecture]()
     torch.manual_seed(0)
@@ -55,9 +64,13 @@ def tiny(architecture: str, dtype: torch.dtype = torch.float32, window: int = 32
             if p.ndim == 2:
                 p.mul_(4 if "embed" not in name and "wte" not in name else 2)
     bridge = TransformerBridge.boot_transformers(
-        NAMES[architecture], hf_model=model.to(dtype), tokenizer=words(101), device="cpu", dtype=dtype
+        NAMES[architecture],
+        hf_model=model.to(dtype),
+        tokenizer=words(101),
+        device="cpu",
+        dtype=dtype,
     )
-    return Lens(bridge, architecture)
+    return LanguageModel(bridge, architecture)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -74,8 +87,17 @@ def compare(lens, hook, reads, tokens, directions, **settings):
 
 def test_each_row_comes_exactly_once(lens):
     torch.manual_seed(0)
-    tokens, contexts, which = torch.randint(3, 101, (9, 6)), torch.randint(0, 9, (70,)), torch.randint(0, 4, (70,))
-    seen = [rows for rows, _, _ in LastToken(lens, HOOK).sweep(tokens, contexts, which, torch.randn(4, 32), batch=4)]
+    tokens, contexts, which = (
+        torch.randint(3, 101, (9, 6)),
+        torch.randint(0, 9, (70,)),
+        torch.randint(0, 4, (70,)),
+    )
+    seen = [
+        rows
+        for rows, _, _ in LastToken(lens, HOOK).sweep(
+            tokens, contexts, which, torch.randn(4, 32), batch=4
+        )
+    ]
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(70))
 
 
@@ -88,7 +110,9 @@ def test_equals_full_forward(lens, pack):
     assert effect > 0.1
 
 
-@pytest.mark.parametrize("hook", ["blocks.0.hook_resid_pre", "blocks.0.hook_out", "blocks.3.hook_resid_post"])
+@pytest.mark.parametrize(
+    "hook", ["blocks.0.hook_resid_pre", "blocks.0.hook_out", "blocks.3.hook_resid_post"]
+)
 def test_every_depth(lens, hook):
     torch.manual_seed(2)
     tokens, directions = torch.randint(3, 101, (5, 7)), torch.randn(3, 32)
@@ -120,10 +144,12 @@ def test_float32_above_a_bfloat16_lower_part(architecture):
 def test_real_model_with_grouped_queries():
     if not STORIES.exists():
         pytest.skip(f"needs {STORIES}, which is not here")
-    lens = load(STORIES)
+    lens = load_model(STORIES)
     torch.manual_seed(4)
     tokens, directions = torch.randint(3, 512, (6, 32)), torch.randn(4, 64)
-    error, effect = compare(lens, "blocks.1.hook_resid_post", ("blocks.3.hook_out",), tokens, directions)
+    error, effect = compare(
+        lens, "blocks.1.hook_resid_post", ("blocks.3.hook_out",), tokens, directions
+    )
     assert error < 1e-4
     assert effect > 0.1
 
@@ -138,7 +164,9 @@ def test_gram_is_the_unembedding_squared(lens):
         assert engine.softcap is not None
         return
     truth = change.double() @ change.double().T
-    assert torch.allclose((dz @ engine.gram() @ dz.T).double(), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
+    assert torch.allclose(
+        (dz @ engine.gram() @ dz.T).double(), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max())
+    )
 
 
 def test_chunks_hold_each_row_once_with_its_own_context():
@@ -152,7 +180,11 @@ def test_chunks_hold_each_row_once_with_its_own_context():
 
 def test_bad_input_is_one_sentence():
     lens = tiny("llama")
-    tokens, zero, directions = torch.zeros(2, 6, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1, 32)
+    tokens, zero, directions = (
+        torch.zeros(2, 6, dtype=torch.long),
+        torch.zeros(1, dtype=torch.long),
+        torch.zeros(1, 32),
+    )
     engine = LastToken(lens, HOOK)
     with pytest.raises(ResearchError, match="has no hook"):
         LastToken(lens, "blocks.9.hook_resid_post")

@@ -11,7 +11,8 @@ from sae_research.errors import ResearchError
 NAMES = notebooks.names()
 COMMITTED = [p for p in ("cpu", "full") if p == "cpu" or paths.executed(p).exists()]
 ABSOLUTE = re.compile(
-    r"(?:(?<=[\s'\"(=`:])|^)(?:/(?:home|root|tmp|Users|usr|opt|mnt|var|work|private)/|[A-Z]:\\)", re.M
+    r"(?:(?<=[\s'\"(=`:])|^)(?:/(?:home|root|tmp|Users|usr|opt|mnt|var|work|private)/|[A-Z]:\\)",
+    re.M,
 )
 
 
@@ -24,7 +25,11 @@ def texts(notebook):
         yield cell.source
         for out in cell.get("outputs", []):
             yield out.get("text", "")
-            yield from (v for k, v in out.get("data", {}).items() if isinstance(v, str) and not k.startswith("image/p"))
+            yield from (
+                v
+                for k, v in out.get("data", {}).items()
+                if isinstance(v, str) and not k.startswith("image/p")
+            )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,7 +42,9 @@ def test_source_is_cleared_and_plain(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_profile_is_the_only_parameter(name):
-    cells = [c for c in read(notebooks.source(name)).cells if "parameters" in c.metadata.get("tags", [])]
+    cells = [
+        c for c in read(notebooks.source(name)).cells if "parameters" in c.metadata.get("tags", [])
+    ]
     assert [c.source for c in cells] == ['profile = "cpu"']
 
 
@@ -53,12 +60,16 @@ def test_no_absolute_path(name):
     copies = [paths.executed(p) / f"{name}.ipynb" for p in COMMITTED]
     for path in [notebooks.source(name), *(c for c in copies if c.exists())]:
         for text in texts(read(path)):
-            assert not ABSOLUTE.search(text), f"{paths.relative(path)} holds an absolute path: {text[:200]}"
+            assert not ABSOLUTE.search(text), (
+                f"{paths.relative(path)} holds an absolute path: {text[:200]}"
+            )
 
 
 @pytest.mark.parametrize("profile", COMMITTED)
 def test_every_notebook_has_an_executed_copy_and_no_other(profile):
-    assert sorted(p.stem for p in paths.executed(profile).glob("*.ipynb")) == NAMES, f"run the profile {profile} again"
+    assert sorted(p.stem for p in paths.executed(profile).glob("*.ipynb")) == NAMES, (
+        f"run the profile {profile} again"
+    )
 
 
 @pytest.mark.parametrize("profile", COMMITTED)
@@ -70,9 +81,14 @@ def test_executed_copy_is_whole_and_not_stale(name, profile):
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
     assert not [o for c in code for o in c.outputs if o.output_type == "error"]
     expected = [c.source.replace('profile = "cpu"', f'profile = "{profile}"') for c in source.cells]
-    assert [c.source for c in executed.cells] == expected, f"{name} changed since it was executed: `make reproduce`"
+    assert [c.source for c in executed.cells] == expected, (
+        f"{name} changed since it was executed: `make reproduce`"
+    )
     text = path.read_text()
-    assert nbformat.writes(notebooks.normalised(nbformat.reads(text, as_version=4), profile)) + "\n" == text
+    assert (
+        nbformat.writes(notebooks.normalised(nbformat.reads(text, as_version=4), profile)) + "\n"
+        == text
+    )
 
 
 def test_normalised_copies_of_two_runs_are_equal():
@@ -81,7 +97,9 @@ def test_normalised_copies_of_two_runs_are_equal():
         cell = nbformat.v4.new_code_cell("print(x)", execution_count=counts, metadata=timed)
         made = [
             nbformat.v4.new_output("stream", name="stdout", text="one\n"),
-            nbformat.v4.new_output("stream", name="stderr", text=f" {counts}%|##  | 3/7 [00:0{counts}<00:05]"),
+            nbformat.v4.new_output(
+                "stream", name="stderr", text=f" {counts}%|##  | 3/7 [00:0{counts}<00:05]"
+            ),
             nbformat.v4.new_output("stream", name="stdout", text=f"saved {root}/data/cpu/x.json\n"),
             nbformat.v4.new_output(
                 "execute_result",
@@ -89,10 +107,14 @@ def test_normalised_copies_of_two_runs_are_equal():
                 execution_count=counts,
                 metadata=timed,
             ),
-            nbformat.v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": address}}),
+            nbformat.v4.new_output(
+                "display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": address}}
+            ),
         ]
         cell.outputs = made if counts == 3 else [made[0], made[2], made[1], *made[3:]]
-        given = nbformat.v4.new_code_cell('profile = "smoke"', metadata={"tags": ["injected-parameters"]})
+        given = nbformat.v4.new_code_cell(
+            'profile = "smoke"', metadata={"tags": ["injected-parameters"]}
+        )
         stated = nbformat.v4.new_code_cell('profile = "cpu"', metadata={"tags": ["parameters"]})
         return nbformat.v4.new_notebook(cells=[stated, given, cell], metadata=timed)
 

@@ -81,7 +81,9 @@ def test_ray_gives_the_same_results():
     ray = pytest.importorskip("ray", reason="Ray is an optional extra: pip install -e '.[ray]'")
     here = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     workers_find_this_file = {"env_vars": {"PYTHONPATH": here}}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=workers_find_this_file)
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=workers_find_this_file
+    )
     try:
         assert shards(draw, range(5), "ray", seed=7) == shards(draw, range(5), seed=7)
         with pytest.raises(ResearchError, match=r"shard 1 \('bad'\) failed: ValueError"):

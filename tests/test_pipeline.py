@@ -19,7 +19,12 @@ from sae_research import notebooks, store
 
 pytestmark = pytest.mark.slow
 
-RESULTS = ("data/smoke/**/claims.json", "data/smoke/*/artefacts/*", "figures/smoke/**/*", "notebooks/executed/smoke/*")
+RESULTS = (
+    "data/smoke/**/claims.json",
+    "data/smoke/*/artefacts/*",
+    "figures/smoke/**/*",
+    "notebooks/executed/smoke/*",
+)
 CHAIN = ["60_tiny_run", "61_tiny_results", "62_other", "90_claims"]
 SMOKE = ("reproduce", "--profile", "smoke")
 
@@ -41,7 +46,10 @@ def alive_in(copy):
     found = []
     for process in psutil.process_iter():
         try:
-            if process.cwd().startswith(str(copy.root)) and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                process.cwd().startswith(str(copy.root))
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
         except psutil.Error:
             continue
@@ -120,7 +128,12 @@ def test_a_killed_run_is_finished_by_the_next_one_with_the_same_results(tiny, vi
     until(lambda: not alive_in(tiny), 60)
     kept = (scratch / "0/x.npy").stat().st_mtime_ns
     again = tiny.start(*SMOKE)
-    until(lambda: {p.suffix[1:] for p in scratch.glob(".partial-2.*")} & {str(p.pid) for p in alive_in(tiny)})
+    until(
+        lambda: (
+            {p.suffix[1:] for p in scratch.glob(".partial-2.*")}
+            & {str(p.pid) for p in alive_in(tiny)}
+        )
+    )
     assert (scratch / "0/x.npy").stat().st_mtime_ns == kept, "finished work was done again"
     hold.unlink()
     assert ran(tiny.ended(again))[0] == "60_tiny_run"
@@ -151,7 +164,12 @@ def test_a_truncated_artefact_is_named_and_then_mended(tiny):
 
 
 def test_results_from_a_zip_without_git_are_the_same_in_another_folder(tiny, tmp_path):
-    names = {*tiny.call("git", "ls-files").split(), *tiny.results, "data/smoke/dvc.lock", "dvc.lock"}
+    names = {
+        *tiny.call("git", "ls-files").split(),
+        *tiny.results,
+        "data/smoke/dvc.lock",
+        "dvc.lock",
+    }
     for name in sorted(n for n in names if "/artefacts/" not in n):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(tiny.root / name, tmp_path / name)
@@ -182,7 +200,9 @@ def test_a_failing_notebook_is_told_in_one_sentence(tiny):
     good = source.read_text()
     source.write_text(notebook('raise ValueError("something is odd")\n'))
     printed = tiny.run(*SMOKE, rc=1)
-    assert re.search(r"(?m)^notebook 62_other failed in cell \[\d\]: ValueError: something is odd", printed)
+    assert re.search(
+        r"(?m)^notebook 62_other failed in cell \[\d\]: ValueError: something is odd", printed
+    )
     assert "Traceback" not in printed
     assert (tiny.root / "data/scratch/smoke/62_other/62_other.ipynb").exists()
     source.write_text(good)
@@ -214,7 +234,9 @@ def test_a_changed_default_reruns_its_study_and_the_claims(tiny):
     assert ran(tiny.run(*SMOKE)) == ["60_tiny_run", "61_tiny_results", "90_claims"]
 
 
-def test_changed_code_and_a_changed_claim_rerun_their_stages_and_nothing_whose_inputs_came_out_the_same(tiny):
+def test_changed_code_and_a_changed_claim_rerun_their_stages_and_nothing_whose_inputs_came_out_the_same(
+    tiny,
+):
     tiny.edit("sae_research/studies/tiny.py", "All pieces,", "Every piece,")
     tiny.edit("claims.yaml", "{expect: at least, threshold: 3,", "{expect: at least, threshold: 9,")
     printed = tiny.run(*SMOKE)
@@ -231,9 +253,15 @@ def smoke(tmp_path_factory):
     copy = copied(tmp_path_factory.mktemp("smoke"))
     copy.commit()
     stale = subprocess.run(
-        [sys.executable, "-m", "dvc", "status", "world"], cwd=copy.root, env=copy.env, capture_output=True, text=True
+        [sys.executable, "-m", "dvc", "status", "world"],
+        cwd=copy.root,
+        env=copy.env,
+        capture_output=True,
+        text=True,
     )
-    assert "up to date" in stale.stdout, f"data/embedded is not what its code makes: `dvc repro world`\n{stale.stdout}"
+    assert "up to date" in stale.stdout, (
+        f"data/embedded is not what its code makes: `dvc repro world`\n{stale.stdout}"
+    )
     copy.printed = copy.run(*SMOKE)
     return copy
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from replicas import REAL
 
-from sae_research import activations, dictionaries, lens
+from sae_research import activations, models, saes
 
 FOLDER = REAL / "models" / "stories260K"
 TEXT = REAL / "text" / "tinystories_v1_first1000.json"
@@ -18,7 +18,7 @@ HOOK = "blocks.2.hook_resid_post"
 
 @pytest.fixture(scope="module")
 def stories():
-    return lens.load(FOLDER)
+    return models.load_model(FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,11 @@ def rows(stories):
     """Clean stories as one stream, each opened by BOS as in the model's training, cut into rows of 256 tokens."""
     import torch
 
-    texts = [text.replace("\n\n", "\n").strip() for text in json.loads(TEXT.read_text()) if "â" not in text]
+    texts = [
+        text.replace("\n\n", "\n").strip()
+        for text in json.loads(TEXT.read_text())
+        if "â" not in text
+    ]
     ids = stories.tokenizer(texts, add_special_tokens=False)["input_ids"]
     stream = torch.tensor([i for story in ids for i in (stories.bos, *story)])
     return stream[: len(stream) // 256 * 256].view(-1, 256)
@@ -68,15 +72,15 @@ def test_an_sae_of_ours_explains_it(stories, rows):
 
     acts = activations.collect(stories, rows[:400], HOOK)
     settings = training.SAETraining(steps=400, batch=1024)
-    config = training.topk(64, 1024, k=24, metadata=dictionaries.metadata(stories, HOOK))
+    config = training.topk(64, 1024, k=24, metadata=saes.metadata(stories, HOOK))
     batches = activations.batches(acts, settings.batch, settings.steps, seed=0)
     sae = training.train({"topk": config}, batches, settings, seed=0)["topk"]
     export = training.inference(sae, acts[:20_000])
-    assert dictionaries.check_fit(stories, export) == "blocks.2.hook_out"
-    result = dictionaries.quality(stories, export, rows[-40:])
+    assert saes.check_fit(stories, export) == "blocks.2.hook_out"
+    result = saes.quality(stories, export, rows[-40:])
     assert result["explained_variance"] > 0.9
     assert result["ce_recovered"] > 0.95
     assert result["l0"] <= 24
-    calibrated = dictionaries.exact_l0(sae, acts[:20_000], 24)
+    calibrated = saes.exact_l0(sae, acts[:20_000], 24)
     assert calibrated.cfg.metadata.calibrated_l0 == pytest.approx(24, abs=1e-3)
-    assert dictionaries.quality(stories, calibrated, rows[-40:])["l0"] == pytest.approx(24, rel=0.1)
+    assert saes.quality(stories, calibrated, rows[-40:])["l0"] == pytest.approx(24, rel=0.1)

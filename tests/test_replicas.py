@@ -11,13 +11,19 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from sae_research import catalogue, dictionaries, lens
+from sae_research import catalogue, models, saes
 from sae_research.errors import ResearchError
 
 pytestmark = pytest.mark.usefixtures("offline_hub")
 
-REMOTE = [name for name, subject in catalogue.SUBJECTS.items() if not subject.embedded]
-MODELS = sorted({subject.model: name for name, subject in catalogue.SUBJECTS.items() if not subject.embedded}.values())
+REMOTE = [name for name, subject in catalogue.MODEL_SPECS.items() if not subject.embedded]
+MODELS = sorted(
+    {
+        subject.model: name
+        for name, subject in catalogue.MODEL_SPECS.items()
+        if not subject.embedded
+    }.values()
+)
 WITH_SAES = [name for name in REMOTE if catalogue.get(name).saes]
 
 
@@ -54,7 +60,7 @@ def test_every_sae_fits_its_model_at_the_hook_of_its_role(name, load):
     subject = catalogue.get(name)
     for role in subject.roles():
         sae = subject.sae(role)
-        assert dictionaries.check_fit(load(name), sae) == load(name).hook(subject.hooks[role])
+        assert saes.check_fit(load(name), sae) == load(name).hook(subject.hooks[role])
         assert not any(weight.requires_grad for weight in sae.parameters())
         assert str(sae.dtype) == "torch.float32"
 
@@ -63,7 +69,7 @@ def test_every_sae_fits_its_model_at_the_hook_of_its_role(name, load):
 def test_an_sae_runs_on_its_model(name, load):
     subject = catalogue.get(name)
     tokens = load(name).tokens(["The lens sees what the model sees."])
-    result = dictionaries.quality(
+    result = saes.quality(
         load(name), subject.sae("primary" if "primary" in subject.saes else "layer_10"), tokens
     )
     assert result["tokens"] == tokens.shape[1] - 1
@@ -108,12 +114,17 @@ def test_llama_scope_folds_the_input_norm_both_ways(name):
     release, sae_id = catalogue.get(name).saes["primary"]
     scale = get_norm_scaling_factor(release, sae_id)
     sae = catalogue.get(name).sae("primary")
-    weights = {key: value.bfloat16().float() for key, value in replicas._weights(sae_id, sae.cfg.d_sae).items()}
+    weights = {
+        key: value.bfloat16().float()
+        for key, value in replicas._weights(sae_id, sae.cfg.d_sae).items()
+    }
     x = torch.randn(50, replicas.WIDTH, generator=torch.Generator().manual_seed(0))
     pre = scale * x @ weights["W_enc"] + weights["b_enc"]
     codes = pre * (pre > 0.1 * scale)
     assert sae.encode(x).allclose(codes, atol=1e-3)
-    assert sae.decode(codes).allclose((codes @ weights["W_dec"] + weights["b_dec"]) / scale, atol=1e-3)
+    assert sae.decode(codes).allclose(
+        (codes @ weights["W_dec"] + weights["b_dec"]) / scale, atol=1e-3
+    )
 
 
 def test_feature_splitting_ladder_doubles_at_one_hook():
@@ -122,22 +133,23 @@ def test_feature_splitting_ladder_doubles_at_one_hook():
     widths = [sae.cfg.d_sae for sae in steps]
     assert len(widths) == 8
     assert all(after == 2 * before for before, after in itertools.pairwise(widths))
-    assert {dictionaries.hook_of(sae) for sae in steps} == {"blocks.8.hook_resid_pre"}
-    assert all(dictionaries.centred(sae) for sae in steps)
+    assert {saes.hook_of(sae) for sae in steps} == {"blocks.8.hook_resid_pre"}
+    assert all(saes.centred(sae) for sae in steps)
 
 
 def test_only_gpt2_small_is_centred():
     for name in WITH_SAES:
         sae = catalogue.get(name).sae(catalogue.get(name).roles()[0])
-        assert dictionaries.centred(sae) == (name == "gpt2-small")
+        assert saes.centred(sae) == (name == "gpt2-small")
 
 
 @pytest.mark.parametrize(
-    ("model", "sae"), [("gpt2-small", "pythia-70m"), ("gemma-2-9b", "gemma-2-2b"), ("gpt2-large", "llama-3.1-8b")]
+    ("model", "sae"),
+    [("gpt2-small", "pythia-70m"), ("gemma-2-9b", "gemma-2-2b"), ("gpt2-large", "llama-3.1-8b")],
 )
 def test_sae_of_another_model_is_refused_by_both_names(model, sae, load):
     with pytest.raises(ResearchError, match="was trained on the model") as caught:
-        dictionaries.check_fit(load(model), catalogue.get(sae).sae(catalogue.get(sae).roles()[0]))
+        saes.check_fit(load(model), catalogue.get(sae).sae(catalogue.get(sae).roles()[0]))
     for name in (model, sae):
         assert catalogue.get(name).model.split("/")[-1] in str(caught.value)
 
@@ -145,21 +157,21 @@ def test_sae_of_another_model_is_refused_by_both_names(model, sae, load):
 def test_bfloat16_keeps_the_loaded_number_format():
     import torch
 
-    ours = lens.load("pythia-70m-deduped", dtype="bfloat16")
+    ours = models.load_model("pythia-70m-deduped", dtype="bfloat16")
     tokens = ours.tokens(["One text."])
     assert ours.residual(tokens, "blocks.4.hook_resid_post").dtype == torch.bfloat16
     assert ours.logits(tokens).dtype == torch.float32
 
 
 def test_short_names_reach_the_same_model(load):
-    assert lens.load("gpt2-small").name == load("gpt2-small").name == "gpt2"
+    assert models.load_model("gpt2-small").name == load("gpt2-small").name == "gpt2"
 
 
 def test_models_and_saes_that_are_not_here_ask_for_network():
     with pytest.raises(ResearchError, match="no network for the laptop and gpu profiles"):
-        lens.load("EleutherAI/pythia-160m-deduped")
+        models.load_model("EleutherAI/pythia-160m-deduped")
     with pytest.raises(ResearchError, match="no network for the laptop and gpu profiles"):
-        dictionaries.load("gpt2-small-res-jb", "blocks.11.hook_resid_post")
+        saes.load_sae("gpt2-small-res-jb", "blocks.11.hook_resid_post")
 
 
 def test_subjects_without_the_sae_that_is_asked_for():
@@ -167,16 +179,16 @@ def test_subjects_without_the_sae_that_is_asked_for():
         catalogue.get("gpt2-large").sae("primary")
     with pytest.raises(ResearchError, match=r"unknown SAE role 'primry' .* did you mean 'primary'"):
         catalogue.get("gpt2-small").sae("primry")
-    with pytest.raises(ResearchError, match=r"unknown subject 'gpt2-smal' .* did you mean 'gpt2-small'"):
+    with pytest.raises(
+        ResearchError, match=r"unknown subject 'gpt2-smal' .* did you mean 'gpt2-small'"
+    ):
         catalogue.get("gpt2-smal")
 
 
 def test_the_environment_alone_is_enough_in_a_new_process():
-    code = (
-        "from sae_research import catalogue as c; s = c.get('gpt2-small'); print(s.load(), s.sae('primary').cfg.d_sae)"
-    )
+    code = "from sae_research import catalogue as c; s = c.get('gpt2-small'); print(s.load(), s.sae('primary').cfg.d_sae)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "Lens(gpt2: 12 blocks, d_model 16, on cpu) 48\n"
+    assert done.stdout == "LanguageModel(gpt2: 12 blocks, d_model 16, on cpu) 48\n"
     assert done.stderr == ""
 
 
@@ -185,8 +197,8 @@ def test_every_subject_of_params_is_in_the_catalogue():
 
     for profile in config.profiles():
         settings = config.load(profile)
-        for study in config.STUDIES:
-            for name in getattr(settings, study).subjects:
+        for study in config.study_names():
+            for name in getattr(settings, study).models:
                 assert catalogue.get(name).name == name
 
 
@@ -221,7 +233,11 @@ def _attempt(code, folder, endpoint):
     """What `code` says in a new process, with an empty cache, a token and the hub at `endpoint`."""
     settings = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(folder), "HF_TOKEN": "hf_secretsecret"}
     done = subprocess.run(
-        [sys.executable, "-c", f"{code[0]}\ntry: {code[1]}\nexcept Exception as e: print(type(e).__name__, e)"],
+        [
+            sys.executable,
+            "-c",
+            f"{code[0]}\ntry: {code[1]}\nexcept Exception as e: print(type(e).__name__, e)",
+        ],
         env={**os.environ, **settings, "HF_HUB_OFFLINE": "0"},
         capture_output=True,
         text=True,
@@ -237,20 +253,27 @@ LENS = "from sae_research import lens"
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("google/gemma-2-2b", "google/gemma-2-2b is gated: accept its licence on its page .* variable HF_TOKEN"),
+        (
+            "google/gemma-2-2b",
+            "google/gemma-2-2b is gated: accept its licence on its page .* variable HF_TOKEN",
+        ),
         ("nobody/nothing", "there is no 'nobody/nothing' on the hub"),
     ],
 )
 def test_gated_and_unknown_models_are_explained_without_the_token(model, message, tmp_path):
     server = HTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    said = _attempt((LENS, f"lens.load({model!r})"), tmp_path, f"http://127.0.0.1:{server.server_port}")
+    said = _attempt(
+        (LENS, f"models.load_model({model!r})"), tmp_path, f"http://127.0.0.1:{server.server_port}"
+    )
     server.shutdown()
     assert re.match(f"ResearchError {message}", said), said
 
 
 def test_no_network_is_said_at_once(tmp_path):
     start = time.monotonic()
-    said = _attempt((LENS, "lens.download('google/gemma-2-2b')"), tmp_path, "http://127.0.0.1:9")
-    assert re.match("ResearchError google/gemma-2-2b is not on this machine .* no network for the laptop", said), said
+    said = _attempt((LENS, "models.download('google/gemma-2-2b')"), tmp_path, "http://127.0.0.1:9")
+    assert re.match(
+        "ResearchError google/gemma-2-2b is not on this machine .* no network for the laptop", said
+    ), said
     assert time.monotonic() - start < 20

@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_last_token import tiny
 
-from sae_research import claims, config, dictionaries
+from sae_research import claims, config, saes
 from sae_research.errors import ResearchError
 from sae_research.last_token import LastToken
-from sae_research.lens import Lens
+from sae_research.models import LanguageModel
 from sae_research.studies.side_effects import (
     analysis,
     batch,
@@ -27,10 +27,11 @@ from sae_research.studies.side_effects import (
     screening,
     study,
 )
+from sae_research.studies.side_effects.settings import Settings
 
 D, HOOK, READ = 32, "blocks.1.hook_resid_post", "blocks.3.hook_resid_post"
 SETTINGS = replace(
-    config.SideEffects(),
+    Settings(),
     protocol="replication",
     contexts=256,
     length=8,
@@ -45,11 +46,20 @@ SETTINGS = replace(
 )
 
 
-def sae_of(lens: Lens, hook: str, decoder: torch.Tensor, bias: float = 0.0, kind: str = "relu"):
+def sae_of(
+    lens: LanguageModel, hook: str, decoder: torch.Tensor, bias: float = 0.0, kind: str = "relu"
+):
     """A tied dictionary with these decoder rows."""
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+    from sae_lens import (
+        JumpReLUSAE,
+        JumpReLUSAEConfig,
+        StandardSAE,
+        StandardSAEConfig,
+        TopKSAE,
+        TopKSAEConfig,
+    )
 
-    given = {"d_in": decoder.shape[1], "d_sae": len(decoder), "metadata": dictionaries.metadata(lens, hook)}
+    given = {"d_in": decoder.shape[1], "d_sae": len(decoder), "metadata": saes.metadata(lens, hook)}
     if kind == "relu":
         sae = StandardSAE(StandardSAEConfig(**given))
     elif kind == "topk":
@@ -62,7 +72,7 @@ def sae_of(lens: Lens, hook: str, decoder: torch.Tensor, bias: float = 0.0, kind
     return sae.eval().requires_grad_(False)
 
 
-def silence_upper_blocks(lens: Lens, start: int) -> Lens:
+def silence_upper_blocks(lens: LanguageModel, start: int) -> LanguageModel:
     """Make the blocks from `start` on add nothing to the residual."""
     with torch.no_grad():
         for layer in lens.bridge.original_model.model.layers[start:]:
@@ -113,7 +123,9 @@ def test_identity_upper_layers_give_the_closed_form_count(identity, tokens):
     found = labels.measure(engine, codes, tokens, directions, contexts, (0.1,))
     x = identity.residual(tokens[:40], HOOK)[:, -1]
     for f in range(5):
-        before, after = (torch.relu((h - downstream.b_dec) @ decoder.T - 0.05) for h in (x, x + directions[f]))
+        before, after = (
+            torch.relu((h - downstream.b_dec) @ decoder.T - 0.05) for h in (x, x + directions[f])
+        )
         assert torch.equal(found.counts[f, :, 0], ((after - before).abs() > 0.1).sum(1).float())
     forecast = forecasters.identity_count(codes, x, directions, 0.1)
     assert forecast == pytest.approx(found.counts[:, :, 0].mean(1).numpy())
@@ -145,9 +157,15 @@ def test_planted_clusters_spread_and_random_directions_do_not(identity, tokens):
     engine, codes = LastToken(identity, HOOK, (READ,)), pool.reader(downstream, torch.arange(120))
     contexts = torch.arange(4).expand(120, -1)
     crowding = predictors.crowding(decoder, torch.arange(120)).mean(1).numpy()
-    count = labels.measure(engine, codes, tokens, 0.5 * decoder, contexts, (0.25,)).counts.mean((1, 2)).numpy()
+    count = (
+        labels.measure(engine, codes, tokens, 0.5 * decoder, contexts, (0.25,))
+        .counts.mean((1, 2))
+        .numpy()
+    )
     random = labels.matched_random(0.5 * decoder, seed=0)
-    control = labels.measure(engine, codes, tokens, random, contexts, (0.25,)).counts.mean((1, 2)).numpy()
+    control = (
+        labels.measure(engine, codes, tokens, random, contexts, (0.25,)).counts.mean((1, 2)).numpy()
+    )
     assert models.interval_of(crowding, count, 0, 500).low > 0.5
     assert not models.interval_of(crowding, control, 0, 500).excludes(0)
 
@@ -187,17 +205,28 @@ def test_labels_equal_those_from_full_logits(architecture, tokens):
     torch.manual_seed(14)
     downstream = sae_of(model, READ, unit(torch.randn(40, D)))
     engine, codes = LastToken(model, HOOK, (READ,)), pool.reader(downstream, torch.arange(40))
-    directions, contexts = 0.5 * torch.randn(3, D), torch.stack([torch.randperm(30)[:9] for _ in range(3)])
-    found = labels.labels(engine, labels.measure(engine, codes, tokens, directions, contexts, (0.05,)))
+    directions, contexts = (
+        0.5 * torch.randn(3, D),
+        torch.stack([torch.randperm(30)[:9] for _ in range(3)]),
+    )
+    found = labels.labels(
+        engine, labels.measure(engine, codes, tokens, directions, contexts, (0.05,))
+    )
     for f in range(3):
         rows = tokens[contexts[f]]
-        (l0, (h0,)), (l1, (h1,)) = (naive(model, HOOK, (READ,), rows, d) for d in (0 * directions[f], directions[f]))
+        (l0, (h0,)), (l1, (h1,)) = (
+            naive(model, HOOK, (READ,), rows, d) for d in (0 * directions[f], directions[f])
+        )
         truth = labels.stability((l1 - l0).double() @ (l1 - l0).double().T)
         for name, value in truth.items():
             assert found[name][f] == pytest.approx(value, rel=1e-4, abs=1e-5), name
         p0, p1 = l0.log_softmax(-1), l1.log_softmax(-1)
-        assert found["KL"][f] == pytest.approx(float((p0.exp() * (p0 - p1)).sum(-1).mean()), rel=1e-3, abs=1e-6)
-        assert found["KL_reverse"][f] == pytest.approx(float((p1.exp() * (p1 - p0)).sum(-1).mean()), rel=1e-3, abs=1e-6)
+        assert found["KL"][f] == pytest.approx(
+            float((p0.exp() * (p0 - p1)).sum(-1).mean()), rel=1e-3, abs=1e-6
+        )
+        assert found["KL_reverse"][f] == pytest.approx(
+            float((p1.exp() * (p1 - p0)).sum(-1).mean()), rel=1e-3, abs=1e-6
+        )
         count = ((downstream.encode(h1) - downstream.encode(h0)).abs() > 0.05).sum(1).float().mean()
         assert found["C"][f] == pytest.approx(float(count), abs=1e-6)
         assert found["C_per_E"][f] == pytest.approx(float(count) / truth["E"], rel=1e-4)
@@ -233,7 +262,9 @@ def test_moments_are_the_statistics_of_all_tokens(lens, tokens):
     kurtosis = ((a - a.mean(0)) ** 4).mean(0) / a.var(0) ** 2
     assert got["kurtosis"][active] == pytest.approx(kurtosis[active], rel=1e-3)
     share = a / np.maximum(a.sum(0), 1e-12)
-    entropy = -np.where(share > 0, share * np.log(np.where(share > 0, share, 1)), 0).sum(0) / np.log(len(a))
+    entropy = -np.where(share > 0, share * np.log(np.where(share > 0, share, 1)), 0).sum(
+        0
+    ) / np.log(len(a))
     assert got["entropy"][active] == pytest.approx(entropy[active], rel=1e-3, abs=1e-6)
     assert torch.equal(found.fires, codes[:, -1] > 1e-6)
     assert found.l0[0] == pytest.approx(float((codes[:, -1] > 1e-6).sum(1).float().mean()))
@@ -254,10 +285,14 @@ def test_coactivation_of_both_protocols():
     fires = torch.tensor([[1, 1, 0, 1], [1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
     alone = predictors.coactivation(fires, torch.tensor([0]), 4, "replication")
     q = np.array([2, 1]) / 3  # with latent 0: latent 1 twice, latent 3 once
-    assert alone["coactivation_entropy"][0] == pytest.approx(-(q * np.log(q)).sum() / np.log(4), rel=1e-5)
+    assert alone["coactivation_entropy"][0] == pytest.approx(
+        -(q * np.log(q)).sum() / np.log(4), rel=1e-5
+    )
     assert alone["coactivation_count"][0] == pytest.approx(1.0)
     published = predictors.coactivation(fires, torch.tensor([0]), 4, "author")
-    assert published["coactivation_count"][0] == pytest.approx(2.0), "the feature itself counts there"
+    assert published["coactivation_count"][0] == pytest.approx(2.0), (
+        "the feature itself counts there"
+    )
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
@@ -269,7 +304,9 @@ def test_folded_unembedding_gives_the_models_own_logits(architecture, tokens):
     engine, W = LastToken(model, HOOK, (READ,)), predictors.unembedding(model)
     x = torch.randn(5, D)
     logits = (
-        engine.logits(model.bridge.ln_final(x)) if engine.softcap is None else model.bridge.ln_final(x) @ engine.W_U
+        engine.logits(model.bridge.ln_final(x))
+        if engine.softcap is None
+        else model.bridge.ln_final(x) @ engine.W_U
     )
     bias = engine.logits(model.bridge.ln_final(torch.zeros(1, D)))
     centred = x - x.mean(1, keepdim=True) if architecture == "gpt2" else x
@@ -297,7 +334,9 @@ def test_jacobians_of_identity_layers_are_the_identity(identity, tokens):
     engine = LastToken(identity, HOOK, (READ,))
     J = forecasters.jacobians(engine, tokens[:2])
     assert torch.allclose(J.read, torch.eye(D).expand(2, D, D), atol=1e-3)
-    assert torch.allclose(forecasters.random_map(engine, tokens[:4], 0.5, 128, 0, ridge=1e-6), torch.eye(D), atol=1e-3)
+    assert torch.allclose(
+        forecasters.random_map(engine, tokens[:4], 0.5, 128, 0, ridge=1e-6), torch.eye(D), atol=1e-3
+    )
 
 
 def test_jacobians_are_the_slope_of_the_engine(lens, tokens):
@@ -307,7 +346,9 @@ def test_jacobians_are_the_slope_of_the_engine(lens, tokens):
     zero = torch.zeros(3, dtype=torch.long)
     ((rows, state),) = engine.steer(record, torch.arange(3), zero, direction)
     predicted = direction @ J.read[rows]
-    assert torch.allclose(state.reads[0] - record.clean.reads[0][rows], predicted[:, 0], rtol=0.1, atol=2e-3)
+    assert torch.allclose(
+        state.reads[0] - record.clean.reads[0][rows], predicted[:, 0], rtol=0.1, atol=2e-3
+    )
 
 
 # predictive models
@@ -315,7 +356,9 @@ def test_jacobians_are_the_slope_of_the_engine(lens, tokens):
 
 def table(n: int = 200, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
-    frame = pd.DataFrame(rng.standard_normal((n, len(predictors.ALL))), columns=list(predictors.ALL))
+    frame = pd.DataFrame(
+        rng.standard_normal((n, len(predictors.ALL))), columns=list(predictors.ALL)
+    )
     frame["E"] = rng.uniform(1, 2, n)
     frame["natural_mean"] = rng.standard_normal(n)
     return frame
@@ -349,9 +392,15 @@ def test_nuisances_are_removed_inside_the_fold():
     changed = y.copy()
     changed[test] += 100
     again = models.cross_predict(X, changed, splits[:1], frame[["E"]].to_numpy())[1]
-    assert again[test] == pytest.approx(models.cross_predict(X, y, splits[:1], frame[["E"]].to_numpy())[1][test])
-    leaked = models.cross_predict(X, changed, splits[:1], frame[["E"]].to_numpy(), everywhere=True)[1]
-    assert np.abs(leaked[test] - again[test]).max() > 1, "the published variant does look at held-out labels"
+    assert again[test] == pytest.approx(
+        models.cross_predict(X, y, splits[:1], frame[["E"]].to_numpy())[1][test]
+    )
+    leaked = models.cross_predict(X, changed, splits[:1], frame[["E"]].to_numpy(), everywhere=True)[
+        1
+    ]
+    assert np.abs(leaked[test] - again[test]).max() > 1, (
+        "the published variant does look at held-out labels"
+    )
 
 
 def test_frequency_only_mechanism_is_not_beaten_by_the_full_set():
@@ -412,7 +461,9 @@ def test_groups_are_held_out_disjoint_and_matched():
     frame, rule = labelled(), screening.Rule()
     groups = screening.split(frame, rule, seed=0)
     assert len(groups.train) == 180
-    assert len(groups.clean) == len(groups.messy) == len(groups.random) == 32, "floor(96 / 3), as published for GPT-2"
+    assert len(groups.clean) == len(groups.messy) == len(groups.random) == 32, (
+        "floor(96 / 3), as published for GPT-2"
+    )
     together = np.concatenate([groups.train, groups.clean, groups.messy, groups.random])
     assert len(set(together)) == len(together)
     assert set(groups.clean) | set(groups.messy) | set(groups.random) <= set(groups.candidates)
@@ -435,7 +486,9 @@ def test_clean_score_formulas():
         return (x - x.mean()) / x.std()
 
     assert screening.clean_score(S, C, E) == pytest.approx(z(S) - z(np.log1p(C) / E))
-    assert screening.clean_score(S, C, E, "log_of_ratio") == pytest.approx(z(S) - z(np.log1p(C / E)))
+    assert screening.clean_score(S, C, E, "log_of_ratio") == pytest.approx(
+        z(S) - z(np.log1p(C / E))
+    )
     with pytest.raises(ResearchError, match="unknown clean score"):
         screening.clean_score(S, C, E, "other")
 
@@ -443,7 +496,9 @@ def test_clean_score_formulas():
 def test_verdicts_need_the_axes():
     def comparison(stable, spread):
         rows = [("S_abs", stable, 0.2), ("C_per_E", spread, 0.2)]
-        return pd.DataFrame([{"metric": m, "groups": "clean - messy", "difference": d, "p": p} for m, d, p in rows])
+        return pd.DataFrame(
+            [{"metric": m, "groups": "clean - messy", "difference": d, "p": p} for m, d, p in rows]
+        )
 
     assert screening.verdict(comparison(0.1, -1)) == "strong"
     assert screening.verdict(comparison(0.1, 1)) == "partial"
@@ -458,7 +513,16 @@ def test_a_dictionary_goes_through_the_whole_study(screened, tokens):
     found, _, downstream = screened
     frame = found.frame
     assert len(frame) == 60
-    for name in (*study.LABELS, *study.FORECASTS, "C@2", "E@random", "S@a", "C@b", "C@tau2", "output_score"):
+    for name in (
+        *study.LABELS,
+        *study.FORECASTS,
+        "C@2",
+        "E@random",
+        "S@a",
+        "C@b",
+        "C@tau2",
+        "output_score",
+    ):
         assert np.isfinite(frame[name]).all(), name
     assert (frame["C@4"] >= frame["C@0.5"]).mean() > 0.9
     assert (frame["C@tau0.2"] >= frame["C"]).all()
@@ -484,9 +548,15 @@ def test_a_bfloat16_model_is_labelled_in_float32(tokens):
         if twin:
             model.bridge.to(torch.float32, print_details=False)
         torch.manual_seed(18)
-        primary, downstream = (sae_of(model, hook, unit(torch.randn(96, D)), bias=-0.1) for hook in (HOOK, READ))
+        primary, downstream = (
+            sae_of(model, hook, unit(torch.randn(96, D)), bias=-0.1) for hook in (HOOK, READ)
+        )
         settings = replace(SETTINGS, features=20)
-        frames.append(study.screen_dictionary(model, primary, downstream, tokens, settings, features=range(20)).frame)
+        frames.append(
+            study.screen_dictionary(
+                model, primary, downstream, tokens, settings, features=range(20)
+            ).frame
+        )
     low, high = frames
     assert low["E"].mean() == pytest.approx(high["E"].mean(), rel=0.05)
     assert models.rank_correlation(low["E"].to_numpy(), high["E"].to_numpy()) > 0.8
@@ -503,7 +573,9 @@ def test_author_protocol_samples_frequencies_evenly(screened):
 
 def test_bad_input_is_one_sentence(lens, tokens, screened):
     _, primary, downstream = screened
-    with pytest.raises(ResearchError, match="feature 96 is out of range; this SAE has features 0 to 95"):
+    with pytest.raises(
+        ResearchError, match="feature 96 is out of range; this SAE has features 0 to 95"
+    ):
         study.screen_dictionary(lens, primary, downstream, tokens, SETTINGS, features=[3, 96])
     with pytest.raises(ResearchError, match="fewer than the 500 features"):
         study.screen_dictionary(lens, primary, downstream, tokens, replace(SETTINGS, features=500))
@@ -518,7 +590,9 @@ def test_bad_input_is_one_sentence(lens, tokens, screened):
     with pytest.raises(ResearchError, match="at least two tokens"):
         study.screen_dictionary(lens, primary, downstream, tokens[:, :1], SETTINGS)
     with pytest.raises(ResearchError, match="too few for 12"):
-        study.screen_dictionary(lens, primary, downstream, tokens[:10], replace(SETTINGS, features=3))
+        study.screen_dictionary(
+            lens, primary, downstream, tokens[:10], replace(SETTINGS, features=3)
+        )
 
 
 def test_a_wrong_dictionary_is_stopped_at_the_gate():
@@ -547,7 +621,9 @@ def test_the_ranked_table_forecasts_every_eligible_feature(screening_of_all):
     assert (found.table["C low"] <= found.table["C"]).all()
     assert found.table["C measured"].notna().sum() == 40
     inside = found.table.dropna()
-    assert ((inside["C measured"] >= inside["C low"]) & (inside["C measured"] <= inside["C high"])).mean() > 0.8
+    assert (
+        (inside["C measured"] >= inside["C low"]) & (inside["C measured"] <= inside["C high"])
+    ).mean() > 0.8
     assert set(found.quality) == set(card.FORECAST)
 
 
@@ -587,20 +663,23 @@ def test_screening_takes_texts_and_no_downstream_dictionary(lens, screened):
 def test_dictionaries_of_the_published_settings():
     from sae_research.catalogue import get
 
-    primaries, downstream = corpus.dictionaries(get("llama-3.1-8b"), config.SideEffects())
+    primaries, downstream = corpus.dictionaries(get("llama-3.1-8b"), Settings())
     assert list(primaries) == ["primary", "llama-3.1-8b-32x/primary"]
     assert primaries["llama-3.1-8b-32x/primary"][0].name == "llama-3.1-8b-32x"
     assert downstream == "downstream"
-    gpt2 = list(corpus.dictionaries(get("gpt2-small"), config.SideEffects())[0])
-    assert gpt2 == ["primary", *(f"width_{n}" for n in (768, 1536, 3072, 6144, 12288, 24576, 49152, 98304))]
+    gpt2 = list(corpus.dictionaries(get("gpt2-small"), Settings())[0])
+    assert gpt2 == [
+        "primary",
+        *(f"width_{n}" for n in (768, 1536, 3072, 6144, 12288, 24576, 49152, 98304)),
+    ]
     with pytest.raises(ResearchError, match="but none of the primaries"):
-        corpus.dictionaries(get("gpt2-small"), replace(config.SideEffects(), downstream=("block3_topk",)))
+        corpus.dictionaries(get("gpt2-small"), replace(Settings(), downstream=("block3_topk",)))
 
 
 def test_the_authors_protocol_follows_each_script():
     from sae_research.catalogue import get
 
-    paper = config.SideEffects()
+    paper = Settings()
     assert corpus.as_published(get("gpt2-small"), paper).selector == "geometry_only"
     llama = corpus.as_published(get("llama-3.1-8b"), paper)
     assert (llama.panel, llama.clean_score, llama.held_out) == (1024, "log_of_ratio", 0.3)
@@ -666,12 +745,18 @@ def test_a_signature_is_more_than_the_luck_of_the_features():
         rows = []
         for i, name in enumerate(planted):
             frame, rng = table(200), np.random.default_rng(20 + i)
-            frame["C"] = rng.standard_normal(200) + (3 * frame[name] / frame[name].std() if name else 0)
-            rows.append(models.leaders(frame, "C", seed=i).assign(subject="m", primary=f"d{i}", seed=0))
+            frame["C"] = rng.standard_normal(200) + (
+                3 * frame[name] / frame[name].std() if name else 0
+            )
+            rows.append(
+                models.leaders(frame, "C", seed=i).assign(subject="m", primary=f"d{i}", seed=0)
+            )
         return findings.signature({"leaders": pd.concat(rows)})
 
     noise = led_by([None] * 4)
-    assert noise.value < 0.35, "pure noise names another leader in every dictionary, but in every resample as well"
+    assert noise.value < 0.35, (
+        "pure noise names another leader in every dictionary, but in every resample as well"
+    )
     planted = led_by(["crowding", "encoder_norm", "crowding", "encoder_norm"])
     assert planted.value == pytest.approx(4 / 6, abs=0.05)
     assert planted.low > 0
@@ -695,16 +780,28 @@ def test_published_targets_stand_beside_a_run_on_real_weights_and_only_there(par
     assert findings.published(tables, facts).empty
     real = [{**p.key, "subject": "gpt2-small", "primary": "primary"} for p in parts[:1]]
     tables = analysis.gathered(list(zip(real, [parts[0].tables], strict=True)))
-    found = findings.published(tables, pd.DataFrame([real[0] | parts[0].facts])).set_index("quantity")
+    found = findings.published(tables, pd.DataFrame([real[0] | parts[0].facts])).set_index(
+        "quantity"
+    )
     assert found.loc["L0, primary", "target"] == "71.8 (replication, within 1)"
     assert found.loc["L0, primary", "here"] == parts[0].facts["l0_primary"]
     assert found.loc["eligible features", "target"].startswith("7532")
-    for quantity in ("crowding and C, control none", "residualised C, full set", "reliability of C"):
+    for quantity in (
+        "crowding and C, control none",
+        "residualised C, full set",
+        "reliability of C",
+    ):
         assert np.isfinite(found.loc[quantity, "here"])
 
 
 def test_the_ladder_of_widths_has_no_vote_outside_the_comparison_of_widths():
-    rows = pd.DataFrame({"subject": "gpt2-small", "primary": ["primary", "width_768", "wide"], "rho": [0.2, 9.0, 0.4]})
+    rows = pd.DataFrame(
+        {
+            "subject": "gpt2-small",
+            "primary": ["primary", "width_768", "wide"],
+            "rho": [0.2, 9.0, 0.4],
+        }
+    )
     assert findings.over_dictionaries(rows, "rho").value == pytest.approx(0.3)
     assert findings.is_wide("width_98304", "width_24576")
     assert not findings.is_wide("width_24576")

@@ -12,9 +12,13 @@ from sae_research.errors import ResearchError
 
 def test_mean_interval_is_students_t_by_hand():
     interval = stats.mean_interval([1.0, 2.0, 3.0])
-    margin = 4.302652729911275 / math.sqrt(3)  # t at .975 with 2 degrees of freedom, standard deviation 1
+    margin = 4.302652729911275 / math.sqrt(
+        3
+    )  # t at .975 with 2 degrees of freedom, standard deviation 1
     assert interval.n == 3
-    assert (interval.value, interval.low, interval.high) == pytest.approx((2.0, 2.0 - margin, 2.0 + margin))
+    assert (interval.value, interval.low, interval.high) == pytest.approx(
+        (2.0, 2.0 - margin, 2.0 + margin)
+    )
     assert stats.mean_interval([5.0, 5.0, 5.0]) == stats.Interval(5.0, 5.0, 5.0, 3)
 
 
@@ -74,7 +78,9 @@ def test_the_general_bootstrap_agrees_with_the_fast_one():
 def test_the_general_bootstrap_keeps_rows_and_clusters_together():
     x = np.arange(12.0)
     seen = []
-    stats.bootstrap(lambda a, b: seen.append((a, b)) or 0.0, x, 2 * x, clusters=[0, 0, 1] * 4, seed=0, draws=50)
+    stats.bootstrap(
+        lambda a, b: seen.append((a, b)) or 0.0, x, 2 * x, clusters=[0, 0, 1] * 4, seed=0, draws=50
+    )
     for a, b in seen:
         assert np.array_equal(b, 2 * a)
         assert sum(a == 0) == sum(a == 1) == sum(a == 9)  # rows of cluster 0
@@ -89,7 +95,9 @@ def test_pairing_removes_the_shared_part():
     assert difference.value == pytest.approx((first - second).mean())
     assert difference.excludes(0)
     assert difference.high - difference.low < 0.4
-    assert stats.cluster_bootstrap(first, seed=0).high - stats.cluster_bootstrap(first, seed=0).low > 3
+    assert (
+        stats.cluster_bootstrap(first, seed=0).high - stats.cluster_bootstrap(first, seed=0).low > 3
+    )
     same = stats.paired_bootstrap(first, first, seed=0)
     assert (same.low, same.high) == (0.0, 0.0)
 
@@ -99,7 +107,9 @@ def test_spearman_matches_scipy_and_its_interval_covers():
     x = rng.normal(size=80)
     y = x + rng.normal(size=80)
     y[:10] = y[0]  # ties
-    assert stats.spearman(x, y, seed=0, draws=100).value == pytest.approx(scipy_stats.spearmanr(x, y).statistic)
+    assert stats.spearman(x, y, seed=0, draws=100).value == pytest.approx(
+        scipy_stats.spearmanr(x, y).statistic
+    )
     truth = 6 / math.pi * math.asin(0.5 / 2)  # Spearman's of a normal pair with correlation .5
     runs, hits = 300, 0
     for seed in range(runs):
@@ -119,7 +129,9 @@ def test_spearman_difference_is_paired():
     twin = good + rng.normal(0, 0.05, 200)
     close = stats.spearman_difference(good, twin, y, seed=0, draws=2000)
     apart = stats.spearman_difference(good, y + rng.normal(0, 0.5, 200), y, seed=0, draws=2000)
-    assert close.high - close.low < (apart.high - apart.low) / 3  # predictors that agree differ by little
+    assert (
+        close.high - close.low < (apart.high - apart.low) / 3
+    )  # predictors that agree differ by little
 
 
 def test_partial_spearman_against_least_squares_and_the_textbook_formula():
@@ -145,7 +157,9 @@ def test_partial_spearman_removes_a_common_cause_and_survives_a_repeated_control
     once = stats.partial_spearman(x, y, [z], seed=0, draws=500)
     assert not once.excludes(0)
     assert abs(once.value) < 0.15
-    assert stats.partial_spearman(x, y, [z, 2 * z], seed=0, draws=500).value == pytest.approx(once.value, abs=1e-9)
+    assert stats.partial_spearman(x, y, [z, 2 * z], seed=0, draws=500).value == pytest.approx(
+        once.value, abs=1e-9
+    )
     assert stats.partial_spearman(x, y, [x], seed=0, draws=100).value == 0.0  # nothing of x is left
 
 
@@ -153,16 +167,22 @@ def test_permutation_test_is_exact_when_small():
     # of the 20 ways to pick 3 of 6, two are as extreme as {1,2,3} against {4,5,6}
     assert stats.permutation_test([1, 2, 3], [4, 5, 6], seed=0) == pytest.approx(2 / 20)
     # all 2^4 sign flips of (1, 2, 3, 4): two are as extreme
-    assert stats.permutation_test([2, 4, 6, 8], [1, 2, 3, 4], kind="paired", seed=0) == pytest.approx(2 / 16)
+    assert stats.permutation_test(
+        [2, 4, 6, 8], [1, 2, 3, 4], kind="paired", seed=0
+    ) == pytest.approx(2 / 16)
     # of 4! = 24 pairings, one has correlation 1 and one -1
-    assert stats.permutation_test([1, 2, 3, 4], [1, 2, 3, 4], kind="pairings", seed=0) == pytest.approx(2 / 24)
+    assert stats.permutation_test(
+        [1, 2, 3, 4], [1, 2, 3, 4], kind="pairings", seed=0
+    ) == pytest.approx(2 / 24)
 
 
 @pytest.mark.parametrize("kind", ["independent", "paired", "pairings"])
 def test_permutation_p_values_are_uniform_under_the_null(kind):
     rng = np.random.default_rng(9)
     p = [
-        stats.permutation_test(rng.normal(size=20), rng.normal(size=20), kind=kind, seed=s, draws=199)
+        stats.permutation_test(
+            rng.normal(size=20), rng.normal(size=20), kind=kind, seed=s, draws=199
+        )
         for s in range(300)
     ]
     assert scipy_stats.kstest(p, "uniform").pvalue > 0.001
@@ -196,14 +216,18 @@ def test_wilson_by_its_formula():
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     interval = stats.wilson(7, 20)
-    assert (interval.value, interval.low, interval.high) == pytest.approx((p, centre - half, centre + half))
+    assert (interval.value, interval.low, interval.high) == pytest.approx(
+        (p, centre - half, centre + half)
+    )
     assert stats.wilson(0, 10).low == 0.0
     assert stats.wilson(0, 10).high == pytest.approx(z * z / (10 + z * z))
 
 
 def test_a_seed_fixes_every_draw_and_another_changes_it():
     values, names = clustered(np.random.default_rng(11))
-    first, again, other = (stats.cluster_bootstrap(values, names, seed=s, draws=500) for s in (0, 0, 1))
+    first, again, other = (
+        stats.cluster_bootstrap(values, names, seed=s, draws=500) for s in (0, 0, 1)
+    )
     assert first == again != other
     assert first.value == other.value
 
@@ -219,15 +243,29 @@ def test_a_seed_fixes_every_draw_and_another_changes_it():
         (lambda: stats.cluster_bootstrap([1, 2, 3], ["a", "b"], seed=0), "lengths differ"),
         (lambda: stats.cluster_bootstrap([1, 2], ["a", float("nan")], seed=0), "cluster names"),
         (lambda: stats.cluster_bootstrap([1, 2, 3], ["a", "a", "a"], seed=0), "at least 2"),
-        (lambda: stats.paired_bootstrap([1, 2, 3], [1, 2], seed=0), "lengths differ: first 3, second 2"),
+        (
+            lambda: stats.paired_bootstrap([1, 2, 3], [1, 2], seed=0),
+            "lengths differ: first 3, second 2",
+        ),
         (lambda: stats.spearman([1, 1, 1], [1, 2, 3], seed=0), "x is constant"),
         (lambda: stats.partial_spearman([1, 2, 3], [1, 3, 2], [[1, 2, 4]], seed=0), "at least 4"),
-        (lambda: stats.permutation_test([1, 2], [2, 3], kind="pair", seed=0), "valid: independent, paired"),
-        (lambda: stats.permutation_test([1, 2, 3], [1, 2], kind="paired", seed=0), "lengths differ"),
+        (
+            lambda: stats.permutation_test([1, 2], [2, 3], kind="pair", seed=0),
+            "valid: independent, paired",
+        ),
+        (
+            lambda: stats.permutation_test([1, 2, 3], [1, 2], kind="paired", seed=0),
+            "lengths differ",
+        ),
         (lambda: stats.holm([0.5, 1.5]), "between 0 and 1"),
         (lambda: stats.wilson(3, 2), "3 of 2"),
         (lambda: stats.wilson(0, 0), "0 of 0"),
-        (lambda: stats.bootstrap(lambda x: x.sum() / 0 if x.sum() > 5 else 1.0, [1, 2, 3], seed=0), "not finite"),
+        (
+            lambda: stats.bootstrap(
+                lambda x: x.sum() / 0 if x.sum() > 5 else 1.0, [1, 2, 3], seed=0
+            ),
+            "not finite",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

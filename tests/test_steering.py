@@ -3,7 +3,7 @@
 import miniatures
 import pytest
 
-from sae_research import lens, steering
+from sae_research import models, steering
 from sae_research.errors import ResearchError
 
 HOOK = "blocks.1.hook_resid_post"
@@ -12,7 +12,9 @@ KINDS = ("relu", "jumprelu", "topk")
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return lens.load(miniatures.save(tmp_path_factory.mktemp("models") / "tiny-llama", "llama"))
+    return models.load_model(
+        miniatures.save(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +28,17 @@ def tokens(llama):
 
 @pytest.fixture(params=KINDS)
 def sae(request):
-    return miniatures.random_sae(request.param, **({"k": 9} if request.param == "topk" else {})).requires_grad_(False)
+    return miniatures.random_sae(
+        request.param, **({"k": 9} if request.param == "topk" else {})
+    ).requires_grad_(False)
 
 
 def residual(dtype="float32"):
     import torch
 
-    return torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(3)).to(getattr(torch, dtype))
+    return torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(3)).to(
+        getattr(torch, dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -67,7 +73,9 @@ def test_clamping_one_latent_moves_along_its_direction_only(sae):
     amount = 3 - sae.encode(x)[:, 1:, 5]
     assert moved.allclose(amount[..., None] * steering.directions(sae)[5], atol=1e-5)
     unit = torch.zeros(1, 128).index_fill(1, torch.tensor([5]), 1.0)
-    assert steering.directions(sae)[5].allclose(sae.decode(unit)[0] - sae.decode(0 * unit)[0], atol=1e-6)
+    assert steering.directions(sae)[5].allclose(
+        sae.decode(unit)[0] - sae.decode(0 * unit)[0], atol=1e-6
+    )
 
 
 def test_positions_say_where(sae):
@@ -104,11 +112,15 @@ def test_added_direction_arrives_in_full(llama, tokens):
 
 
 def test_a_no_op_edit_leaves_every_logit(llama, tokens, sae):
-    assert llama.logits(tokens, {HOOK: steering.edit(sae, lambda codes: codes)}).equal(llama.logits(tokens))
+    assert llama.logits(tokens, {HOOK: steering.edit(sae, lambda codes: codes)}).equal(
+        llama.logits(tokens)
+    )
 
 
 def test_earlier_logits_never_see_an_edit_of_the_last_position(llama, tokens, sae):
-    change = llama.logits(tokens, {HOOK: steering.edit(sae, steering.clamp([5], 9.0), "last")}) - llama.logits(tokens)
+    change = llama.logits(
+        tokens, {HOOK: steering.edit(sae, steering.clamp([5], 9.0), "last")}
+    ) - llama.logits(tokens)
     assert change[:, :-1].abs().max() == 0
     assert change[:, -1].abs().max() > 1e-3
 
@@ -130,4 +142,6 @@ def test_mistakes_are_named(sae):
     with pytest.raises(ResearchError, match="the mask has 4 positions and the text 7"):
         steering.add_direction(x[0, 0], 1.0, torch.ones(3, 4, dtype=torch.bool))(x)
     with pytest.raises(ResearchError, match="normalises each token"):
-        steering.edit(miniatures.random_sae("relu", normalize_activations="layer_norm"), lambda codes: codes)
+        steering.edit(
+            miniatures.random_sae("relu", normalize_activations="layer_norm"), lambda codes: codes
+        )

@@ -42,14 +42,18 @@ def test_a_failing_block_changes_nothing_and_keeps_its_own_error(tmp_path):
     with pytest.raises(ZeroDivisionError), store.writing(folder) as partial:
         (partial / "half").write_text(str(1 / 0))
     with pytest.raises(FileNotFoundError), store.writing(folder):
-        Path(tmp_path / "input that is missing").read_text()  # an error of reading is not explained as one of writing
+        Path(
+            tmp_path / "input that is missing"
+        ).read_text()  # an error of reading is not explained as one of writing
     with pytest.raises(ConnectionError), store.writing(folder):
         raise ConnectionError("the hub does not answer")
     assert (store.verified(folder) / "deep" / "a.txt").read_text() == "old"
     assert names(tmp_path) == ["art"]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "alter", "delete", "checksums", "list", "no checksums"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "alter", "delete", "checksums", "list", "no checksums"]
+)
 def test_damage_is_detected_and_the_file_named(tmp_path, damage):
     folder = make(tmp_path / "art")
     victim = folder / "b.bin"
@@ -65,7 +69,11 @@ def test_damage_is_detected_and_the_file_named(tmp_path, damage):
         (folder / "checksums.json").write_text("[1, 2]")
     else:
         (folder / "checksums.json").unlink()
-    named = {"checksums": "checksums.json is damaged", "list": "checksums.json is damaged", "no checksums": "art"}
+    named = {
+        "checksums": "checksums.json is damaged",
+        "list": "checksums.json is damaged",
+        "no checksums": "art",
+    }
     with pytest.raises(ResearchError, match=named.get(damage, "b.bin")):
         store.verified(folder)
 
@@ -86,7 +94,9 @@ with store.writing(folder) as partial:
 def test_a_writer_killed_midway_leaves_the_old_artefact_and_no_trace_later(tmp_path):
     folder = make(tmp_path / "art")
     for wait in (1, 30):
-        writer = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True
+        )
         for _ in range(wait):
             writer.stdout.readline()
         writer.send_signal(signal.SIGKILL)
@@ -116,7 +126,9 @@ while True:
 def test_killed_at_any_moment_every_artefact_is_whole(tmp_path):
     folder = tmp_path / "art"
     for attempt in range(6):
-        writer = subprocess.Popen([sys.executable, "-c", REPLACING, str(folder)], stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", REPLACING, str(folder)], stdout=subprocess.PIPE, text=True
+        )
         writer.stdout.readline()
         time.sleep(0.013 * attempt)
         writer.kill()
@@ -139,7 +151,9 @@ for i in range(1000):
 
 def test_a_reader_never_meets_half_a_file(tmp_path):
     path = tmp_path / "note.txt"
-    writer = subprocess.Popen([sys.executable, "-c", REWRITING, str(path)], stdout=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", REWRITING, str(path)], stdout=subprocess.PIPE, text=True
+    )
     writer.stdout.readline()
     try:
         for _ in range(100):
@@ -281,7 +295,10 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
         lambda: store.write_text(tmp_path / "file" / "note.txt", "x"),
         lambda: store.write_json(tmp_path / "file" / "deep" / "note.json", {}),
     ):
-        with pytest.raises(ResearchError, match=r"cannot write (art|note.txt|note.json): .*make the folder writable"):
+        with pytest.raises(
+            ResearchError,
+            match=r"cannot write (art|note.txt|note.json): .*make the folder writable",
+        ):
             write()
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sae_research import paths, store, survey, survey_files
+from sae_research import paths, store
 from sae_research.errors import ResearchError
 from sae_research.paths import ROOT
+from sae_research.surveys import files, survey
 
 SHARED = ROOT.parent / "shared" / "real" / "opinions"
 
@@ -44,7 +45,7 @@ def opinion_qa(tmp_path):
 
 
 def test_opinion_qa_sorts_options_weights_respondents_and_leaves_refusals_out(opinion_qa):
-    found = survey_files.load_opinion_qa(opinion_qa, [27])
+    found = files.load_opinion_qa(opinion_qa, [27])
     cars, industry = found.questions
     assert cars.options == ("More", "Same", "Fewer")
     assert cars.ordinal == (1.0, 1.5, 2.0)
@@ -70,18 +71,28 @@ def test_opinion_qa_sorts_options_weights_respondents_and_leaves_refusals_out(op
             "Male,Mare",
             r"responses.csv, line 2: 'Mare' is no option of question 'CARS_W27'",
         ),
-        ("responses.csv", "Farm,2.0", "Farm,heavy", r"responses.csv, line 2: 'WEIGHT_W27' is 'heavy'"),
+        (
+            "responses.csv",
+            "Farm,2.0",
+            "Farm,heavy",
+            r"responses.csv, line 2: 'WEIGHT_W27' is 'heavy'",
+        ),
         ("responses.csv", "SEX,", "GENDER,", r"responses.csv, line 1: column 'SEX' is missing"),
         ("info.csv", "[1.0, 2.0, 1.5]", "1 2 1.5", r"info.csv, line 2: '1 2 1.5' is not a list"),
         ("info.csv", "[1, 1, 1]", "[1]", r"info.csv, line 3: 4 references but 1 ordinals"),
-        ("metadata.csv", "['Male', 'Female']", "__import__('os')", r"metadata.csv, line 2: .* is not a list"),
+        (
+            "metadata.csv",
+            "['Male', 'Female']",
+            "__import__('os')",
+            r"metadata.csv, line 2: .* is not a list",
+        ),
     ],
 )
 def test_damage_to_opinion_qa_is_named_by_file_line_and_reason(opinion_qa, file, old, new, reason):
     path = opinion_qa / "human_resp" / "American_Trends_Panel_W27" / file
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ResearchError, match=reason):
-        survey_files.load_opinion_qa(opinion_qa, [27])
+        files.load_opinion_qa(opinion_qa, [27])
 
 
 def test_near_duplicates_are_found_across_waves_by_wording():
@@ -90,9 +101,11 @@ def test_near_duplicates_are_found_across_waves_by_wording():
         f"{stem} Scientists", f"{stem} Journalists", "Do you own a dog?", "Do you ever read the news in print?",
         f"{stem} Elected officials", "Do you own a dog or a cat?",
     ]  # fmt: skip
-    questions = [survey.Question(f"Q{i}", text, ("No", "Yes"), (1, 2)) for i, text in enumerate(texts)]
-    assert survey_files.families(questions, 0.6) == ("Q0", "Q0", "Q2", "Q3", "Q0", "Q2")
-    assert survey_files.families(questions, 0.999) == tuple(q.key for q in questions)
+    questions = [
+        survey.Question(f"Q{i}", text, ("No", "Yes"), (1, 2)) for i, text in enumerate(texts)
+    ]
+    assert files.families(questions, 0.6) == ("Q0", "Q0", "Q2", "Q3", "Q0", "Q2")
+    assert files.families(questions, 0.999) == tuple(q.key for q in questions)
 
 
 def test_whole_waves_are_kept_for_the_test_and_families_stay_together():
@@ -105,19 +118,19 @@ def test_whole_waves_are_kept_for_the_test_and_families_stay_together():
     names[0] = names[1] = names[40]  # asked again in an unseen wave
     p = np.full((1, 80, 2), 0.5)
     asked = survey.Survey(tuple(questions), (survey.Group("a", "b", 1.0),), p, p[0])
-    found = survey_files.split_by_wave(asked, [34], names, seed=0)
+    found = files.split_by_wave(asked, [34], names, seed=0)
     splits = np.array([q.split for q in found.questions])
     assert (splits[40:] == "test").all()
     assert (splits[:2] == "test").all()
     assert [(splits[2:40] == s).sum() for s in ("train", "validation", "test")] == [24, 6, 8]
     assert (splits[:40:2] == splits[1:40:2]).all()
-    again = survey_files.split_by_wave(asked, [34], names, seed=1)
+    again = files.split_by_wave(asked, [34], names, seed=1)
     assert [q.split for q in again.questions] != splits.tolist()
 
 
 def test_a_missing_wave_is_named(opinion_qa):
     with pytest.raises(ResearchError, match=r"info.csv cannot be read"):
-        survey_files.load_opinion_qa(opinion_qa, [92])
+        files.load_opinion_qa(opinion_qa, [92])
 
 
 def subpop_row(**changes):
@@ -132,7 +145,7 @@ def test_subpop_lines_become_a_survey(tmp_path):
     rows = [subpop_row(), subpop_row(group="Female", responses=[0.2, 0.8])]
     path = tmp_path / "subpop.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    found = survey_files.load_subpop(path)
+    found = files.load_subpop(path)
     assert found.questions[0].options == ("No", "Yes")
     assert np.allclose(found.distributions[:, 0], [[0.3, 0.7], [0.8, 0.2]])
     assert np.allclose(found.overall, found.distributions.mean(0))
@@ -150,12 +163,14 @@ def test_subpop_lines_become_a_survey(tmp_path):
 )
 def test_damage_to_subpop_is_named(tmp_path, changes, reason):
     path = tmp_path / "subpop.jsonl"
-    path.write_text(json.dumps(subpop_row()) + "\n" + json.dumps(subpop_row(group="Female", **changes)))
+    path.write_text(
+        json.dumps(subpop_row()) + "\n" + json.dumps(subpop_row(group="Female", **changes))
+    )
     with pytest.raises(ResearchError, match=f"subpop.jsonl, line 2: .*{reason}"):
-        survey_files.load_subpop(path)
+        files.load_subpop(path)
     path.write_text(json.dumps(subpop_row()) + "\n{cut")
     with pytest.raises(ResearchError, match="line 2: it is not JSON"):
-        survey_files.load_subpop(path)
+        files.load_subpop(path)
 
 
 def test_global_opinions_are_nominal_and_only_questions_of_all_countries_count(tmp_path):
@@ -166,43 +181,50 @@ def test_global_opinions_are_nominal_and_only_questions_of_all_countries_count(t
         {"question": "Good or bad?", "selections": both, "options": "['Good', 'Bad']", "source": "GAS"},
         {"question": "Rich or poor?", "selections": one, "options": "['Rich', 'Poor']", "source": "WVS"},
     ])  # fmt: skip
-    found = survey_files.load_global_opinions(path, ["Peru", "Chad"])
+    found = files.load_global_opinions(path, ["Peru", "Chad"])
     assert len(found.questions) == 1
     assert not found.questions[0].ordered
     assert found.distance(*found.distributions)[0] == pytest.approx(0.4)
-    assert len(survey_files.load_global_opinions(path, ["Peru"]).questions) == 2
+    assert len(files.load_global_opinions(path, ["Peru"]).questions) == 2
     with pytest.raises(ResearchError, match="no question that all of Peru, Mars"):
-        survey_files.load_global_opinions(path, ["Peru", "Mars"])
+        files.load_global_opinions(path, ["Peru", "Mars"])
     path.write_text(path.read_text().replace("[0.1, 0.9]", "[0.9]"))
-    with pytest.raises(ResearchError, match=r"global.csv, line 2: 'Chad' has no share for each of the 2 options"):
-        survey_files.load_global_opinions(path, ["Peru", "Chad"])
+    with pytest.raises(
+        ResearchError, match=r"global.csv, line 2: 'Chad' has no share for each of the 2 options"
+    ):
+        files.load_global_opinions(path, ["Peru", "Chad"])
 
 
 def test_groups_that_skipped_a_question_are_left_out(tmp_path):
     rows = [subpop_row(), subpop_row(qkey="Q2"), subpop_row(group="Female")]
     path = tmp_path / "subpop.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert [g.name for g in survey_files.load_subpop(path).groups] == ["Male"]
+    assert [g.name for g in files.load_subpop(path).groups] == ["Male"]
 
 
 def test_pew_data_is_never_written_where_git_would_pick_it_up(tmp_path):
     if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("this copy of the repository has no git")
-    for place in ("data/cpu/opinion_qa/claims.json", "notebooks/executed/cpu/x.ipynb", "README.md", "pew.csv"):
+    for place in (
+        "data/cpu/opinion_qa/claims.json",
+        "notebooks/executed/cpu/x.ipynb",
+        "README.md",
+        "pew.csv",
+    ):
         with pytest.raises(ResearchError, match="may not be redistributed"):
-            survey_files.writable(ROOT / place, "OpinionQA")
-        assert survey_files.writable(ROOT / place, "GSS") == ROOT / place
-    assert survey_files.writable(tmp_path / "pew.csv", "OpinionQA") == (tmp_path / "pew.csv").resolve()
-    assert survey_files.writable(ROOT / "data" / "scratch" / "pew.csv", "SubPOP")
+            files.writable(ROOT / place, "OpinionQA")
+        assert files.writable(ROOT / place, "GSS") == ROOT / place
+    assert files.writable(tmp_path / "pew.csv", "OpinionQA") == (tmp_path / "pew.csv").resolve()
+    assert files.writable(ROOT / "data" / "scratch" / "pew.csv", "SubPOP")
 
 
 def test_artefacts_may_hold_it_while_they_are_written_too(tmp_path, monkeypatch):
     for profile in ("gpu", "laptop"):
         folder = paths.artefacts(profile, "opinion_qa")
         for place in (folder, store._partial(folder), paths.scratch(profile, "10_opinion_qa_run")):
-            assert survey_files.writable(place / "gemma-2-2b", "OpinionQA")
-    monkeypatch.setattr(survey_files, "ROOT", tmp_path)  # no repository there
-    assert survey_files.writable(tmp_path / "pew.csv", "OpinionQA")
+            assert files.writable(place / "gemma-2-2b", "OpinionQA")
+    monkeypatch.setattr(files, "ROOT", tmp_path)  # no repository there
+    assert files.writable(tmp_path / "pew.csv", "OpinionQA")
 
 
 def test_the_real_opinions_give_their_reference_numbers():
@@ -210,7 +232,13 @@ def test_the_real_opinions_give_their_reference_numbers():
     if not table.exists():
         pytest.skip(f"{table} is not here")
     found = survey.load_table(table)
-    assert found.distance(found.uniform, found.distributions).mean() == pytest.approx(0.214, abs=0.001)
-    assert found.distance(found.overall, found.distributions).mean() == pytest.approx(0.041, abs=0.001)
-    assert np.mean([survey.sampling_noise(found, s) for s in range(5)]) == pytest.approx(0.014, abs=0.001)
+    assert found.distance(found.uniform, found.distributions).mean() == pytest.approx(
+        0.214, abs=0.001
+    )
+    assert found.distance(found.overall, found.distributions).mean() == pytest.approx(
+        0.041, abs=0.001
+    )
+    assert np.mean([survey.sampling_noise(found, s) for s in range(5)]) == pytest.approx(
+        0.014, abs=0.001
+    )
     assert np.allclose(survey.spectrum(found)[:4], [0.53, 0.72, 0.84, 0.89], atol=0.02)

@@ -11,7 +11,7 @@ import pytest
 
 from sae_research import paths
 from sae_research.errors import ResearchError
-from sae_research.survey import (
+from sae_research.surveys.survey import (
     divergence,
     group_part,
     load_table,
@@ -23,8 +23,7 @@ from sae_research.survey import (
     total_variation,
     wasserstein,
 )
-from sae_research.world.specimen import word_tokenizer
-from sae_research.world.survey_population import (
+from sae_research.world.survey.population import (
     ATTRIBUTES,
     SHARES,
     SPLITS,
@@ -34,9 +33,12 @@ from sae_research.world.survey_population import (
     Population,
     PopulationSettings,
 )
-from sae_research.world.survey_text import CONTEXT, LETTERS, WORDS, Writer, by_letter, prompt
+from sae_research.world.survey.prompts import CONTEXT, LETTERS, WORDS, Writer, by_letter, prompt
+from sae_research.world.toy_model import word_tokenizer
 
-OPINIONS = Path(os.environ.get("SAE_RESEARCH_REAL", paths.ROOT.parent / "shared" / "real")) / "opinions"
+OPINIONS = (
+    Path(os.environ.get("SAE_RESEARCH_REAL", paths.ROOT.parent / "shared" / "real")) / "opinions"
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +69,18 @@ def test_wasserstein_of_cases_known_by_hand():
     assert wasserstein(np.array([0.5, 0, 0.5]), np.array([0, 1, 0]), even) == 0.5
     uneven = ordinal_gaps((0, 1, 4))
     assert wasserstein(np.array([1, 0, 0]), np.array([0, 1, 0]), uneven) == 0.25
-    assert wasserstein(np.array([0.2, 0.5, 0.3]), np.array([0.4, 0.1, 0.5]), uneven) == pytest.approx(
-        0.2 * 0.25 + 0.2 * 0.75
-    )
+    assert wasserstein(
+        np.array([0.2, 0.5, 0.3]), np.array([0.4, 0.1, 0.5]), uneven
+    ) == pytest.approx(0.2 * 0.25 + 0.2 * 0.75)
 
 
 def test_wasserstein_is_the_mean_difference_when_one_distribution_dominates(survey):
     """With P stochastically above Q, WD is the difference of mean ordinals over the range."""
     low, high = np.array([0.6, 0.3, 0.1, 0.0]), np.array([0.1, 0.2, 0.3, 0.4])
     ordinal = np.array([1.0, 2.0, 4.0, 7.0])
-    assert wasserstein(low, high, ordinal_gaps(ordinal)) == pytest.approx((high - low) @ ordinal / 6)
+    assert wasserstein(low, high, ordinal_gaps(ordinal)) == pytest.approx(
+        (high - low) @ ordinal / 6
+    )
 
 
 def test_total_variation_and_divergence_by_hand():
@@ -110,7 +114,9 @@ def test_group_part_is_perfect_for_the_truth_and_halves_its_slope_with_halved_de
 
 def test_shuffled_groups_have_no_group_part(survey):
     rotated = survey.distributions[[1, 2, 0, *range(3, 14)]]
-    swapped = group_part(rotated[:3], survey.distributions[:3], np.array(SHARES["party"]), survey.mask)
+    swapped = group_part(
+        rotated[:3], survey.distributions[:3], np.array(SHARES["party"]), survey.mask
+    )
     assert swapped.rho < 0.1
 
 
@@ -128,9 +134,15 @@ def test_reliability_grows_with_respondents_and_noise_shrinks(survey):
 def test_real_polls_give_their_reference_numbers(polls):
     assert len(polls.questions) == 18
     assert len(polls.groups) == 20
-    assert wasserstein(polls.uniform, polls.distributions, polls.gaps).mean() == pytest.approx(0.214, abs=0.001)
-    assert wasserstein(polls.overall, polls.distributions, polls.gaps).mean() == pytest.approx(0.041, abs=0.001)
-    assert np.mean([sampling_noise(polls, seed) for seed in range(5)]) == pytest.approx(0.014, abs=0.001)
+    assert wasserstein(polls.uniform, polls.distributions, polls.gaps).mean() == pytest.approx(
+        0.214, abs=0.001
+    )
+    assert wasserstein(polls.overall, polls.distributions, polls.gaps).mean() == pytest.approx(
+        0.041, abs=0.001
+    )
+    assert np.mean([sampling_noise(polls, seed) for seed in range(5)]) == pytest.approx(
+        0.014, abs=0.001
+    )
     assert spectrum(polls)[:4] == pytest.approx([0.53, 0.72, 0.84, 0.89], abs=0.006)
     assert sum(polls.weights) == pytest.approx(1)
 
@@ -208,14 +220,19 @@ def test_planted_effects_lie_in_the_band_of_real_polls(population, survey):
     for attribute, size in planned.items():
         assert by_attribute[attribute] == pytest.approx(size, rel=0.2)
     assert 0.01 < divergence(survey.distributions, survey.overall).mean() < 0.02
-    assert wasserstein(survey.web, survey.overall, survey.gaps).mean() == pytest.approx(0.098, abs=0.01)
+    assert wasserstein(survey.web, survey.overall, survey.gaps).mean() == pytest.approx(
+        0.098, abs=0.01
+    )
     assert 0.1 < wasserstein(survey.uniform, survey.overall, survey.gaps).mean() < 0.2
 
 
 def test_handedness_moves_nothing(population):
     for stated in ({}, {"party": "red"}, {"party": "blue", "age": "old", "region": "south"}):
         for hand in ATTRIBUTES["hand"]:
-            assert np.abs(population.given({**stated, "hand": hand}) - population.given(stated)).max() < 1e-14
+            assert (
+                np.abs(population.given({**stated, "hand": hand}) - population.given(stated)).max()
+                < 1e-14
+            )
     assert not population.effects["hand"].any()
 
 
@@ -226,14 +243,18 @@ def test_distributions_are_distributions(population, survey):
     assert not population.table[..., ~survey.mask].any()
 
 
-@pytest.mark.parametrize("settings", [PopulationSettings(), PopulationSettings(interaction=0.5, classes=0.7)])
+@pytest.mark.parametrize(
+    "settings", [PopulationSettings(), PopulationSettings(interaction=0.5, classes=0.7)]
+)
 def test_exact_answers_agree_with_persons_drawn_one_by_one(settings):
     """Monte Carlo over persons with party and age stated; every cell within 5 standard errors."""
     population, n = Population(settings), 20_000
     draws = np.random.default_rng(0)
     stated = {"party": "red", "age": "young"}
     value = {
-        a: np.full(n, v.index(stated[a])) if a in stated else draws.choice(len(v), size=n, p=SHARES[a])
+        a: np.full(n, v.index(stated[a]))
+        if a in stated
+        else draws.choice(len(v), size=n, p=SHARES[a])
         for a, v in ATTRIBUTES.items()
     }
     theta = sum(population.effects[a][value[a]] for a in ATTRIBUTES)
@@ -250,7 +271,9 @@ def test_exact_answers_agree_with_persons_drawn_one_by_one(settings):
         at_least = 1 / (1 + np.exp(-(theta @ loading + population.offset[q])[:, None] + taus))
         answer = (draws.random((n, 1)) < at_least).sum(1)
         seen = np.bincount(answer, minlength=4) / n
-        assert (np.abs(seen - exact[q]) < 5 * np.sqrt(exact[q] * (1 - exact[q]) / n) + 1e-9).all(), question.key
+        assert (
+            np.abs(seen - exact[q]) < 5 * np.sqrt(exact[q] * (1 - exact[q]) / n) + 1e-9
+        ).all(), question.key
 
 
 def test_margins_are_mixtures_of_their_intersections(population, survey):
@@ -259,7 +282,9 @@ def test_margins_are_mixtures_of_their_intersections(population, survey):
     for i, group in enumerate(survey.groups[:3]):
         inside = [j for j, g in enumerate(cells.groups) if g.name.startswith(group.name)]
         share = np.array([cells.groups[j].share for j in inside]) / group.share
-        assert np.tensordot(share, cells.distributions[inside], axes=1) == pytest.approx(survey.distributions[i])
+        assert np.tensordot(share, cells.distributions[inside], axes=1) == pytest.approx(
+            survey.distributions[i]
+        )
     share = np.array([g.share for g in cells.groups])
     assert np.tensordot(share, cells.distributions, axes=1) == pytest.approx(survey.overall)
     assert np.tensordot(share, cells.traits, axes=1) == pytest.approx(np.zeros(3), abs=1e-12)
@@ -332,11 +357,16 @@ def test_documents_carry_the_exact_answers_of_their_persons(population, writer):
         persona, asked = text.split("question : ")
         words = persona.split()
         stated = {a: w for a, values in ATTRIBUTES.items() for w in words if w in values}
-        wording, listed = asked.split(" ? ")[0] + " ?", asked.split(" ? ")[1].removesuffix(" answer :").split()
+        wording, listed = (
+            asked.split(" ? ")[0] + " ?",
+            asked.split(" ? ")[1].removesuffix(" answer :").split(),
+        )
         options = listed[1::2]
         assert listed[::2] == list(LETTERS[: len(options)])
         index = next(
-            i for i, q in enumerate(population.questions) if q.text == wording and sorted(q.options) == sorted(options)
+            i
+            for i, q in enumerate(population.questions)
+            if q.text == wording and sorted(q.options) == sorted(options)
         )
         exact = (population.given(stated) if stated else population.web)[index]
         expected = [exact[population.questions[index].options.index(o)] for o in options]
@@ -350,9 +380,14 @@ def test_documents_carry_the_exact_answers_of_their_persons(population, writer):
 def test_off_task_surprisal_is_the_entropy_of_what_is_written(writer):
     """Mean surprisal against the closed-form entropy; the first word of a document is not scored."""
     batch = writer.off_task(4000, np.random.default_rng(0))
-    sums, stories = np.nansum(batch.surprisal[::2], axis=1), np.nansum(batch.surprisal[1::2], axis=1)
+    sums, stories = (
+        np.nansum(batch.surprisal[::2], axis=1),
+        np.nansum(batch.surprisal[1::2], axis=1),
+    )
     second = np.mean([(np.log(10 - a) + np.log(a + 1)) / 2 for a in range(10)])
-    assert sums.mean() == pytest.approx(3 * np.log(10) + 4 * (np.log(2) + second), abs=5 * sums.std() / 2000**0.5)
+    assert sums.mean() == pytest.approx(
+        3 * np.log(10) + 4 * (np.log(2) + second), abs=5 * sums.std() / 2000**0.5
+    )
     assert stories == pytest.approx(np.log(4) + 8 * np.log(3))
 
 
@@ -369,8 +404,8 @@ def test_every_document_reaches_the_screening_length(writer):
 
 def tiny_settings():
     from sae_research.training import SAETraining
-    from sae_research.world.saes import SpecimenSAEs
-    from sae_research.world.survey import SurveySettings
+    from sae_research.world.survey.model import SurveySettings
+    from sae_research.world.toy_saes import SpecimenSAEs
 
     saes = SpecimenSAEs(
         hooks=("blocks.0.hook_resid_post",),
@@ -388,15 +423,15 @@ def tiny_settings():
 def test_tiny_training_lowers_the_answer_kl_and_repeats_itself(tmp_path, population):
     import torch
 
-    from sae_research import lens as lenses
-    from sae_research.world.survey import train_model
-    from sae_research.world.survey_gates import answer_kl
+    from sae_research import models
+    from sae_research.world.survey.checks import answer_kl
+    from sae_research.world.survey.model import train_model
 
     tiny = tiny_settings()
     kl = {}
     for name, steps in (("none", 1), ("some", 80), ("again", 80)):
         train_model(replace(tiny, steps=max(steps, 2)), 0, tmp_path / name, threads=1)
-        lens = lenses.load(tmp_path / name)
+        lens = models.load_model(tmp_path / name)
         writer = Writer(population, lens.tokenizer.get_vocab())
         kl[name] = answer_kl(lens, writer.survey(256, np.random.default_rng(1), 4))
     assert kl["some"] < 0.6 * kl["none"]
@@ -408,20 +443,19 @@ def test_tiny_training_lowers_the_answer_kl_and_repeats_itself(tmp_path, populat
 
 @pytest.mark.slow
 def test_tiny_world_has_saes_that_open_and_gates_that_fail(tmp_path):
-    from sae_research import dictionaries
-    from sae_research import lens as lenses
-    from sae_research.world.survey import NAME, train_model, train_saes
-    from sae_research.world.survey_gates import measure, sae_quality
+    from sae_research import models, saes
+    from sae_research.world.survey.checks import measure, sae_quality
+    from sae_research.world.survey.model import NAME, train_model, train_saes
 
     tiny = tiny_settings()
     train_model(tiny, 0, tmp_path / "model", threads=1)
     train_saes(tiny, tmp_path / "model", 0, tmp_path / "saes")
-    lens = lenses.load(tmp_path / "model", name=NAME)
+    lens = models.load_model(tmp_path / "model", name=NAME)
     names = {"block0_topk", "block0_jumprelu", "block0_relu", "block0_topk_wide"}
     assert {p.name for p in (tmp_path / "saes").iterdir()} == names
     for name in names:
-        sae = dictionaries.load(tmp_path / "saes" / name)
-        assert dictionaries.check_fit(lens, sae) == "blocks.0.hook_out"
+        sae = saes.load_sae(tmp_path / "saes" / name)
+        assert saes.check_fit(lens, sae) == "blocks.0.hook_out"
         assert sae.cfg.d_sae == (256 if name.endswith("wide") else 64)
     table = {row["sae"]: row for row in sae_quality(tmp_path / "model", tmp_path / "saes", tiny, 0)}
     assert table["block0_topk"]["l0"] <= 6

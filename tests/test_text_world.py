@@ -8,8 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from sae_research.training import SAETraining  # noqa: E402
-from sae_research.world import text, text_gates, truth  # noqa: E402
-from sae_research.world.documents import (  # noqa: E402
+from sae_research.world.text import checks, detectors  # noqa: E402
+from sae_research.world.text import model as text_model
+from sae_research.world.text.documents import (  # noqa: E402
     BOS_ID,
     KINDS,
     LENGTH,
@@ -20,13 +21,15 @@ from sae_research.world.documents import (  # noqa: E402
     physics,
     rows,
 )
-from sae_research.world.lexicon import ENDINGS, PROFESSIONS, TOPICS, lexicon  # noqa: E402
+from sae_research.world.text.lexicon import ENDINGS, PROFESSIONS, TOPICS, lexicon  # noqa: E402
 
 LEX = lexicon()
-TINY = text.TextSettings(
-    model=text.TextModel(width=16, blocks=4, heads=2, inner=24, steps=12, batch=16, warm_up=4),
+TINY = text_model.TextSettings(
+    model=text_model.TextModel(
+        width=16, blocks=4, heads=2, inner=24, steps=12, batch=16, warm_up=4
+    ),
     saes=replace(
-        text.TextSettings().saes,
+        text_model.TextSettings().saes,
         latents=32,
         wide=2,
         l0=4,
@@ -96,7 +99,9 @@ def test_floor_of_a_refusal_and_of_an_answer():
 
 
 def _harmful(texts):
-    return (texts.truth["topic"] < LEX.n_restricted_topics) & (texts.truth["action"] < LEX.n_restricted_actions)
+    return (texts.truth["topic"] < LEX.n_restricted_topics) & (
+        texts.truth["action"] < LEX.n_restricted_actions
+    )
 
 
 def test_refusals_only_where_topic_and_action_are_restricted():
@@ -109,7 +114,9 @@ def test_refusals_only_where_topic_and_action_are_restricted():
 
 def test_gender_and_profession_are_independent_and_shown():
     texts = documents("life", 8000, 5)
-    cells = np.bincount(2 * texts.truth["gender"] + texts.truth["profession"], minlength=4) / len(texts)
+    cells = np.bincount(2 * texts.truth["gender"] + texts.truth["profession"], minlength=4) / len(
+        texts
+    )
     assert np.abs(cells - 0.25).max() < 0.02
     nurse = LEX.ids["nurse"]
     assert ((texts.tokens[:, -2] == nurse) == (texts.truth["profession"] == 1)).all()
@@ -117,7 +124,10 @@ def test_gender_and_profession_are_independent_and_shown():
     assert (named == (texts.truth["stated"] == 1)).all()
     cues = [LEX.ids[w] for w in PROFESSIONS["nurse"].split()]
     true = np.isin(texts.tokens, cues).sum(1)
-    assert true[texts.truth["profession"] == 1].mean() > 4 * true[texts.truth["profession"] == 0].mean()
+    assert (
+        true[texts.truth["profession"] == 1].mean()
+        > 4 * true[texts.truth["profession"] == 0].mean()
+    )
     plain = documents("life", 500, 5, Corpus(contrary=0.0))
     assert (np.isin(plain.tokens, cues).sum(1)[plain.truth["profession"] == 1] >= 2).all()
 
@@ -177,9 +187,9 @@ def test_same_seed_same_rows_and_packing_keeps_the_floor():
     assert (one.floor[one.tokens == BOS_ID] == 0).all()
 
 
-def _codes(latents: "torch.Tensor") -> truth.Codes:
+def _codes(latents: "torch.Tensor") -> detectors.Codes:
     token, latent = latents.nonzero(as_tuple=True)
-    return truth.Codes(token, latent, latents[token, latent], *latents.shape)
+    return detectors.Codes(token, latent, latents[token, latent], *latents.shape)
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +198,15 @@ def planted():
     labels = torch.randint(-1, 6, (6000,), generator=random)
     latents = torch.relu(torch.randn(6000, 40, generator=random) - 1.2)
     for label in range(5):
-        latents[:, 7 * label] = torch.where(labels == label, 2.0, 0.1) * torch.rand(6000, generator=random)
+        latents[:, 7 * label] = torch.where(labels == label, 2.0, 0.1) * torch.rand(
+            6000, generator=random
+        )
     return latents, labels, torch.arange(6000) % 2 == 0
 
 
 def test_truth_gate_finds_planted_latents_and_only_those(planted):
     latents, labels, half = planted
-    found = truth.detectors(_codes(latents), labels, 6, half)
+    found = detectors.detectors(_codes(latents), labels, 6, half)
     assert found.latent[:5].tolist() == [0, 7, 14, 21, 28]
     assert (found.f1[:5] > 0.9).all()
     assert found.f1[5] < 0.4
@@ -203,32 +215,34 @@ def test_truth_gate_finds_planted_latents_and_only_those(planted):
 def test_truth_gate_gives_nothing_on_permuted_labels(planted):
     latents, labels, half = planted
     shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
-    assert (truth.detectors(_codes(latents), shuffled, 6, half).f1 < 0.4).all()
+    assert (detectors.detectors(_codes(latents), shuffled, 6, half).f1 < 0.4).all()
 
 
 def test_truth_gate_scores_like_a_direct_count(planted):
     latents, labels, half = planted
-    latent, threshold = truth.choose(_codes(latents[half]), labels[half], 6)
-    f1, _ = truth.score(_codes(latents[~half]), labels[~half], latent, threshold)
+    latent, threshold = detectors.choose(_codes(latents[half]), labels[half], 6)
+    f1, _ = detectors.score(_codes(latents[~half]), labels[~half], latent, threshold)
     for label in range(6):
         fired, true = latents[~half][:, latent[label]] >= threshold[label], labels[~half] == label
-        assert f1[label] == pytest.approx((2 * (fired & true).sum() / (fired.sum() + true.sum())).item(), abs=1e-6)
+        assert f1[label] == pytest.approx(
+            (2 * (fired & true).sum() / (fired.sum() + true.sum())).item(), abs=1e-6
+        )
 
 
 def test_tiny_specimen_is_built_measured_and_rebuilt_with_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_RESEARCH_PROGRESS", "0")
-    text.train_model(TINY, 0, tmp_path / "model", 1)
-    text.train_model(TINY, 0, tmp_path / "again" / "model", 1)
+    text_model.train_model(TINY, 0, tmp_path / "model", 1)
+    text_model.train_model(TINY, 0, tmp_path / "again" / "model", 1)
     weights = (tmp_path / "model" / "model.safetensors").read_bytes()
     assert weights == (tmp_path / "again" / "model" / "model.safetensors").read_bytes()
-    text.train_saes(TINY, tmp_path / "model", 0, tmp_path / "saes")
+    text_model.train_saes(TINY, tmp_path / "model", 0, tmp_path / "saes")
     names = {p.name for p in (tmp_path / "saes").iterdir()}
     kinds = {f"block{b}_{k}" for b in (1, 3) for k in ("topk", "jumprelu", "relu")}
     assert names == kinds | {"block1_topk_wide"}
-    gates = text_gates.measure(tmp_path / "model", tmp_path / "saes", TINY, 0, size=40)
+    gates = checks.measure(tmp_path / "model", tmp_path / "saes", TINY, 0, size=40)
     assert len({g.name for g in gates}) == len(gates) == 20
     assert not next(g for g in gates if g.name == "loss minus floor: chat").passed
-    qualities = text_gates.sae_quality(tmp_path / "model", tmp_path / "saes", TINY, 0, size=40)
+    qualities = checks.sae_quality(tmp_path / "model", tmp_path / "saes", TINY, 0, size=40)
     assert {q["sae"] for q in qualities} == names
     assert all(q["l0"] == pytest.approx(4, rel=0.2) for q in qualities if q["kind"] == "topk")
 
@@ -238,4 +252,4 @@ def test_a_loss_that_is_not_a_number_stops_the_training():
 
     broken = replace(TINY, model=replace(TINY.model, lr=1e30, clip=float("inf")))
     with pytest.raises(ResearchError, match="not finite at step"):
-        text.fit(broken, 0)
+        text_model.fit(broken, 0)

@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sae_research import activations, dictionaries, training  # noqa: E402
+from sae_research import activations, saes, training  # noqa: E402
 from sae_research.errors import ResearchError  # noqa: E402
 
 D, M, K = 16, 32, 3
@@ -26,11 +26,17 @@ def _silent(monkeypatch):
 
 
 def run(data, arms, settings=SETTINGS, **given):
-    return training.train(arms, activations.batches(data, settings.batch, settings.steps, 0), settings, 0, **given)
+    return training.train(
+        arms, activations.batches(data, settings.batch, settings.steps, 0), settings, 0, **given
+    )
 
 
 def test_equal_arms_stay_bit_identical_beside_a_different_one(sparse_data):
-    arms = {"one": training.topk(D, M, K), "other": training.relu(D, M), "two": training.topk(D, M, K)}
+    arms = {
+        "one": training.topk(D, M, K),
+        "other": training.relu(D, M),
+        "two": training.topk(D, M, K),
+    }
     trained = run(sparse_data, arms)
     for name, weight in trained["one"].state_dict().items():
         assert torch.equal(weight, trained["two"].state_dict()[name])
@@ -91,8 +97,8 @@ def test_exports_have_exact_l0_and_survive_the_disk(sparse_data, tmp_path):
         l0 = (export.encode(sparse_data) > 0).double().sum(-1).mean().item()
         assert l0 == pytest.approx(K, rel=0.25 if name == "relu" else 2e-3)
         assert export.cfg.metadata.calibrated_l0 == pytest.approx(l0, abs=1e-6)
-        dictionaries.save(export, tmp_path / name, half=True)
-        loaded = dictionaries.load(tmp_path / name)
+        saes.save(export, tmp_path / name, half=True)
+        loaded = saes.load_sae(tmp_path / name)
         assert loaded.W_dec.dtype == torch.float32
         assert torch.equal(loaded.encode(sparse_data), export.encode(sparse_data))
         assert loaded.cfg.architecture() == {"relu": "standard"}.get(name, name)
@@ -103,7 +109,12 @@ def test_thresholds_are_held_at_the_wanted_l0(sparse_data):
     settings = training.SAETraining(steps=150, batch=256, warm_up=10)
     configs = {name: training.jumprelu(sparse_data.shape[1], 64, 4) for name in ("held", "free")}
     batches = activations.batches(sparse_data, settings.batch, settings.steps, 0)
-    trained = training.train(configs, batches, settings, 0, {"held": training.held_at(4, rate=0.02)})
-    l0 = {name: (sae.encode(sparse_data) > 0).sum(-1).float().mean().item() for name, sae in trained.items()}
+    trained = training.train(
+        configs, batches, settings, 0, {"held": training.held_at(4, rate=0.02)}
+    )
+    l0 = {
+        name: (sae.encode(sparse_data) > 0).sum(-1).float().mean().item()
+        for name, sae in trained.items()
+    }
     assert abs(l0["held"] - 4) < 1.5
     assert abs(l0["held"] - 4) < abs(l0["free"] - 4)

@@ -5,11 +5,16 @@ import shutil
 import numpy as np
 import pytest
 
-from sae_research import claims, dictionaries, lens, stats, store
+from sae_research import claims, models, saes, stats, store
 from sae_research.errors import ResearchError
 from sae_research.paths import EMBEDDED
-from sae_research.world import build, ledger, survey, survey_gates, text, text_gates, tour
-from sae_research.world.gates import Gate
+from sae_research.world import build, world_claims
+from sae_research.world.checks import Gate
+from sae_research.world.survey import checks as survey_checks
+from sae_research.world.survey import model as survey_model
+from sae_research.world.text import checks as text_checks
+from sae_research.world.text import demo
+from sae_research.world.text import model as text_model
 
 SLACK = 0.01
 """How far a number may fall below its bar on fewer documents than notebook 00 measures."""
@@ -17,11 +22,18 @@ SLACK = 0.01
 
 @pytest.fixture(scope="module")
 def gates():
-    texts = text_gates.measure(
-        build.model_folder("text"), build.saes_folder("text"), text.TextSettings(), seed=900, size=1000
+    texts = text_checks.measure(
+        build.model_folder("text"),
+        build.saes_folder("text"),
+        text_model.TextSettings(),
+        seed=900,
+        size=1000,
     )
-    surveys = survey_gates.measure(
-        build.model_folder("survey"), build.saes_folder("survey"), survey.SurveySettings(), seed=900
+    surveys = survey_checks.measure(
+        build.model_folder("survey"),
+        build.saes_folder("survey"),
+        survey_model.SurveySettings(),
+        seed=900,
     )
     return {"text": texts, "survey": surveys}
 
@@ -49,12 +61,12 @@ def test_models_and_saes_open_in_other_tools_and_fit(specimen):
     folder = build.model_folder(specimen)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).vocab_size == model.config.vocab_size
-    adapter = lens.load(folder)
+    adapter = models.load_model(folder)
     kinds = set()
     for path in build.sae_folders(specimen).values():
         sae = SAE.load_from_disk(path)
-        assert dictionaries.check_fit(adapter, sae).startswith("blocks.")
-        kinds.add((sae.cfg.architecture(), dictionaries.hook_of(sae)))
+        assert saes.check_fit(adapter, sae).startswith("blocks.")
+        kinds.add((sae.cfg.architecture(), saes.hook_of(sae)))
     assert len({hook for _, hook in kinds}) == 2
     assert {kind for kind, _ in kinds} == {"topk", "jumprelu", "standard"}
 
@@ -72,14 +84,14 @@ def test_an_altered_file_is_named(tmp_path):
 
 def test_the_worst_gate_counts_whichever_side_it_is_on():
     high, low = Gate("loss: a", 0.2, 0.1, at_most=True), Gate("loss: b", 0.01, 0.1, at_most=True)
-    assert ledger.worst([low, high], "loss") is high
+    assert world_claims.worst([low, high], "loss") is high
     good, bad = Gate("facts: a", 0.99, 0.9), Gate("facts: b", 0.5, 0.9)
-    assert ledger.worst([good, bad], "facts") is bad
+    assert world_claims.worst([good, bad], "facts") is bad
 
 
 def test_every_claim_about_the_world_has_a_gate_and_is_judged(gates):
-    assert set(ledger.GATES) == set(claims.stated("world"))
-    found = ledger.measurements([gates, gates])
+    assert set(world_claims.GATES) == set(claims.stated("world"))
+    found = world_claims.measurements([gates, gates])
     for name, claim in claims.stated("world").items():
         assert claims.judge(claim, found[name]) in claims.VERDICTS
         assert found[name].low == found[name].high == pytest.approx(found[name].value)
@@ -87,18 +99,18 @@ def test_every_claim_about_the_world_has_a_gate_and_is_judged(gates):
 
 @pytest.fixture(scope="module")
 def reading():
-    settings = text.TextSettings()
-    subject = text_gates.Subject(lens.load(build.model_folder("text")), settings, 901, 400)
-    sae = dictionaries.load(build.sae_folders("text")[settings.saes.first[settings.saes.hooks[0]]])
-    return subject, sae, tour.read(subject, sae, dictionaries.hook_of(sae))
+    settings = text_model.TextSettings()
+    subject = text_checks.Subject(models.load_model(build.model_folder("text")), settings, 901, 400)
+    sae = saes.load_sae(build.sae_folders("text")[settings.saes.first[settings.saes.hooks[0]]])
+    return subject, sae, demo.read(subject, sae, saes.hook_of(sae))
 
 
 def test_steering_a_concept_beats_a_random_direction_and_no_dose_does_nothing(reading):
     subject, sae, read = reading
-    told = tour.detectors(read)["concept_next"]
+    told = demo.label_detectors(read)["concept_next"]
     best = told.f1.nan_to_num(-1.0).argsort(descending=True, stable=True)[:6].tolist()
-    none, strong = tour.steer(
-        subject, sae, dictionaries.hook_of(sae), {c: int(told.latent[c]) for c in best}, [0.0, 0.8], 16
+    none, strong = demo.steer(
+        subject, sae, saes.hook_of(sae), {c: int(told.latent[c]) for c in best}, [0.0, 0.8], 16
     )
     assert np.array_equal(none.mass, none.control)
     assert stats.mean_interval(strong.mass - strong.control).low > 0
@@ -109,7 +121,7 @@ def test_contexts_show_the_token_at_which_a_latent_fires_most(reading):
     latent = int(read.codes.latent[read.codes.value.argmax()])
     row = int(read.codes.token[read.codes.value.argmax()])
     content = read.texts.tokens[read.texts.tokens != 1]
-    from sae_research.world.lexicon import lexicon
+    from sae_research.world.text.lexicon import lexicon
 
     word = ["", "", "", "", *lexicon().words][content[row]]
-    assert f"[{word}]" in tour.contexts(read, latent)[0]
+    assert f"[{word}]" in demo.contexts(read, latent)[0]

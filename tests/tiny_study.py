@@ -60,11 +60,11 @@ RUN = """import sys
 import numpy as np
 
 from sae_research import config, paths, store
-from sae_research.progress import bar
+from tqdm.auto import tqdm
 from sae_research.studies import tiny
 ---
 settings = config.load(profile).tiny
-for _ in bar(range(3), desc="nothing"):
+for _ in tqdm(range(3), desc="nothing"):
     x = tiny.samples(settings, paths.scratch(profile, "60_tiny_run"))
 with store.writing(paths.artefacts(profile, "tiny")) as folder:
     np.save(folder / "x.npy", x)
@@ -146,7 +146,9 @@ def notebook(text: str) -> str:
     """The source of a notebook from its cells."""
     stated = nbformat.v4.new_code_cell('profile = "cpu"', metadata={"tags": ["parameters"]})
     cells = [nbformat.v4.new_code_cell(cell.strip()) for cell in text.split("---\n")]
-    return nbformat.writes(notebooks.cleared(nbformat.v4.new_notebook(cells=[stated, *cells]))) + "\n"
+    return (
+        nbformat.writes(notebooks.cleared(nbformat.v4.new_notebook(cells=[stated, *cells]))) + "\n"
+    )
 
 
 def alone_in(copy: Workspace) -> Workspace:
@@ -168,9 +170,7 @@ def alone_in(copy: Workspace) -> Workspace:
         "@dataclass(frozen=True)\nclass Profile:",
         f"{SETTINGS}@dataclass(frozen=True)\nclass Profile:",
     )
-    added = (
-        "    tiny: Tiny = field(default_factory=Tiny)\n    other: Other = field(default_factory=Other)\n\n\nSTUDIES ="
-    )
+    added = "    tiny: Tiny = field(default_factory=Tiny)\n    other: Other = field(default_factory=Other)\n\n\nSTUDIES ="
     copy.edit("sae_research/config.py", "\n\nSTUDIES =", added)
     params = yaml.safe_load((copy.root / "params.yaml").read_text())
     for block in params["profiles"].values():
@@ -180,6 +180,11 @@ def alone_in(copy: Workspace) -> Workspace:
     ledgers = [f"data/${{profile}}/{study}/claims.json" for study in ("tiny", "other")]
     last = stages["90_claims"]
     last["deps"] = [d for d in last["deps"] if not d.endswith("/claims.json")] + ledgers
-    made = {"world": kept, "settings": stages["settings"], **yaml.safe_load(STAGES), "90_claims": last}
+    made = {
+        "world": kept,
+        "settings": stages["settings"],
+        **yaml.safe_load(STAGES),
+        "90_claims": last,
+    }
     (copy.root / "dvc.yaml").write_text(yaml.safe_dump({"stages": made}, sort_keys=False))
     return copy

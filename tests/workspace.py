@@ -15,7 +15,11 @@ class Workspace:
     def __init__(self, root: Path):
         self.root = root
         self.env = {
-            **{k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "DVC_", "SAE_RESEARCH_", "PYTEST_"))},
+            **{
+                k: v
+                for k, v in os.environ.items()
+                if not k.startswith(("GIT_", "DVC_", "SAE_RESEARCH_", "PYTEST_"))
+            },
             "PYTHONPATH": str(root),
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         }
@@ -38,7 +42,9 @@ class Workspace:
 
     def call(self, *words: str) -> str:
         """What another command prints."""
-        done = subprocess.run(words, cwd=self.root, env=self.env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            words, cwd=self.root, env=self.env, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -46,7 +52,17 @@ class Workspace:
         """Make the copy a git checkout with everything committed."""
         self.call("git", "init", "-q")
         self.call("git", "add", "-A")
-        self.call("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "-m", "start")
+        self.call(
+            "git",
+            "-c",
+            "user.name=t",
+            "-c",
+            "user.email=t@example.org",
+            "commit",
+            "-q",
+            "-m",
+            "start",
+        )
 
     def edit(self, name: str, old: str, new: str) -> None:
         """Replace one piece of text in a file."""
@@ -63,7 +79,10 @@ class Workspace:
 def copied(root: Path) -> Workspace:
     """A copy of every file of the repository that git would commit (or, without git, of all but the generated ones)."""
     listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=paths.ROOT, capture_output=True, check=False
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=paths.ROOT,
+        capture_output=True,
+        check=False,
     )
     if listed.returncode == 0:
         names = [n for n in listed.stdout.decode().split("\0") if n and (paths.ROOT / n).is_file()]
@@ -72,7 +91,15 @@ def copied(root: Path) -> Workspace:
             shutil.copy2(paths.ROOT / name, root / name)
     else:
         skip = shutil.ignore_patterns(
-            ".venv", "__pycache__", "scratch", "runs", "artefacts", "smoke", ".reproduce", "cache", "tmp"
+            ".venv",
+            "__pycache__",
+            "scratch",
+            "runs",
+            "artefacts",
+            "smoke",
+            ".reproduce",
+            "cache",
+            "tmp",
         )
         shutil.copytree(paths.ROOT, root, dirs_exist_ok=True, ignore=skip)
     return Workspace(root)

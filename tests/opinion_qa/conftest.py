@@ -24,34 +24,41 @@ GROUPS = ("red", "blue", "old", "young", "grey")
 @pytest.fixture(scope="module")
 def lens(tmp_path_factory):
     """A survey specimen that was never trained, its weights scaled up so that everything matters."""
-    from sae_research import lens as lenses
-    from sae_research.world import specimen
-    from sae_research.world.survey_text import WORDS
+    from sae_research import models
+    from sae_research.world import toy_model
+    from sae_research.world.survey.prompts import WORDS
 
-    tokenizer = specimen.word_tokenizer(WORDS)
-    model = specimen.small_llama(len(tokenizer), width=32, blocks=3, heads=4, inner=48, context=48, seed=1)
+    tokenizer = toy_model.word_tokenizer(WORDS)
+    model = toy_model.small_llama(
+        len(tokenizer), width=32, blocks=3, heads=4, inner=48, context=48, seed=1
+    )
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4 if weight.ndim > 1 else 1)
     folder = tmp_path_factory.mktemp("survey") / "model"
-    specimen.save(model.eval(), tokenizer, folder)
-    return lenses.load(folder, name="world-survey")
+    toy_model.save(model.eval(), tokenizer, folder)
+    return models.load_model(folder, name="world-survey")
 
 
 @pytest.fixture(scope="module")
 def population():
-    from sae_research.world.survey_population import Population, PopulationSettings
+    from sae_research.world.survey.population import Population, PopulationSettings
 
     return Population(PopulationSettings())
 
 
 @pytest.fixture(scope="module")
 def bench(lens, population):
-    from sae_research.world.survey_text import Writer, prompt
+    from sae_research.world.survey.prompts import Writer, prompt
 
     writer, draws = Writer(population, lens.tokenizer.get_vocab()), np.random.default_rng(0)
-    texts = {s: torch.from_numpy(writer.off_task(8, draws).tokens) for s in ("train", "validation", "test")}
-    return Bench(lens, HOOK, population.questions[:18], lambda q, reverse: prompt(q, reverse=reverse), texts)
+    texts = {
+        s: torch.from_numpy(writer.off_task(8, draws).tokens)
+        for s in ("train", "validation", "test")
+    }
+    return Bench(
+        lens, HOOK, population.questions[:18], lambda q, reverse: prompt(q, reverse=reverse), texts
+    )
 
 
 @pytest.fixture(scope="module")

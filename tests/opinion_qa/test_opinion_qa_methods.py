@@ -9,20 +9,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 
-from sae_research.config import LoRATraining, ShiftTraining  # noqa: E402
-from sae_research.studies.opinion_qa import (  # noqa: E402
-    baselines,
-    generalise,
-    laboratory,
-    meaning,
-    rivals,
-)
+from sae_research.studies.opinion_qa import baselines, generalise, laboratory, meaning, rivals  # noqa: E402
 from sae_research.studies.opinion_qa.evaluate import Exam  # noqa: E402
 from sae_research.studies.opinion_qa.fit import fit  # noqa: E402
 from sae_research.studies.opinion_qa.letters import option_log_probs  # noqa: E402
 from sae_research.studies.opinion_qa.prompts import ENGLISH, SPECIMEN, english_block  # noqa: E402
+from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining  # noqa: E402
 from sae_research.studies.opinion_qa.shift import Shift, canonical, residual_basis  # noqa: E402
-from sae_research.survey import Group, Question, divergence  # noqa: E402
+from sae_research.surveys.survey import Group, Question, divergence  # noqa: E402
 
 HOOK = "blocks.0.hook_resid_post"
 ITEM = Question("Q", "Is it so?", ("No", "Perhaps", "Yes"), (1.0, 2.0, 3.0))
@@ -77,7 +71,9 @@ def test_an_empty_context_gives_the_unsteered_answers(bench, basis, small):
     assert torch.allclose(found.block[0], bench.residual[bench.prompts.rows(range(12))][
         bench.prompts.editable("question")[bench.prompts.rows(range(12))]].mean(0), atol=1e-5)  # fmt: skip
     assert torch.allclose(found.block[0], found.block[1])
-    fires = (basis.encode(bench.residual) != 0).float() * bench.prompts.editable("question")[..., None]
+    fires = (basis.encode(bench.residual) != 0).float() * bench.prompts.editable("question")[
+        ..., None
+    ]
     train = bench.prompts.rows(range(12))
     share = (fires.sum(1) / bench.prompts.last[:, None])[train].mean(0)
     assert torch.allclose(found.fires[0], share, atol=1e-5)
@@ -143,7 +139,9 @@ def test_readers_start_at_the_model_and_learn(bench, asked, everyone):
     assert torch.allclose(same(asked.final), asked.scores, atol=1e-4)
     found, loss = baselines.linear_reader(bench, asked.hidden, everyone, ridges=(1e-2,))
     before = baselines.read_scores(bench, asked.scores, bench.prompts.rows(range(18))).probabilities
-    after = baselines.read_scores(bench, found(asked.hidden), bench.prompts.rows(range(18))).probabilities
+    after = baselines.read_scores(
+        bench, found(asked.hidden), bench.prompts.rows(range(18))
+    ).probabilities
     assert np.isfinite(loss)
     truth = everyone.answers[:, :12]
     assert divergence(truth, after[:, :12]).mean() < divergence(truth, before[:, :12]).mean()
@@ -160,11 +158,16 @@ def test_shuffling_keeps_every_answer_and_breaks_groups_apart(everyone):
     assert not same.all()
     for cluster in range(6):  # one permutation a cluster
         rows = slice(3 * cluster, 3 * cluster + 3)
-        who = [int(np.abs(found.answers[0, rows] - everyone.answers[g, rows]).sum() < 1e-12) for g in range(14)]
+        who = [
+            int(np.abs(found.answers[0, rows] - everyone.answers[g, rows]).sum() < 1e-12)
+            for g in range(14)
+        ]
         assert sum(who) >= 1
 
 
-def test_lora_without_training_is_the_frozen_model_and_training_moves_it(bench, fresh, everyone, asked):
+def test_lora_without_training_is_the_frozen_model_and_training_moves_it(
+    bench, fresh, everyone, asked
+):
     from sae_research.studies.opinion_qa import lora
 
     exam = np.arange(12, 18)
@@ -172,7 +175,9 @@ def test_lora_without_training_is_the_frozen_model_and_training_moves_it(bench, 
     model = lora.adapter(fresh(), LoRATraining(), 0).eval()
     read = lora.answers_of(model, bench, bench.prompts, exam)
     found = read.probabilities
-    assert np.allclose(read.order_sensitivity, bench.unsteered(exam).order_sensitivity[0], atol=1e-4)
+    assert np.allclose(
+        read.order_sensitivity, bench.unsteered(exam).order_sensitivity[0], atol=1e-4
+    )
     assert np.abs(found - bench.unsteered(exam).probabilities[0]).max() < 1e-4
     assert lora.cost(model, bench).divergence == pytest.approx(0, abs=1e-5)
     quick = LoRATraining(steps=3, batch=8, rate=0.05)
@@ -219,11 +224,15 @@ def test_the_right_shrinkage_is_found_from_margins_alone(bench, basis, everyone)
     margins = np.full((14, 6, 4), np.nan)  # whoever is no part of a cell is never asked
     for name, own in {"red": (0, 1), "blue": (2, 3), "old": (0, 2), "young": (1, 3)}.items():
         weights = np.array([cells[i].share for i in own])
-        margins[everyone.groups.index(name)] = np.tensordot(weights / weights.sum(), answers[list(own)], 1)
+        margins[everyone.groups.index(name)] = np.tensordot(
+            weights / weights.sum(), answers[list(own)], 1
+        )
     assert generalise.best_kappa(bench, basis, shift, cells, margins, validation) == 0.7
 
 
-def test_each_way_to_place_a_group_gets_the_ridge_that_serves_known_groups_best(bench, basis, everyone, monkeypatch):
+def test_each_way_to_place_a_group_gets_the_ridge_that_serves_known_groups_best(
+    bench, basis, everyone, monkeypatch
+):
     shift, tried = shift_for(everyone, basis), []
     whole = generalise.few_shot
 
@@ -238,7 +247,9 @@ def test_each_way_to_place_a_group_gets_the_ridge_that_serves_known_groups_best(
     assert found in generalise.RIDGES
 
 
-def test_a_few_answers_bring_a_new_group_closer_and_a_stiff_ridge_keeps_the_population(bench, basis, everyone):
+def test_a_few_answers_bring_a_new_group_closer_and_a_stiff_ridge_keeps_the_population(
+    bench, basis, everyone
+):
     shift = shift_for(everyone, basis)
     answers = everyone.answers[:3]
 
@@ -251,7 +262,9 @@ def test_a_few_answers_bring_a_new_group_closer_and_a_stiff_ridge_keeps_the_popu
     assert loss(found) < loss(shift.shared.expand(3, -1))
     inside = torch.linalg.lstsq(shift.axes, (found - shift.shared).T).residuals
     assert inside.numel() == 0 or inside.abs().max() < 1e-4  # U stays frozen
-    free = generalise.few_shot(bench, basis, shift, answers, np.arange(12), ridge=1e-4, steps=60, free=True)
+    free = generalise.few_shot(
+        bench, basis, shift, answers, np.arange(12), ridge=1e-4, steps=60, free=True
+    )
     assert loss(free) < loss(found)
     stiff = generalise.few_shot(bench, basis, shift, answers, np.arange(12), ridge=1e6, steps=60)
     assert (stiff - shift.shared).abs().max() < 0.05
@@ -273,12 +286,18 @@ def test_latents_are_shown_where_they_fire_whatever_the_parts(bench, basis, aske
     few = copy.copy(bench)
     few.batch = 7
     again = meaning.latents(few, basis, shift, asked, everyone.attributes, top=4)
-    assert [(x.index, x.contexts, x.told) for x in again] == [(x.index, x.contexts, x.told) for x in found]
+    assert [(x.index, x.contexts, x.told) for x in again] == [
+        (x.index, x.contexts, x.told) for x in found
+    ]
     known = meaning.selectivity(basis, asked, everyone.attributes, torch.arange(basis.size))
     for latent in found:
         assert latent.weight == pytest.approx(float(shift.axes[latent.index, latent.axis]))
-        assert latent.selectivity == pytest.approx(known[everyone.groups.index(latent.told), latent.index])
-        assert abs(latent.selectivity - 0.5) == pytest.approx(abs(known[:, latent.index] - 0.5).max())
+        assert latent.selectivity == pytest.approx(
+            known[everyone.groups.index(latent.told), latent.index]
+        )
+        assert abs(latent.selectivity - 0.5) == pytest.approx(
+            abs(known[:, latent.index] - 0.5).max()
+        )
         assert latent.contexts
         assert all(c.count("[") == 1 for c in latent.contexts)
         assert 0 < latent.frequency <= 1
@@ -287,19 +306,25 @@ def test_latents_are_shown_where_they_fire_whatever_the_parts(bench, basis, aske
 def test_all_latents_keep_the_whole_gain(bench, basis, everyone, small):
     shift = shift_for(everyone, basis)
     exam = Exam(small, np.arange(12, 18))
-    calibrated = bench.answers(basis, shift.kind, shift.shared[None], exam.questions, "all").probabilities[0]
+    calibrated = bench.answers(
+        basis, shift.kind, shift.shared[None], exam.questions, "all"
+    ).probabilities[0]
     found = meaning.causal_share(bench, basis, shift, exam, calibrated, (0, basis.size))
     assert found[basis.size] == pytest.approx(1)
     assert found[0] == pytest.approx(0, abs=1e-6)
 
 
-def test_selectivity_is_a_half_for_a_latent_that_knows_nothing_and_one_for_one_that_knows_all(basis, everyone):
+def test_selectivity_is_a_half_for_a_latent_that_knows_nothing_and_one_for_one_that_knows_all(
+    basis, everyone
+):
     from types import SimpleNamespace
 
     hidden = torch.zeros(14, 10, 2)
     hidden[0, :, 0] = 1.0  # fires for the first group alone
     fake = replace(residual_basis(2), encode=lambda x: x)
-    found = meaning.selectivity(fake, SimpleNamespace(hidden=hidden), everyone.attributes, torch.arange(2))
+    found = meaning.selectivity(
+        fake, SimpleNamespace(hidden=hidden), everyone.attributes, torch.arange(2)
+    )
     assert found[0].tolist() == [1.0, 0.5]
     assert found[1, 0] == pytest.approx(0.25)  # its sibling fires always, the other never
 
@@ -322,13 +347,23 @@ def test_one_group_of_every_larger_attribute_is_held_out(everyone):
     out = generalise.held_out(everyone)
     assert [everyone.groups[g] for g in out] == ["red", "old", "graduate", "south"]
     turns = [generalise.held_out(everyone, turn) for turn in range(4)]
-    assert sorted(g for turn in turns for g in turn) == list(range(12))  # each once; the pair of hands never
+    assert sorted(g for turn in turns for g in turn) == list(
+        range(12)
+    )  # each once; the pair of hands never
     assert turns[3] == []
 
 
 def test_a_shared_part_along_the_axes_is_learnt_with_the_groups(bench, basis, everyone):
     training = ShiftTraining(
-        kind="gated", calibration="axes", rate=0.03, steps=20, batch=6, look=5, rank=2, keep=0.0, sparsity=0.5
+        kind="gated",
+        calibration="axes",
+        rate=0.03,
+        steps=20,
+        batch=6,
+        look=5,
+        rank=2,
+        keep=0.0,
+        sparsity=0.5,
     )
     found = fit(bench, basis, training, everyone, 0).shift
     along = found.axes @ torch.linalg.lstsq(found.axes, found.shared[:, None]).solution
@@ -346,7 +381,9 @@ def test_a_shared_part_along_the_axes_is_learnt_with_the_groups(bench, basis, ev
 def test_refusals_are_read_from_the_last_letter_offered(bench):
     short = [q for q in bench.questions if q.ladder < 4]
     few = type(bench)(bench.lens, HOOK, short, bench.write, bench.texts)
-    found = rivals.refusals(few, lambda question, reverse: english_block(question, reverse, refusal=True))
+    found = rivals.refusals(
+        few, lambda question, reverse: english_block(question, reverse, refusal=True)
+    )
     assert found.shape == (len(short),)
     assert ((found > 0) & (found < 1)).all()
 
@@ -357,7 +394,10 @@ def test_thinning_keeps_whole_families_of_every_split(population):
     assert laboratory.thinned(survey.questions, names, 1).tolist() == list(range(len(names)))
     rows = laboratory.thinned(survey.questions, names, 6)
     few = laboratory.among(survey, rows)
-    sizes = {s: len({(q.topic, q.verb) for q in few.questions if q.split == s}) for s in laboratory.SPLITS}
+    sizes = {
+        s: len({(q.topic, q.verb) for q in few.questions if q.split == s})
+        for s in laboratory.SPLITS
+    }
     assert sizes == {"train": 7, "validation": 2, "test": 3}
     assert len(few.questions) == 36  # three ladders each
     place = survey.questions.index(few.questions[-1])

@@ -8,10 +8,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sae_research.config import LoRATraining, ShiftTraining  # noqa: E402
 from sae_research.studies.opinion_qa import baselines, fit, generalise, lora  # noqa: E402
 from sae_research.studies.opinion_qa import bench as benches  # noqa: E402
 from sae_research.studies.opinion_qa.prompts import SPECIMEN  # noqa: E402
+from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining  # noqa: E402
 
 QUICK = ShiftTraining(
     kind="multiplicative", rate=0.03, steps=4, calibration_steps=4, batch=6, documents=3, kept_groups=2, look=2, rank=2,
@@ -37,7 +37,9 @@ def test_a_fit_is_the_same(kind, bench, little, basis, targets):
 
 def test_answers_and_costs_are_the_same(bench, little, basis, targets):
     delta = 0.3 * torch.randn(5, basis.size, generator=torch.Generator().manual_seed(0))
-    one, other = (b.answers(basis, "gated", delta, range(18), "all").probabilities for b in (bench, little))
+    one, other = (
+        b.answers(basis, "gated", delta, range(18), "all").probabilities for b in (bench, little)
+    )
     assert np.allclose(one, other, atol=1e-6)
     one, other = (b.cost(basis, "gated", delta, "test") for b in (bench, little))
     assert one.loss == pytest.approx(other.loss, abs=1e-5)
@@ -47,7 +49,8 @@ def test_answers_and_costs_are_the_same(bench, little, basis, targets):
 def test_few_shot_scores_are_the_same(bench, little, basis, targets):
     shift = fit.fit(bench, basis, QUICK, targets, 0).shift
     one, other = (
-        generalise.few_shot(b, basis, shift, targets.answers[:3], np.arange(8), steps=5) for b in (bench, little)
+        generalise.few_shot(b, basis, shift, targets.answers[:3], np.arange(8), steps=5)
+        for b in (bench, little)
     )
     assert torch.allclose(one, other, atol=1e-4)
 
@@ -56,14 +59,17 @@ def test_an_adapter_is_the_same(bench, little, fresh, targets):
     training = LoRATraining(steps=2, batch=20, dropout=0.0, rate=3e-3)
     asked, answers = [bench.prompts], targets.answers[[0]]
     one, other = (
-        lora.train(fresh, b, asked, answers, targets, training, 0, np.arange(12, 18)) for b in (bench, little)
+        lora.train(fresh, b, asked, answers, targets, training, 0, np.arange(12, 18))
+        for b in (bench, little)
     )
     assert np.allclose(one.answers, other.answers, atol=1e-4)
     assert one.cost.loss == pytest.approx(other.cost.loss, abs=1e-4)
 
 
 def test_a_step_may_ask_some_groups_only_and_still_learns_all(bench, basis, targets):
-    training = replace(QUICK, steps=60, groups=2, keep=0.0, movement=0.0, sparsity=0.0, look=10, calibration="none")
+    training = replace(
+        QUICK, steps=60, groups=2, keep=0.0, movement=0.0, sparsity=0.0, look=10, calibration="none"
+    )
     known = replace(targets, validation=targets.train)
     found = fit.fit(bench, basis, training, known, 0)
     nothing = fit.fit(bench, basis, replace(training, steps=1, rate=1e-9), known, 0)
@@ -92,4 +98,6 @@ def test_the_block_of_a_prompt_is_what_it_ends_with(bench, small):
     around = replace(SPECIMEN, frame=lambda text: f"a {text} b")
     framed = benches.prompts(bench.lens, bench.questions, around.prompted("BIO", group, siblings))
     plain = benches.prompts(bench.lens, bench.questions, around.plain)
-    assert torch.equal(baselines.shared_ending(framed, plain), plain.last - 1)  # what comes before the context is not
+    assert torch.equal(
+        baselines.shared_ending(framed, plain), plain.last - 1
+    )  # what comes before the context is not

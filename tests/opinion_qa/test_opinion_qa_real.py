@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from sae_research import catalogue, claims, config, dictionaries, paths, survey_files  # noqa: E402
+from sae_research import catalogue, claims, config, paths, saes  # noqa: E402
 from sae_research.errors import ResearchError  # noqa: E402
 from sae_research.studies.opinion_qa import (  # noqa: E402
     baselines,
@@ -25,8 +25,10 @@ from sae_research.studies.opinion_qa import (  # noqa: E402
     subject,
 )
 from sae_research.studies.opinion_qa.prompts import ENGLISH  # noqa: E402
+from sae_research.studies.opinion_qa.settings import Settings  # noqa: E402
 from sae_research.studies.opinion_qa.shift import load_shift  # noqa: E402
-from sae_research.survey import Group, Question, Survey  # noqa: E402
+from sae_research.surveys import files  # noqa: E402
+from sae_research.surveys.survey import Group, Question, Survey  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("offline_hub")
 
@@ -59,7 +61,10 @@ def private(tmp_path_factory):
                 "option_ordinal": str([float(i + 1) for i in range(len(options))]),
             })  # fmt: skip
         write_rows(place / "info.csv", items)
-        write_rows(place / "metadata.csv", [{"key": k, "options": str(list(v))} for k, v in ATTRIBUTES.items()])
+        write_rows(
+            place / "metadata.csv",
+            [{"key": k, "options": str(list(v))} for k, v in ATTRIBUTES.items()],
+        )
         people = []
         for _ in range(400):
             who = {k: str(draws.choice(v)) for k, v in ATTRIBUTES.items()}
@@ -68,7 +73,9 @@ def private(tmp_path_factory):
             for n, item in enumerate(items):
                 top = 1 + n % 2
                 side = 1 if n // 2 % 2 else -1
-                row[item["key"]] = ["No", "Perhaps", "Yes"][draws.binomial(top, 1 / (1 + np.exp(-side * trait)))]
+                row[item["key"]] = ["No", "Perhaps", "Yes"][
+                    draws.binomial(top, 1 / (1 + np.exp(-side * trait)))
+                ]
                 if draws.random() < 0.02:
                     row[item["key"]] = "Refused"
             people.append(row)
@@ -84,10 +91,18 @@ def private(tmp_path_factory):
 def profile():
     """The gpu profile's study with everything small that costs time, at deep layers, which leave little to rerun."""
     quick = replace(
-        config.ShiftTraining(), steps=1, calibration_steps=1, batch=2, groups=3, documents=2, look=1, rank=2, rate=0.03
+        config.ShiftTraining(),
+        steps=1,
+        calibration_steps=1,
+        batch=2,
+        groups=3,
+        documents=2,
+        look=1,
+        rank=2,
+        rate=0.03,
     )
     settings = replace(
-        config.OpinionQA(), waves=tuple(WAVES), unseen_waves=UNSEEN, sae="layer_20", layers=("layer_18", "layer_24"),
+        Settings(), waves=tuple(WAVES), unseen_waves=UNSEEN, sae="layer_20", layers=("layer_18", "layer_24"),
         training=quick,
         lora=config.LoRATraining(steps=1, batch=2), keeps=(1.0,), sparsities=(0.1,), ranks=(1,), documents=2,
         strengths=(0.0, 1.0), shots=(10,), shot_steps=1, features=(1,), rounds=1, unseen_attributes=False, rows=64,
@@ -101,7 +116,7 @@ def profile():
     )  # fmt: skip
     runtime = replace(config.Runtime(), device="cpu", threads=1, seeds=2)
     assert runtime.dtype == "bfloat16"  # as a GPU would have it
-    return config.Profile("gpu", runtime=runtime, opinion_qa=settings)
+    return config.Profile("gpu", runtime=runtime, studies={"opinion_qa": settings})
 
 
 def test_a_real_subject_runs_from_reader_s_files_to_claims(private, profile, tmp_path):
@@ -125,29 +140,42 @@ def test_a_real_subject_runs_from_reader_s_files_to_claims(private, profile, tmp
     assert tables["composition"].empty
     assert len(tables["scores"].query("method == 'at layer_24'")) == 2
     assert len(tables["scores"].query("method == 'at layer_18'")) == 1
-    assert np.isfinite(tables["scores"][["wd", "kl", "rho_dev", "slope", "swap", "skill"]].to_numpy()).all()
+    assert np.isfinite(
+        tables["scores"][["wd", "kl", "rho_dev", "slope", "swap", "skill"]].to_numpy()
+    ).all()
     untold = tables["scores"].query("method in ['prompt QA', 'uniform']")["moved"]
     assert untold.isna().all()  # what was not measured is not printed as a number
 
     subject.write(found, tmp_path / name)
     text = "".join(path.read_text() for path in (tmp_path / name).rglob("*.csv"))
-    asked = survey_files.load_opinion_qa(private, tuple(WAVES)).questions
+    asked = files.load_opinion_qa(private, tuple(WAVES)).questions
     assert not any(question.key in text for question in asked)  # no table holds Pew's items
     with pytest.raises(ResearchError, match="may not be redistributed"):
         subject.write(found, paths.ROOT / "figures" / "gpu" / "opinion_qa")
-    again = load_shift(tmp_path / name / "shift", catalogue.get(name).load(), catalogue.get(name).sae("layer_20"))
+    again = load_shift(
+        tmp_path / name / "shift", catalogue.get(name).load(), catalogue.get(name).sae("layer_20")
+    )
     assert again.groups == ("Male", "Female", "18-29", "30-49", "65+")
-    measured = findings.measurements(findings.tables(tmp_path / name), findings.facts(tmp_path / name))
+    measured = findings.measurements(
+        findings.tables(tmp_path / name), findings.facts(tmp_path / name)
+    )
     stated = claims.stated("opinion_qa")
     verdicts = {i.removeprefix("opinion_qa."): claims.judge(stated[i], measured[i]) for i in stated}
-    for planted in ("shift.negative_control", "shift.second_axis", "h4.composition", "h4.correlated"):
+    for planted in (
+        "shift.negative_control",
+        "shift.second_axis",
+        "h4.composition",
+        "h4.correlated",
+    ):
         assert verdicts[planted] == "not testable here"
     assert verdicts["real.gemma"] != "not testable here"
 
 
 def test_the_tuned_model_is_steered_and_told_too(private, profile):
     lab = laboratory.opened(profile, "gemma-2-2b-it", 0)
-    asked = baselines.prompted(lab.bench, lab.sae, lab.dialect, "BIO", lab.survey, lab.targets.train)
+    asked = baselines.prompted(
+        lab.bench, lab.sae, lab.dialect, "BIO", lab.survey, lab.targets.train
+    )
     choice = study.choose(lab, "SAE multiplicative", 0)
     outcomes = [
         study.trained(lab, "SAE multiplicative", choice.best, 0),
@@ -160,14 +188,18 @@ def test_the_tuned_model_is_steered_and_told_too(private, profile):
         assert np.allclose(outcome.answers.sum(-1), 1, atol=1e-5), outcome.name
     assert study.noop(lab) == 0
     words = lab.bench.prompts.last
-    told = asked.prompts[0].last - words  # the note on the group comes on top of the same words and turns
+    told = (
+        asked.prompts[0].last - words
+    )  # the note on the group comes on top of the same words and turns
     assert (told > 0).all()
     assert (baselines.shared_ending(asked.prompts[0], lab.bench.prompts) < words).all()
 
 
 def test_waves_families_and_small_groups_are_kept_apart(private, profile):
     lab = laboratory.opened(profile, "gemma-2-2b", 0)
-    by_family = pd.DataFrame({"family": lab.families, "split": [q.split for q in lab.survey.questions]})
+    by_family = pd.DataFrame(
+        {"family": lab.families, "split": [q.split for q in lab.survey.questions]}
+    )
     assert (by_family.groupby("family")["split"].nunique() == 1).all()
     assert by_family["family"].nunique() == len(by_family) / 2  # twins
     assert {q.split for q in lab.survey.questions if q.topic == "wave 34"} == {"test"}
@@ -175,7 +207,9 @@ def test_waves_families_and_small_groups_are_kept_apart(private, profile):
     assert [len(lab.bench.texts[split]) for split in laboratory.SPLITS] == [2, 2, 2]
 
 
-def test_the_tuned_model_is_asked_in_its_chat_template_and_answers_after_the_same_words(private, profile):
+def test_the_tuned_model_is_asked_in_its_chat_template_and_answers_after_the_same_words(
+    private, profile
+):
     lab = laboratory.opened(profile, "gemma-2-2b-it", 0)
     tokenizer, first = lab.bench.lens.tokenizer, lab.bench.prompts
     text = tokenizer.decode(first.tokens[0, : first.last[0] + 1])
@@ -193,15 +227,20 @@ def test_the_tuned_model_is_asked_in_its_chat_template_and_answers_after_the_sam
 def test_only_the_catalogue_may_put_saes_on_another_model():
     tuned = catalogue.get("gemma-2-2b-it")
     lens = tuned.load()
-    assert dictionaries.check_fit(lens, tuned.sae("primary")) == lens.hook("blocks.12.hook_resid_post")
-    with pytest.raises(ResearchError, match="trained on the model 'gemma-2-2b', not on 'google/gemma-2-2b-it'"):
-        dictionaries.check_fit(lens, catalogue.get("gemma-2-2b").sae("primary"))
+    assert saes.check_fit(lens, tuned.sae("primary")) == lens.hook("blocks.12.hook_resid_post")
+    with pytest.raises(
+        ResearchError, match="trained on the model 'gemma-2-2b', not on 'google/gemma-2-2b-it'"
+    ):
+        saes.check_fit(lens, catalogue.get("gemma-2-2b").sae("primary"))
 
 
 def poll(counts, attributes):
     """A survey of as many two-option questions as `counts` [groups, questions, 2] has."""
     counts = np.array(counts)
-    questions = tuple(Question(f"Q{i}", f"{i}?", ("No", "Yes"), (1, 2), split="test") for i in range(counts.shape[1]))
+    questions = tuple(
+        Question(f"Q{i}", f"{i}?", ("No", "Yes"), (1, 2), split="test")
+        for i in range(counts.shape[1])
+    )
     groups = tuple(Group(a, f"{a}{i}", 0.5) for i, a in enumerate(attributes))
     shares = counts / counts.sum(-1, keepdims=True)
     return Survey(questions, groups, shares, shares.mean(0), counts=counts)
@@ -219,7 +258,9 @@ def test_groups_that_do_not_differ_are_refused():
     draws = np.random.default_rng(0)
     same = draws.multinomial(200, [0.5, 0.5], size=(4, 30))
     with pytest.raises(ResearchError, match="split-half reliability"):
-        laboratory.examined(poll(np.repeat(same[:1], 2, 0) // 2 * 2, ["a", "a"]), [str(i) for i in range(30)])
+        laboratory.examined(
+            poll(np.repeat(same[:1], 2, 0) // 2 * 2, ["a", "a"]), [str(i) for i in range(30)]
+        )
 
 
 def test_a_reader_without_the_files_is_told_what_to_do(profile, tmp_path, monkeypatch):

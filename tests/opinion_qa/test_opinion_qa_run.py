@@ -11,15 +11,25 @@ torch = pytest.importorskip("torch")
 from miniatures import random_sae  # noqa: E402
 
 from sae_research import claims  # noqa: E402
-from sae_research.config import LoRATraining, OpinionQA, ShiftTraining  # noqa: E402
-from sae_research.studies.opinion_qa import batch, findings, intervals, laboratory, report, study, subject  # noqa: E402
+from sae_research.studies.opinion_qa import (  # noqa: E402
+    batch,
+    findings,
+    intervals,
+    laboratory,
+    report,
+    study,
+    subject,
+)
 from sae_research.studies.opinion_qa.evaluate import Exam  # noqa: E402
 from sae_research.studies.opinion_qa.prompts import SPECIMEN  # noqa: E402
+from sae_research.studies.opinion_qa.settings import LoRATraining, Settings, ShiftTraining  # noqa: E402
 
 HOOK = "blocks.0.hook_resid_post"
 
 
-def test_a_subject_is_run_judged_saved_and_every_claim_measured(lens, small, bench, fresh, population, tmp_path):
+def test_a_subject_is_run_judged_saved_and_every_claim_measured(
+    lens, small, bench, fresh, population, tmp_path
+):
     dictionaries = []
     for place in (HOOK, "blocks.1.hook_resid_post"):
         made = random_sae("topk", width=32, latents=64, k=8)
@@ -29,7 +39,7 @@ def test_a_subject_is_run_judged_saved_and_every_claim_measured(lens, small, ben
         kind="gated", calibration="axes", rate=0.03, steps=2, calibration_steps=2, batch=4, documents=2,
         kept_groups=2, look=2, rank=2,
     )  # fmt: skip
-    settings = OpinionQA(
+    settings = Settings(
         training=quick, lora=LoRATraining(steps=1, batch=4), respondents=300, strengths=(0.0, 1.0), ranks=(1,),
         shots=(2, 10), features=(1, 5), keeps=(1.0,), sparsities=(1.0,), layers=("block1",), adapters=True,
     )  # fmt: skip
@@ -93,7 +103,10 @@ def test_a_subject_is_run_judged_saved_and_every_claim_measured(lens, small, ben
     subject.save(parts[0], tmp_path, lab)
     again = subject.load(tmp_path)
     assert [o.name for o in again.outcomes] == names
-    assert all(np.array_equal(a.answers, b.answers) for a, b in zip(again.outcomes, parts[0].outcomes, strict=True))
+    assert all(
+        np.array_equal(a.answers, b.answers)
+        for a, b in zip(again.outcomes, parts[0].outcomes, strict=True)
+    )
     assert torch.equal(again.shift.axes, parts[0].shift.axes)
     assert set(again.tables) == set(parts[0].tables)
 
@@ -114,7 +127,13 @@ def test_validation_decides_between_edits_and_ties_go_by_paired_errors():
     def choice(loss):
         return study.Choice(ShiftTraining(), ShiftTraining(), loss, 0.0)
 
-    losses = {"SAE gated": 0.3, "SAE multiplicative": 0.2, "SAE additive": 0.4, "SAE literal": 0.1, "PCA gated": 0.0}
+    losses = {
+        "SAE gated": 0.3,
+        "SAE multiplicative": 0.2,
+        "SAE additive": 0.4,
+        "SAE literal": 0.1,
+        "PCA gated": 0.0,
+    }
     plan = study.planned({name: choice(loss) for name, loss in losses.items()})
     assert plan.headline == "SAE multiplicative"  # the literal edit and other spaces do not compete
     assert study.within_one_error(np.zeros(4))

@@ -6,8 +6,8 @@ import pytest
 from sae_research.errors import ResearchError
 from sae_research.studies.opinion_qa import evaluate, intervals
 from sae_research.studies.opinion_qa.evaluate import Exam
-from sae_research.survey import logit, reliability
-from sae_research.world.survey_population import Population, PopulationSettings
+from sae_research.surveys.survey import logit, reliability
+from sae_research.world.survey.population import Population, PopulationSettings
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,9 @@ def population():
 @pytest.fixture(scope="module")
 def exam(population):
     survey = population.survey()
-    return Exam(survey, survey.rows("test"), families=tuple(f"{q.topic} {q.verb}" for q in survey.questions))
+    return Exam(
+        survey, survey.rows("test"), families=tuple(f"{q.topic} {q.verb}" for q in survey.questions)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,15 @@ def test_the_truth_gets_every_full_mark(exam, web):
     found = evaluate.scores(exam, exam.truth, web)
     assert (found.wd, found.worst, found.population) == (0, 0, 0)
     assert found.kl == pytest.approx(0, abs=1e-12)
-    for name in ("rho_dev", "slope", "identification", "swapped_groups", "variance_ratio", "entropy_ratio", "skill"):
+    for name in (
+        "rho_dev",
+        "slope",
+        "identification",
+        "swapped_groups",
+        "variance_ratio",
+        "entropy_ratio",
+        "skill",
+    ):
         assert getattr(found, name) == pytest.approx(1), name
     assert found.swap > 0.02
     assert found.improved == 1
@@ -72,12 +82,16 @@ def test_the_split_half_debiasing_finds_the_noise_free_correlation(population, e
     survey = population.survey()
     mean = np.tensordot(exam.survey.weights, exam.truth, 1)
     draws = np.random.default_rng(1)
-    predicted = np.clip(mean + 0.6 * (exam.truth - mean) + 0.02 * draws.normal(size=exam.truth.shape), 1e-4, None)
+    predicted = np.clip(
+        mean + 0.6 * (exam.truth - mean) + 0.02 * draws.normal(size=exam.truth.shape), 1e-4, None
+    )
     predicted = predicted * exam.mask / (predicted * exam.mask).sum(-1, keepdims=True)
     exact = evaluate.scores(exam, predicted, web).rho_dev
     poll = survey.sampled(400, 0)
     plain = evaluate.scores(Exam(poll, exam.questions), predicted, web).rho_dev
-    debiased = evaluate.scores(Exam(poll, exam.questions, reliability(poll, 0)), predicted, web).rho_dev
+    debiased = evaluate.scores(
+        Exam(poll, exam.questions, reliability(poll, 0)), predicted, web
+    ).rho_dev
     assert plain < exact - 0.03
     assert debiased == pytest.approx(exact, abs=0.04)
 
@@ -87,7 +101,9 @@ def test_intervals_hold_the_value_and_paired_ones_are_tighter(exam, web):
     seeds = np.stack([mean + s * (exam.truth - mean) for s in (0.5, 0.6, 0.7)])
     better = np.stack([mean + (s + 0.1) * (exam.truth - mean) for s in (0.5, 0.6, 0.7)])
     rho = intervals.rho_dev(exam, seeds, 0)
-    assert rho.value == pytest.approx(np.mean([evaluate.scores(exam, p, web).rho_dev for p in seeds]), abs=0.01)
+    assert rho.value == pytest.approx(
+        np.mean([evaluate.scores(exam, p, web).rho_dev for p in seeds]), abs=0.01
+    )
     assert rho.low <= rho.value <= rho.high
     assert rho.n == 18
     wd = intervals.wd(exam, seeds, 0)

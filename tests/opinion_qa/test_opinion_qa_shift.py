@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from miniatures import random_sae  # noqa: E402
 
-from sae_research.config import ShiftTraining  # noqa: E402
 from sae_research.errors import ResearchError  # noqa: E402
 from sae_research.studies.opinion_qa import objective  # noqa: E402
 from sae_research.studies.opinion_qa.fit import calibrate, fit  # noqa: E402
 from sae_research.studies.opinion_qa.letters import Letters, by_ordinal, single_tokens  # noqa: E402
+from sae_research.studies.opinion_qa.settings import ShiftTraining  # noqa: E402
 from sae_research.studies.opinion_qa.shift import (  # noqa: E402
     Shift,
     canonical,
@@ -30,7 +30,7 @@ from sae_research.studies.opinion_qa.shift import (  # noqa: E402
     save_shift,
     token_basis,
 )
-from sae_research.survey import divergence  # noqa: E402
+from sae_research.surveys.survey import divergence  # noqa: E402
 
 HOOK = "blocks.0.hook_resid_post"
 GROUPS = ("red", "blue", "old", "young", "grey")
@@ -50,15 +50,15 @@ def shift_of(basis, kind="multiplicative", scale=0.5, positions="all", rank=3, s
 def test_the_upper_blocks_give_the_model_s_own_logits_on_padded_rows(architecture, tmp_path):
     from miniatures import save
 
-    from sae_research import lens as lenses
-    from sae_research.studies.opinion_qa.upper import Upper
+    from sae_research import models
+    from sae_research.model_tail import ModelTail
 
-    lens = lenses.load(save(tmp_path / "m", architecture), name="m")
+    lens = models.load_model(save(tmp_path / "m", architecture), name="m")
     tokens = torch.randint(4, 60, (3, 9))
     tokens[1, 6:] = tokens[2, 4:] = 0
     last = torch.tensor([8, 5, 3])
     for hook in ("blocks.0.hook_resid_post", "blocks.3.hook_resid_post"):
-        upper = Upper(lens, hook)
+        upper = ModelTail(lens, hook)
         found = upper.logits(upper.states(lens.residual(tokens, hook), last))
         assert torch.allclose(found, lens.logits(tokens)[torch.arange(3), last], atol=2e-5)
 
@@ -131,7 +131,9 @@ def test_the_bench_and_the_edit_for_a_lens_agree(lens, bench, basis):
     for half in (slice(0, 18), slice(18, 36)):
         tokens, last = bench.prompts.tokens[half], bench.prompts.last[half]
         logits = lens.logits(tokens, {HOOK: shift.edit(basis, "old")})[torch.arange(18), last]
-        scores = by_ordinal(letters.scores(logits), bench.prompts.ladder[half], bench.prompts.reverse[half])
+        scores = by_ordinal(
+            letters.scores(logits), bench.prompts.ladder[half], bench.prompts.reverse[half]
+        )
         found.append(scores.softmax(-1))
     assert np.abs(read.probabilities[2] - torch.stack(found).mean(0).numpy()).max() < 1e-5
     assert ((read.mass > 0) & (read.mass < 1)).all()
@@ -139,18 +141,26 @@ def test_the_bench_and_the_edit_for_a_lens_agree(lens, bench, basis):
 
 @pytest.mark.parametrize("kind", ["additive", "multiplicative", "gated", "literal"])
 def test_gradients_of_the_loss_equal_finite_differences(kind, bench, basis, targets):
-    double = replace(basis, encode=lambda x: basis.encode(x.float()).double(), rows=basis.rows.double())
+    double = replace(
+        basis, encode=lambda x: basis.encode(x.float()).double(), rows=basis.rows.double()
+    )
     if basis.offset is not None:
         double = replace(double, offset=basis.offset.double())
     rows = torch.arange(3)
     x = bench.residual[rows].double()
-    weights = torch.randn(3, 2, *x.shape[1:], dtype=torch.double, generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(
+        3, 2, *x.shape[1:], dtype=torch.double, generator=torch.Generator().manual_seed(2)
+    )
 
     def value(delta):
         return (displacement(double, kind, x, double.encode(x), delta) * weights).sum()
 
-    delta = 0.2 * torch.randn(2, basis.size, dtype=torch.double, generator=torch.Generator().manual_seed(1))
-    assert torch.autograd.gradcheck(value, delta.requires_grad_(), eps=1e-6, atol=1e-4, fast_mode=True)
+    delta = 0.2 * torch.randn(
+        2, basis.size, dtype=torch.double, generator=torch.Generator().manual_seed(1)
+    )
+    assert torch.autograd.gradcheck(
+        value, delta.requires_grad_(), eps=1e-6, atol=1e-4, fast_mode=True
+    )
 
 
 def test_the_kl_gradient_points_down_hill(bench, basis, targets):
@@ -193,10 +203,14 @@ def test_shrunk_targets_lean_on_the_population_when_groups_are_small():
     assert torch.allclose(found, torch.tensor([[12 / 22, 10 / 22], [2010 / 2020, 10 / 2020]]))
 
 
-QUICK = ShiftTraining(rate=0.03, steps=12, calibration_steps=8, batch=6, documents=2, kept_groups=2, look=4, rank=2)
+QUICK = ShiftTraining(
+    rate=0.03, steps=12, calibration_steps=8, batch=6, documents=2, kept_groups=2, look=4, rank=2
+)
 
 
-def test_a_strong_lasso_leaves_no_group_part_and_a_weak_one_is_exactly_sparse(bench, basis, targets):
+def test_a_strong_lasso_leaves_no_group_part_and_a_weak_one_is_exactly_sparse(
+    bench, basis, targets
+):
     strong = fit(bench, basis, replace(QUICK, sparsity=1e3), targets, 0)
     assert not strong.shift.active.any()
     weak = fit(bench, basis, replace(QUICK, sparsity=2.0, keep=0.0), targets, 0).shift
@@ -209,7 +223,10 @@ def test_training_lowers_the_loss_and_scores_are_centred_within_attributes(bench
     train = targets.train
     after = bench.answers(basis, "multiplicative", found.shift.deltas, train, "all").probabilities
     before = bench.unsteered(train).probabilities
-    assert divergence(targets.answers[:, train], after).mean() < divergence(targets.answers[:, train], before).mean()
+    assert (
+        divergence(targets.answers[:, train], after).mean()
+        < divergence(targets.answers[:, train], before).mean()
+    )
     assert torch.equal(found.shift.shared, shared)
     for groups in (slice(0, 2), slice(2, 5)):
         weights = torch.tensor(targets.weights[groups], dtype=torch.float32)
@@ -241,7 +258,9 @@ def test_only_the_largest_coordinates_are_kept(basis):
 def test_saving_and_loading_is_the_identity_and_checks_the_fit(tmp_path, lens, sae, basis):
     shift = shift_of(basis)
     cards = {g: {"wd": 0.1} for g in GROUPS}
-    save_shift(shift, tmp_path / "shift", model=lens.name, sae="random", rows=basis.rows, cards=cards)
+    save_shift(
+        shift, tmp_path / "shift", model=lens.name, sae="random", rows=basis.rows, cards=cards
+    )
     again = load_shift(tmp_path / "shift", lens, sae)
     for name in ("shared", "axes", "scores"):
         assert torch.equal(getattr(again, name), getattr(shift, name))
@@ -251,7 +270,9 @@ def test_saving_and_loading_is_the_identity_and_checks_the_fit(tmp_path, lens, s
     assert torch.equal(*(lens.logits(tokens, edit) for edit in edits))
     with pytest.raises(ResearchError, match="has 64; load 'random'"):
         load_shift(tmp_path / "shift", lens, random_sae("topk", width=32, latents=64, k=12))
-    with pytest.raises(ResearchError, match="other latents than the one of the shift; load 'random'"):
+    with pytest.raises(
+        ResearchError, match="other latents than the one of the shift; load 'random'"
+    ):
         load_shift(tmp_path / "shift", lens, random_sae("topk", width=32, latents=96, k=12, seed=5))
     with pytest.raises(ResearchError, match="did you mean 'red'"):
         again.delta("rad")
@@ -278,7 +299,9 @@ def test_a_vector_a_token_adds_what_it_holds_for_the_token_that_is_there(bench):
     read = names[codes[:, ::32].argmax(-1)]
     assert (read == bench.block_tokens).double().mean() > 0.6  # chance is one in dozens
     delta = torch.randn(1, tokens.size, generator=torch.Generator().manual_seed(0))
-    moved = displacement(tokens, "gated", bench.block[:, None], tokens.encode(bench.block[:, None]), delta)[:, 0, 0]
+    moved = displacement(
+        tokens, "gated", bench.block[:, None], tokens.encode(bench.block[:, None]), delta
+    )[:, 0, 0]
     held = delta.reshape(len(names), 32)
     assert torch.allclose(moved, held[codes[:, ::32].argmax(-1)], atol=1e-5)
 

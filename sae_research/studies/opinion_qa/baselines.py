@@ -13,7 +13,7 @@ from sae_research.studies.opinion_qa.fit import Targets
 from sae_research.studies.opinion_qa.letters import Reading, averaged, by_ordinal, option_log_probs
 from sae_research.studies.opinion_qa.prompts import Dialect
 from sae_research.studies.opinion_qa.shift import Basis, Shift
-from sae_research.survey import Survey
+from sae_research.surveys.survey import Survey
 
 
 def groups_shuffled(targets: Targets, clusters: Sequence[str], seed: int) -> Targets:
@@ -58,7 +58,9 @@ def calibrate_letters(
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        logs = option_log_probs(scores * scale + bias, bench.prompts.ladder[rows], bench.prompts.reverse[rows])
+        logs = option_log_probs(
+            scores * scale + bias, bench.prompts.ladder[rows], bench.prompts.reverse[rows]
+        )
         loss = objective.forward_divergence(target, logs).mean() + 1e-6 * bias.square().sum()
         loss.backward()
         return loss
@@ -71,7 +73,9 @@ def letter_scores(bench: Bench, residual: torch.Tensor, last: torch.Tensor) -> t
     """s_k at the last prompt token, [prompts, letters]."""
     with torch.no_grad():
         parts = zip(residual.split(bench.batch), last.split(bench.batch), strict=True)
-        return torch.cat([bench.letters.unembedded(bench.upper, bench.upper.states(x, at)) for x, at in parts])
+        return torch.cat(
+            [bench.letters.unembedded(bench.upper, bench.upper.states(x, at)) for x, at in parts]
+        )
 
 
 def read_scores(bench: Bench, scores: torch.Tensor, rows: torch.Tensor) -> Reading:
@@ -112,7 +116,9 @@ class Prompted:
     """Prompts of each group that block means are over."""
 
 
-def prompted(bench: Bench, basis: Basis, dialect: Dialect, form: str, survey: Survey, rows: Sequence[int]) -> Prompted:
+def prompted(
+    bench: Bench, basis: Basis, dialect: Dialect, form: str, survey: Survey, rows: Sequence[int]
+) -> Prompted:
     """Ask every group the questions of the bench in one form; block means are over the questions `rows`.
 
     The block of a prompt is what it ends with as the prompt without a group does. A group is in all its tokens, while
@@ -131,7 +137,9 @@ def prompted(bench: Bench, basis: Basis, dialect: Dialect, form: str, survey: Su
         asked.append(own)
         final.append(state.float())
         hidden.append(residual[torch.arange(len(residual)), own.last])
-        inside = (place <= own.last[:, None]) & (place > (own.last - shared_ending(own, bench.prompts))[:, None])
+        inside = (place <= own.last[:, None]) & (
+            place > (own.last - shared_ending(own, bench.prompts))[:, None]
+        )
         train = own.rows(rows)
         block.append(residual[train][inside[train]].mean(0))
         parts = [_over_block(basis, residual[p], inside[p]) for p in bench.parts(train, 1)]
@@ -144,7 +152,9 @@ def prompted(bench: Bench, basis: Basis, dialect: Dialect, form: str, survey: Su
 
 
 @torch.no_grad()
-def _over_block(basis: Basis, residual: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _over_block(
+    basis: Basis, residual: torch.Tensor, inside: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean code over the tokens `inside` of each prompt and the share of them on which it is active, [prompts, M]."""
     codes, count = basis.encode(residual) * inside[..., None], inside.sum(1, keepdim=True)
     return codes.sum(1) / count, (codes != 0).sum(1) / count
@@ -152,7 +162,9 @@ def _over_block(basis: Basis, residual: torch.Tensor, inside: torch.Tensor) -> t
 
 def shared_ending(first: Prompts, second: Prompts) -> torch.Tensor:
     """How many tokens two ways of asking a question end alike, their start tokens left out, [prompts]."""
-    back = torch.arange(min(first.tokens.shape[1], second.tokens.shape[1]), device=first.tokens.device)
+    back = torch.arange(
+        min(first.tokens.shape[1], second.tokens.shape[1]), device=first.tokens.device
+    )
     ends = []
     for one in (first, second):
         place = one.last[:, None] - back
@@ -213,11 +225,18 @@ def top_features(contrast: torch.Tensor, statistic: torch.Tensor, k: int) -> tor
 
 def restricted(basis: Basis, keep: torch.Tensor, name: str) -> Basis:
     """The latents `keep` alone, as SAE-SSV steers within a screened subspace; the rest counts as unexplained."""
-    return Basis(name, lambda x: basis.encode(x)[..., keep], basis.rows[keep], basis.offset, basis.signed)
+    return Basis(
+        name, lambda x: basis.encode(x)[..., keep], basis.rows[keep], basis.offset, basis.signed
+    )
 
 
 def untrained(
-    kind: str, bench: Bench, positions: str, targets: Targets, shared: torch.Tensor, part: torch.Tensor
+    kind: str,
+    bench: Bench,
+    positions: str,
+    targets: Targets,
+    shared: torch.Tensor,
+    part: torch.Tensor,
 ) -> Shift:
     """A shift made of given group vectors, [groups, M]."""
     tables = shared.cpu(), part.T.contiguous().cpu(), torch.eye(len(part))
@@ -225,15 +244,25 @@ def untrained(
 
 
 def best_strength(
-    bench: Bench, basis: Basis, shift: Shift, targets: Targets, strengths: Sequence[float] = STRENGTHS
+    bench: Bench,
+    basis: Basis,
+    shift: Shift,
+    targets: Targets,
+    strengths: Sequence[float] = STRENGTHS,
 ) -> tuple[float, Shift]:
     """The strength of the group part that lies closest to the groups on validation questions."""
     truth = torch.tensor(targets.answers[:, targets.validation])
 
     def loss(strength: float) -> float:
         delta = shift.shared + strength * shift.scores @ shift.axes.T
-        found = bench.answers(basis, shift.kind, delta, targets.validation, shift.positions).probabilities
-        return objective.forward_divergence(truth, torch.tensor(np.log(np.maximum(found, 1e-12)))).mean().item()
+        found = bench.answers(
+            basis, shift.kind, delta, targets.validation, shift.positions
+        ).probabilities
+        return (
+            objective.forward_divergence(truth, torch.tensor(np.log(np.maximum(found, 1e-12))))
+            .mean()
+            .item()
+        )
 
     best = min(strengths, key=loss)
     return best, replace(shift, scores=best * shift.scores)
@@ -259,7 +288,9 @@ class Reader:
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Scores [groups, prompts, letters] of states [groups, prompts, d]."""
         return (
-            torch.einsum("gnd,gkd->gnk", states, self.weights.expand(len(states), *self.weights.shape[-2:]))
+            torch.einsum(
+                "gnd,gkd->gnk", states, self.weights.expand(len(states), *self.weights.shape[-2:])
+            )
             + (self.bias.expand(len(states), self.bias.shape[-1])[:, None])
         )
 
@@ -285,9 +316,14 @@ def linear_reader(
 
     def loss(reader: Reader, rows: torch.Tensor) -> torch.Tensor:
         scores = reader(states[:, rows])
-        ladder, reverse = bench.prompts.ladder[rows].repeat(groups), bench.prompts.reverse[rows].repeat(groups)
+        ladder, reverse = (
+            bench.prompts.ladder[rows].repeat(groups),
+            bench.prompts.reverse[rows].repeat(groups),
+        )
         logs = option_log_probs(scores.flatten(0, 1), ladder, reverse)
-        return objective.forward_divergence(answers[:, bench.prompts.question[rows]].flatten(0, 1), logs).mean()
+        return objective.forward_divergence(
+            answers[:, bench.prompts.question[rows]].flatten(0, 1), logs
+        ).mean()
 
     best, lowest = None, np.inf
     shape = (groups,) if by_group else ()
@@ -310,7 +346,9 @@ def linear_reader(
         if found < lowest:
             best, lowest = reader, found
     if best is None:
-        raise ResearchError("the linear reader did not converge at any ridge; check the cached states.")
+        raise ResearchError(
+            "the linear reader did not converge at any ridge; check the cached states."
+        )
     return best, lowest
 
 

@@ -7,14 +7,22 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sae_research import crossings
-from sae_research.config import ShiftTraining
-from sae_research.studies.opinion_qa import baselines, evaluate, generalise, laboratory, meaning, rivals, study
+from sae_research.studies.opinion_qa import (
+    baselines,
+    evaluate,
+    generalise,
+    laboratory,
+    meaning,
+    rivals,
+    study,
+)
 from sae_research.studies.opinion_qa.fit import calibrate, fit
 from sae_research.studies.opinion_qa.laboratory import Laboratory
+from sae_research.studies.opinion_qa.settings import ShiftTraining
 from sae_research.studies.opinion_qa.shift import Basis, Shift
 from sae_research.studies.opinion_qa.study import Outcome, Plan
-from sae_research.survey import Group
+from sae_research.surveys import crossings
+from sae_research.surveys.survey import Group
 
 Tables = dict[str, pd.DataFrame]
 
@@ -75,7 +83,10 @@ def _arms(lab: Laboratory, plan: Plan, seed: int) -> Iterator[Outcome]:
             yield study.trained(lab, name, choice.best, seed, study.ARMS[name][0])
     variants = {study.SPARSE: plan.choices[plan.headline].sparse}
     variants |= {name: replace(plan.best, **changes) for name, changes in study.VARIANTS.items()}
-    variants |= {f"{name}, {study.UNKEPT}": replace(plan.choices[name].best, keep=0.0) for name in _edits(plan)}
+    variants |= {
+        f"{name}, {study.UNKEPT}": replace(plan.choices[name].best, keep=0.0)
+        for name in _edits(plan)
+    }
     for name, training in variants.items():
         if not _left_out(lab, name, seed):
             yield study.trained(lab, name, training, seed)
@@ -95,7 +106,11 @@ def _told(lab: Laboratory, form: str = "BIO") -> baselines.Prompted:
 
 
 def _depth(
-    lab: Laboratory, at: Callable[[str], Laboratory], plan: Plan, asked: baselines.Prompted | None, seed: int
+    lab: Laboratory,
+    at: Callable[[str], Laboratory],
+    plan: Plan,
+    asked: baselines.Prompted | None,
+    seed: int,
 ) -> tuple[list[Outcome], pd.DataFrame]:
     """The headline edit at other layers and on the last token alone, and a dense vector there, which no SAE limits.
 
@@ -107,10 +122,16 @@ def _depth(
     outcomes, layers, probes = [], [], []
     for role in (settings.sae, *settings.layers):
         here = role == settings.sae
-        names = {"all": f"at {role}", "answer": f"at {role}, {LAST}", "dense": f"at {role}, dense vector"}
+        names = {
+            "all": f"at {role}",
+            "answer": f"at {role}, {LAST}",
+            "dense": f"at {role}, dense vector",
+        }
         if here:
             names = {"all": plan.headline, "answer": LAST, "dense": study.DENSE}
-        wanted = [k for k in names if not _left_out(lab, names[k], seed) and (k == "answer" or not here)]
+        wanted = [
+            k for k in names if not _left_out(lab, names[k], seed) and (k == "answer" or not here)
+        ]
         if not wanted:
             continue
         place = lab if here else at(role)
@@ -126,7 +147,9 @@ def _depth(
     return outcomes, pd.DataFrame(layers)
 
 
-def _others(lab: Laboratory, best: ShiftTraining, asked: baselines.Prompted, seed: int) -> Iterator[Outcome]:
+def _others(
+    lab: Laboratory, best: ShiftTraining, asked: baselines.Prompted, seed: int
+) -> Iterator[Outcome]:
     first = replace(best, calibration="first", sparsity=0.0)
     forms = {form: _told(lab, form) for form in lab.dialect.contexts if form != "BIO"}
     yield from rivals.fixed_rows(lab)
@@ -150,7 +173,9 @@ def _ranks(lab: Laboratory, best: ShiftTraining, seed: int) -> Iterator[Outcome]
 
 
 def _answers(lab: Laboratory, shift: Shift, deltas: torch.Tensor) -> np.ndarray:
-    return lab.bench.answers(lab.sae, shift.kind, deltas, lab.exam.questions, shift.positions).probabilities
+    return lab.bench.answers(
+        lab.sae, shift.kind, deltas, lab.exam.questions, shift.positions
+    ).probabilities
 
 
 def _composition(lab: Laboratory, shift: Shift, best: ShiftTraining, seed: int) -> pd.DataFrame:
@@ -180,13 +205,19 @@ def _composition(lab: Laboratory, shift: Shift, best: ShiftTraining, seed: int) 
         table = pd.DataFrame(wd).groupby(lab.exam.clusters).mean()
         about = {"pair": groups[0].attribute, "kappa": kappa}
         rows.append(table.rename_axis("cluster").reset_index().assign(**about))
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["cluster", "pair", "kappa"])
+    return (
+        pd.concat(rows, ignore_index=True)
+        if rows
+        else pd.DataFrame(columns=["cluster", "pair", "kappa"])
+    )
 
 
 def _added(lab: Laboratory, groups: Sequence[Group]) -> np.ndarray:
     """What people of both groups would answer if the log-probabilities of people's margins added up."""
     names = [g.name for g in lab.truth.groups]
-    first, second = (lab.exam.truth[[names.index(g.name.split("|")[i]) for g in groups]] for i in (0, 1))
+    first, second = (
+        lab.exam.truth[[names.index(g.name.split("|")[i]) for g in groups]] for i in (0, 1)
+    )
     return crossings.added(first, second, lab.truth.overall[lab.exam.questions], lab.exam.mask)
 
 
@@ -197,7 +228,9 @@ def _axes(lab: Laboratory, shift: Shift, seed: int) -> pd.DataFrame:
     scores, traits, weights = shift.scores.numpy(), lab.truth.traits, lab.truth.weights
     found = evaluate.canonical_correlations(scores, traits, weights)
     chance = evaluate.chance_correlations(scores, traits, weights, seed)
-    return pd.DataFrame({"axis": np.arange(1, len(found) + 1), "correlation": found, "chance": chance})
+    return pd.DataFrame(
+        {"axis": np.arange(1, len(found) + 1), "correlation": found, "chance": chance}
+    )
 
 
 def _doses(lab: Laboratory, outcomes: dict[str, Outcome]) -> pd.DataFrame:
@@ -208,24 +241,44 @@ def _doses(lab: Laboratory, outcomes: dict[str, Outcome]) -> pd.DataFrame:
         basis, shift = lab.basis(study.ARMS[name][0], 0), outcomes[name].fit.shift
         for strength in lab.settings.strengths:
             deltas = strength * shift.deltas
-            answers = lab.bench.answers(basis, shift.kind, deltas, exam.questions, shift.positions).probabilities
+            answers = lab.bench.answers(
+                basis, shift.kind, deltas, exam.questions, shift.positions
+            ).probabilities
             cost = lab.bench.cost(basis, shift.kind, deltas, "test").loss
             score = evaluate.scores(exam, answers, unsteered)
-            rows.append({"method": name, "strength": strength, "wd": score.wd, "rho_dev": score.rho_dev, "cost": cost})
+            rows.append(
+                {
+                    "method": name,
+                    "strength": strength,
+                    "wd": score.wd,
+                    "rho_dev": score.rho_dev,
+                    "cost": cost,
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def _off_target(lab: Laboratory, shift: Shift) -> pd.DataFrame:
-    answers, calibrated = _answers(lab, shift, shift.deltas), _answers(lab, shift, shift.shared[None])[0]
+    answers, calibrated = (
+        _answers(lab, shift, shift.deltas),
+        _answers(lab, shift, shift.shared[None])[0],
+    )
     matrix = evaluate.off_target(lab.exam, answers, calibrated)
     table = pd.DataFrame(matrix, index=list(shift.groups), columns=list(shift.groups))
-    return table.assign(on_target=evaluate.on_target(lab.exam, answers, calibrated)).rename_axis("shift").reset_index()
+    return (
+        table.assign(on_target=evaluate.on_target(lab.exam, answers, calibrated))
+        .rename_axis("shift")
+        .reset_index()
+    )
 
 
 def _off_topic(lab: Laboratory, shift: Shift) -> pd.DataFrame:
     """Change in WD to its own group when a shift replaces calibration, by topic."""
     exam = lab.exam
-    answers, calibrated = _answers(lab, shift, shift.deltas), _answers(lab, shift, shift.shared[None])
+    answers, calibrated = (
+        _answers(lab, shift, shift.deltas),
+        _answers(lab, shift, shift.shared[None]),
+    )
     change = exam.distance(answers, exam.truth) - exam.distance(calibrated, exam.truth)
     topics = [exam.survey.questions[i].topic for i in exam.questions]
     table = pd.DataFrame(change.T, columns=list(shift.groups)).groupby(topics, sort=False).mean()
@@ -235,12 +288,16 @@ def _off_topic(lab: Laboratory, shift: Shift) -> pd.DataFrame:
 def _latents(lab: Laboratory, shift: Shift, asked: baselines.Prompted) -> pd.DataFrame:
     found = meaning.latents(lab.bench, lab.sae, shift, asked, lab.targets.attributes)
     names = ("axis", "index", "weight", "activation", "frequency", "told", "selectivity")
-    return pd.DataFrame([{n: getattr(x, n) for n in names} | {"contexts": " / ".join(x.contexts)} for x in found])
+    return pd.DataFrame(
+        [{n: getattr(x, n) for n in names} | {"contexts": " / ".join(x.contexts)} for x in found]
+    )
 
 
 def _causal(lab: Laboratory, shift: Shift) -> pd.DataFrame:
     calibrated = _answers(lab, shift, shift.shared[None])[0]
-    found = meaning.causal_share(lab.bench, lab.sae, shift, lab.exam, calibrated, lab.settings.features)
+    found = meaning.causal_share(
+        lab.bench, lab.sae, shift, lab.exam, calibrated, lab.settings.features
+    )
     return pd.DataFrame({"latents": list(found), "share": list(found.values())})
 
 
@@ -250,7 +307,9 @@ def _agreement(lab: Laboratory, shift: Shift, asked: baselines.Prompted) -> pd.D
     return pd.DataFrame({"group": list(shift.groups), "cosine": cosine})
 
 
-def _new_groups(lab: Laboratory, best: ShiftTraining, asked: baselines.Prompted | None, seed: int) -> pd.DataFrame:
+def _new_groups(
+    lab: Laboratory, best: ShiftTraining, asked: baselines.Prompted | None, seed: int
+) -> pd.DataFrame:
     """Groups left out of training: U frozen and c_new from a few questions, against whole vectors and none at all.
 
     One group of each attribute is left out at a time, or a whole attribute, whose axis may then be missing (first
@@ -262,7 +321,10 @@ def _new_groups(lab: Laboratory, best: ShiftTraining, asked: baselines.Prompted 
     turns = [("", generalise.held_out(targets, turn)) for turn in range(lab.settings.rounds)]
     if lab.settings.unseen_attributes and seed == 0:
         names = np.array(targets.attributes)
-        turns += [(", attribute unseen", np.flatnonzero(names == a).tolist()) for a in dict.fromkeys(names)]
+        turns += [
+            (", attribute unseen", np.flatnonzero(names == a).tolist())
+            for a in dict.fromkeys(names)
+        ]
     for unseen, out in turns:
         if not out:
             continue
@@ -270,7 +332,9 @@ def _new_groups(lab: Laboratory, best: ShiftTraining, asked: baselines.Prompted 
         known = [g for g in range(len(targets.groups)) if g not in set(out)]
         made = {("population", 0): shift.shared.expand(len(out), -1)}
         if asked is not None:
-            made["from the prompt", 0] = generalise.from_states(shift, asked.block[known], asked.block[out])
+            made["from the prompt", 0] = generalise.from_states(
+                shift, asked.block[known], asked.block[out]
+            )
         for shots in (n for n in lab.settings.shots if n <= len(order)):
             for way, free in (("scores, U frozen", False), ("whole vector", True)):
                 case, some = (lab.bench, lab.sae, shift), order[:shots]
@@ -284,7 +348,17 @@ def _new_groups(lab: Laboratory, best: ShiftTraining, asked: baselines.Prompted 
                 )
         for (way, shots), deltas in made.items():
             wd = lab.exam.distance(_answers(lab, shift, deltas), lab.exam.truth[out])
-            by_cluster = pd.DataFrame(wd.T, columns=[targets.groups[g] for g in out]).groupby(lab.exam.clusters).mean()
-            table = by_cluster.rename_axis("cluster").reset_index().melt("cluster", var_name="group", value_name="wd")
-            rows.append(table.assign(way=way + unseen, shots=shots, ridge=ridges.get((way, shots), np.nan)))
+            by_cluster = (
+                pd.DataFrame(wd.T, columns=[targets.groups[g] for g in out])
+                .groupby(lab.exam.clusters)
+                .mean()
+            )
+            table = (
+                by_cluster.rename_axis("cluster")
+                .reset_index()
+                .melt("cluster", var_name="group", value_name="wd")
+            )
+            rows.append(
+                table.assign(way=way + unseen, shots=shots, ridge=ridges.get((way, shots), np.nan))
+            )
     return pd.concat(rows, ignore_index=True)

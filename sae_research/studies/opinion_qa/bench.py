@@ -7,7 +7,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from sae_research.lens import Lens
+from sae_research.model_tail import ModelTail
+from sae_research.models import LanguageModel
 from sae_research.studies.opinion_qa.letters import (
     Letters,
     Reading,
@@ -17,8 +18,7 @@ from sae_research.studies.opinion_qa.letters import (
     option_log_probs,
 )
 from sae_research.studies.opinion_qa.shift import Basis, displacement
-from sae_research.studies.opinion_qa.upper import Upper
-from sae_research.survey import Question
+from sae_research.surveys.survey import Question
 
 Writer = Callable[[Question, bool], str]
 """The prompt of a question up to its answer's letter; the second argument lists the options from the top."""
@@ -48,16 +48,23 @@ class Prompts:
 
     def rows(self, questions: Sequence[int]) -> torch.Tensor:
         """Prompts of some questions, in both orders."""
-        return torch.isin(self.question, torch.as_tensor(questions).to(self.question)).nonzero()[:, 0]
+        return torch.isin(self.question, torch.as_tensor(questions).to(self.question)).nonzero()[
+            :, 0
+        ]
 
 
-def prompts(lens: Lens, questions: Sequence[Question], write: Writer) -> Prompts:
+def prompts(lens: LanguageModel, questions: Sequence[Question], write: Writer) -> Prompts:
     """Tokens of every question in both orders."""
     texts = [write(q, reverse) for reverse in (False, True) for q in questions]
     place = torch.arange(len(texts))
     lengths = [len(ids) for ids in lens.tokenizer(texts, add_special_tokens=False)["input_ids"]]
     ladders = [q.ladder for q in questions] * 2
-    about = (torch.tensor(lengths), place % len(questions), place >= len(questions), torch.tensor(ladders))
+    about = (
+        torch.tensor(lengths),
+        place % len(questions),
+        place >= len(questions),
+        torch.tensor(ladders),
+    )
     return Prompts(lens.tokens(texts), *(column.to(lens.device) for column in about))
 
 
@@ -83,7 +90,7 @@ class Bench:
 
     def __init__(
         self,
-        lens: Lens,
+        lens: LanguageModel,
         hook: str,
         questions: Sequence[Question],
         write: Writer,
@@ -98,14 +105,16 @@ class Bench:
             batch,
         )
         self.letters = Letters(lens.tokenizer, most_options(questions))
-        self.upper = Upper(lens, hook)
+        self.upper = ModelTail(lens, hook)
         self.prompts = prompts(lens, questions, write)
         self.texts = {split: tokens.to(lens.device) for split, tokens in texts.items()}
         self.residual = self.residuals(self.prompts.tokens)
 
     def residuals(self, tokens: torch.Tensor) -> torch.Tensor:
         """Residuals of all positions at the hook, in float32."""
-        return torch.cat([self.lens.residual(rows, self.hook).float() for rows in tokens.split(self.batch)])
+        return torch.cat(
+            [self.lens.residual(rows, self.hook).float() for rows in tokens.split(self.batch)]
+        )
 
     @cached_property
     def text_residual(self) -> dict[str, torch.Tensor]:
@@ -143,7 +152,9 @@ class Bench:
 
     def log_probs(self, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """log P_theta(k | q) by ordinal position for residuals [n, positions, d] of the prompts `rows`."""
-        scores = self.letters.unembedded(self.upper, self.upper.states(residual, self.prompts.last[rows]))
+        scores = self.letters.unembedded(
+            self.upper, self.upper.states(residual, self.prompts.last[rows])
+        )
         return option_log_probs(scores, self.prompts.ladder[rows], self.prompts.reverse[rows])
 
     def steered(
@@ -173,7 +184,9 @@ class Bench:
     def read(self, residual: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities by ordinal position and the letters' share of all next-token mass."""
         logits = self.upper.logits(self.upper.states(residual, self.prompts.last[rows]))
-        scores = by_ordinal(self.letters.scores(logits), self.prompts.ladder[rows], self.prompts.reverse[rows])
+        scores = by_ordinal(
+            self.letters.scores(logits), self.prompts.ladder[rows], self.prompts.reverse[rows]
+        )
         return scores.softmax(-1), (scores.logsumexp(-1) - logits.logsumexp(-1)).exp()
 
     def unsteered(self, questions: Sequence[int]) -> Reading:
@@ -190,7 +203,9 @@ class Bench:
 
     # other text
 
-    def text_logits(self, split: str, docs: torch.Tensor, moved: torch.Tensor | None = None) -> torch.Tensor:
+    def text_logits(
+        self, split: str, docs: torch.Tensor, moved: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits of other text, with what a shift adds to its residuals."""
         x = self.text_residual[split][docs]
         return self.upper.logits(self.upper.states(x if moved is None else x + moved))
@@ -207,7 +222,9 @@ class Bench:
             codes = basis.encode(x)
             following = tokens[docs, 1:, None]
             for row in delta:
-                moved = displacement(basis, kind, x, codes, row[None])[:, 0] * content[docs][..., None]
+                moved = (
+                    displacement(basis, kind, x, codes, row[None])[:, 0] * content[docs][..., None]
+                )
                 new = self.text_logits(split, docs, moved).log_softmax(-1)
                 lost = (base - new)[:, :-1].gather(-1, following)[..., 0][real[docs]]
                 away = (base.exp() * (base - new)).sum(-1)[content[docs]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sae_research.survey import Survey, divergence, group_part
+from sae_research.surveys.survey import Survey, divergence, group_part
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def scores(exam: Exam, predicted: np.ndarray, unsteered: np.ndarray) -> Scores:
         worst=float(wd.mean(1).max()),
         spread=float(wd.mean(1).std()),
         improved=float((wd.mean(1) < before.mean(1)).mean()),
-        population=float(exam.distance(*(np.tensordot(weights, p, 1) for p in (predicted, truth))).mean()),
+        population=float(
+            exam.distance(*(np.tensordot(weights, p, 1) for p in (predicted, truth))).mean()
+        ),
         rho_dev=float(np.nan_to_num(part.rho)) / exam.reliability**0.5,
         slope=part.slope,
         swap=float(swap.mean()),
@@ -166,7 +168,9 @@ def _entropy(p: np.ndarray) -> np.ndarray:
     return -(p * np.log(np.maximum(p, 1e-12))).sum(-1)
 
 
-def off_target(exam: Exam, predicted: np.ndarray, calibrated: np.ndarray, share: float = 1 / 3) -> np.ndarray:
+def off_target(
+    exam: Exam, predicted: np.ndarray, calibrated: np.ndarray, share: float = 1 / 3
+) -> np.ndarray:
     """O[g, h]: change in WD to group h when g's shift replaces calibration, on the questions where g least differs."""
     truth, found = exam.truth, np.zeros((len(predicted), len(predicted)))
     mean = np.tensordot(exam.survey.weights, truth, 1)
@@ -180,10 +184,14 @@ def off_target(exam: Exam, predicted: np.ndarray, calibrated: np.ndarray, share:
 
 def on_target(exam: Exam, predicted: np.ndarray, calibrated: np.ndarray) -> np.ndarray:
     """Change in WD to its own group when each shift replaces calibration, on all questions."""
-    return (exam.distance(predicted, exam.truth) - exam.distance(calibrated[None], exam.truth)).mean(1)
+    return (
+        exam.distance(predicted, exam.truth) - exam.distance(calibrated[None], exam.truth)
+    ).mean(1)
 
 
-def canonical_correlations(scores_: np.ndarray, traits: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def canonical_correlations(
+    scores_: np.ndarray, traits: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
     """Canonical correlations of the groups' scores c_g with their planted mean traits, largest first."""
     root = np.sqrt(weights / weights.sum())[:, None]
     bases = []
@@ -199,7 +207,10 @@ def chance_correlations(
 ) -> np.ndarray:
     """Mean canonical correlations when traits go to random groups: few groups make even chance look large."""
     order = np.random.default_rng(seed)
-    found = [canonical_correlations(scores_, traits[order.permutation(len(traits))], weights) for _ in range(draws)]
+    found = [
+        canonical_correlations(scores_, traits[order.permutation(len(traits))], weights)
+        for _ in range(draws)
+    ]
     return np.mean(found, axis=0)
 
 
@@ -212,7 +223,9 @@ def consistency(exam: Exam, answers: np.ndarray, topics: Sequence[str]) -> float
     found = []
     for group in exam.siblings():
         best = wd[group].mean(1).argmin()
-        found.append(np.mean([wd[group][:, topics == t].mean(1).argmin() == best for t in np.unique(topics)]))
+        found.append(
+            np.mean([wd[group][:, topics == t].mean(1).argmin() == best for t in np.unique(topics)])
+        )
     return float(np.mean(found))
 
 

@@ -20,7 +20,10 @@ def tables(folder: Path) -> "Tables":
     """The tables that the run wrote."""
     import pandas as pd
 
-    return {path.stem: pd.read_csv(path, float_precision="round_trip") for path in sorted(folder.glob("*.csv"))}
+    return {
+        path.stem: pd.read_csv(path, float_precision="round_trip")
+        for path in sorted(folder.glob("*.csv"))
+    }
 
 
 def facts(folder: Path) -> dict:
@@ -41,7 +44,9 @@ def of(t: "Tables", method: str, metric: str) -> Interval:
 
 def less(t: "Tables", first: str, second: str, metric: str = "wd") -> Interval:
     """First less second method, or their ratio, on the same questions."""
-    return interval(t["paired"].query("first == @first and second == @second and metric == @metric"))
+    return interval(
+        t["paired"].query("first == @first and second == @second and metric == @metric")
+    )
 
 
 def over_seeds(values: "pd.Series") -> Interval:
@@ -66,7 +71,10 @@ def composition(t: "Tables") -> Interval:
 def new_groups(t: "Tables", first: tuple[str, int], second: tuple[str, int]) -> Interval | None:
     """WD to groups that training left out, first less second way; over groups, clusters of questions and seeds."""
     table, keys = t["new_groups"], ["seed", "group", "cluster"]
-    ways = [table.query("way == @way and shots == @shots").set_index(keys)["wd"] for way, shots in (first, second)]
+    ways = [
+        table.query("way == @way and shots == @shots").set_index(keys)["wd"]
+        for way, shots in (first, second)
+    ]
     if any(way.empty for way in ways):
         return None
     gap = (ways[0] - ways[1]).dropna().unstack("cluster").sort_index()
@@ -92,7 +100,12 @@ def coordinates(t: "Tables", best: str, dense: str) -> float:
 
 def measurements(t: "Tables", about: dict) -> dict[str, Measurement | None]:
     """A measurement for every claim of the study; None where the run lacks what it needs."""
-    best, dense, free, none = about["headline"], "dense vector, low rank", "dense vector, free", "no steering"
+    best, dense, free, none = (
+        about["headline"],
+        "dense vector, low rank",
+        "dense vector, free",
+        "no steering",
+    )
     shuffled, late, unkept = "shuffled groups", deepest(t), "nothing kept"
     planted, few = not t["axes"].empty, ("scores, U frozen", 10)
     found: dict[str, Interval | float | None] = {
@@ -101,7 +114,9 @@ def measurements(t: "Tables", about: dict) -> dict[str, Measurement | None]:
         "shift.harm": over_seeds(column(t, best, "cost")),
         "shift.term": over_seeds(column(t, unkept, "cost") - column(t, best, "cost")),
         "shift.below_population": less(t, best, "human overall marginal"),
-        "shift.worst_group": over_seeds(column(t, best, "worst") - column(t, none, "worst").iloc[0]),
+        "shift.worst_group": over_seeds(
+            column(t, best, "worst") - column(t, none, "worst").iloc[0]
+        ),
         "shift.every_group": less(t, best, none, "worst_group"),
         "shift.sparse": float(column(t, "sparsest within one s.e.", "moved").mean()),
         "shift.sensitivity_stretch": of(t, best, "rho_dev"),
@@ -119,7 +134,9 @@ def measurements(t: "Tables", about: dict) -> dict[str, Measurement | None]:
         "h2.last_token": of(t, late["answer"], "rho_dev"),
         "h3.dense": less(t, best, free, "wd_ratio"),
         "h3.coordinates": coordinates(t, best, free),
-        "h3.cost": over_seeds(column(t, "SAE multiplicative", "cost") - column(t, "SAE additive", "cost")),
+        "h3.cost": over_seeds(
+            column(t, "SAE multiplicative", "cost") - column(t, "SAE additive", "cost")
+        ),
         "h4.composition": composition(t) if not t["composition"].empty else None,
         "h4.correlated": None,
         "h5.shuffled": of(t, shuffled, "rho_dev"),
@@ -128,11 +145,17 @@ def measurements(t: "Tables", about: dict) -> dict[str, Measurement | None]:
         "real.gemma": less(t, best, none, "wd_ratio") if about["subject"] == "gemma-2-2b" else None,
     }
     for kind in ("multiplicative", "gated", "additive"):
-        for short, other in (("random", f"random {kind}"), ("pca", f"PCA {kind}"), ("dense", dense)):
+        for short, other in (
+            ("random", f"random {kind}"),
+            ("pca", f"PCA {kind}"),
+            ("dense", dense),
+        ):
             found[f"space.{kind}_{short}"] = less(t, f"SAE {kind}", other)
     judged = {name: _measured(m) for name, m in found.items()}
     judged["shift.sensitivity"] = Measurement.of(of(t, best, "rho_dev"), of(t, shuffled, "rho_dev"))
-    judged["shift.second_axis"] = Measurement.of(axis(t, 2), axis(t, 2, "chance")) if planted else None
+    judged["shift.second_axis"] = (
+        Measurement.of(axis(t, 2), axis(t, 2, "chance")) if planted else None
+    )
     return {f"opinion_qa.{name}": m for name, m in judged.items()}
 
 

@@ -10,12 +10,15 @@ from sae_research.studies.opinion_qa import objective
 from sae_research.studies.opinion_qa.bench import Bench
 from sae_research.studies.opinion_qa.fit import Targets
 from sae_research.studies.opinion_qa.shift import Basis, Shift
-from sae_research.survey import Group
+from sae_research.surveys.survey import Group
 
 
 def composed(shift: Shift, groups: Sequence[Group], kappa: float = 1.0) -> torch.Tensor:
     """Delta = Delta_0 + kappa U (c_g1 + c_g2 + ...) of every intersection g1|g2|..., [intersections, M]."""
-    parts = [sum(shift.scores[shift.groups.index(name)] for name in group.name.split("|")) for group in groups]
+    parts = [
+        sum(shift.scores[shift.groups.index(name)] for name in group.name.split("|"))
+        for group in groups
+    ]
     return shift.shared + kappa * torch.stack(parts) @ shift.axes.T
 
 
@@ -51,7 +54,9 @@ def best_kappa(
 
 def _margins(shift: Shift, groups: Sequence[Group]) -> np.ndarray:
     """Share of each intersection within each of the shift's groups, [groups, intersections]; zero where it is none."""
-    found = np.array([[g.share if name in g.name.split("|") else 0.0 for g in groups] for name in shift.groups])
+    found = np.array(
+        [[g.share if name in g.name.split("|") else 0.0 for g in groups] for name in shift.groups]
+    )
     return found / np.maximum(found.sum(1, keepdims=True), 1e-12)
 
 
@@ -89,7 +94,9 @@ def few_shot(
     rows = bench.prompts.rows(questions)
     here = bench.residual.device
     truth = torch.tensor(answers, dtype=torch.float32, device=here)
-    axes = torch.eye(basis.size) * shift.axes.abs().max() if free else shift.axes * shift.scores.std(0)
+    axes = (
+        torch.eye(basis.size) * shift.axes.abs().max() if free else shift.axes * shift.scores.std(0)
+    )
     axes, shared = axes.to(here), shift.shared.to(here)
     scores = torch.zeros(len(answers), axes.shape[1], device=here, requires_grad=True)
     optimizer = torch.optim.Adam([scores], lr=rate)
@@ -131,9 +138,15 @@ def best_ridge(
     truth = torch.tensor(answers[:, validation])
 
     def loss(ridge: float) -> float:
-        delta = few_shot(bench, basis, shift, answers, questions, ridge=ridge, free=free, steps=steps, seed=seed)
+        delta = few_shot(
+            bench, basis, shift, answers, questions, ridge=ridge, free=free, steps=steps, seed=seed
+        )
         found = bench.answers(basis, shift.kind, delta, validation, shift.positions).probabilities
-        return objective.forward_divergence(truth, torch.tensor(np.log(np.maximum(found, 1e-12)))).mean().item()
+        return (
+            objective.forward_divergence(truth, torch.tensor(np.log(np.maximum(found, 1e-12))))
+            .mean()
+            .item()
+        )
 
     return min(RIDGES, key=loss)
 
@@ -145,7 +158,9 @@ def held_out(targets: Targets, turn: int = 0) -> list[int]:
     return [int(place[-1 - turn]) for place in places if len(place) > max(2, turn)]
 
 
-def from_states(shift: Shift, known: torch.Tensor, new: torch.Tensor, ridge: float = 0.1) -> torch.Tensor:
+def from_states(
+    shift: Shift, known: torch.Tensor, new: torch.Tensor, ridge: float = 0.1
+) -> torch.Tensor:
     """Shifts [new groups, M] without any answers: c_g regressed on the model's own state for the group.
 
     States are the mean residuals over each group's prompts; `known`, [groups, d], are those of the shift's groups.

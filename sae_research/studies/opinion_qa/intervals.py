@@ -10,7 +10,7 @@ import numpy as np
 from sae_research.errors import ResearchError
 from sae_research.stats import Interval
 from sae_research.studies.opinion_qa.evaluate import Exam, identified
-from sae_research.survey import deviations, divergence
+from sae_research.surveys.survey import deviations, divergence
 
 _DRAWS = 2000
 
@@ -40,7 +40,9 @@ def wd(exam: Exam, predicted: np.ndarray, seed: int, less: np.ndarray | None = N
     gap = exam.distance(predicted, exam.truth).mean(1)
     if less is not None:
         gap = gap - exam.distance(less, exam.truth).mean(1)
-    return resampled(lambda s: s[..., 0] / s[..., 1], np.stack([gap, np.ones_like(gap)], -1), exam.clusters, seed)
+    return resampled(
+        lambda s: s[..., 0] / s[..., 1], np.stack([gap, np.ones_like(gap)], -1), exam.clusters, seed
+    )
 
 
 def wd_ratio(exam: Exam, predicted: np.ndarray, other: np.ndarray, seed: int) -> Interval:
@@ -54,7 +56,9 @@ def kl(exam: Exam, predicted: np.ndarray, seed: int, less: np.ndarray | None = N
     gap = divergence(exam.truth, predicted).mean(1)
     if less is not None:
         gap = gap - divergence(exam.truth, less).mean(1)
-    return resampled(lambda s: s[..., 0] / s[..., 1], np.stack([gap, np.ones_like(gap)], -1), exam.clusters, seed)
+    return resampled(
+        lambda s: s[..., 0] / s[..., 1], np.stack([gap, np.ones_like(gap)], -1), exam.clusters, seed
+    )
 
 
 def slope(exam: Exam, predicted: np.ndarray, seed: int) -> Interval:
@@ -90,7 +94,12 @@ def quietest_share(exam: Exam, predicted: np.ndarray, seed: int) -> Interval:
     for one in predicted:
         ours = deviations(one, weights) ** 2 * exam.mask
         table.append(np.stack([ours[own].mean(0).sum(-1), ours[~own].mean(0).sum(-1)], -1))
-    return resampled(lambda s: np.sqrt(s[..., 0] / np.maximum(s[..., 1], 1e-12)), np.stack(table), exam.clusters, seed)
+    return resampled(
+        lambda s: np.sqrt(s[..., 0] / np.maximum(s[..., 1], 1e-12)),
+        np.stack(table),
+        exam.clusters,
+        seed,
+    )
 
 
 def over_groups_and_clusters(gaps: np.ndarray, seed: int) -> Interval:
@@ -104,7 +113,9 @@ def over_groups_and_clusters(gaps: np.ndarray, seed: int) -> Interval:
     return Interval(value, min(value, float(low)), max(value, float(high)), gaps.shape[1])
 
 
-def rho_dev(exam: Exam, predicted: np.ndarray, seed: int, less: np.ndarray | None = None) -> Interval:
+def rho_dev(
+    exam: Exam, predicted: np.ndarray, seed: int, less: np.ndarray | None = None
+) -> Interval:
     """rho_dev of [seeds, groups, questions, options]; with `less`, the paired difference to another method's."""
     first = _products(exam, predicted)
     if less is None:
@@ -126,7 +137,11 @@ def _products(exam: Exam, predicted: np.ndarray) -> np.ndarray:
     found = []
     for one in predicted:
         a = deviations(one, weights) * mask
-        found.append(np.stack([(x * mask).sum((0, 2)) for x in (np.ones_like(a), a, b, a * a, b * b, a * b)], -1))
+        found.append(
+            np.stack(
+                [(x * mask).sum((0, 2)) for x in (np.ones_like(a), a, b, a * a, b * b, a * b)], -1
+            )
+        )
     return np.stack(found)
 
 

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 
 from sae_research import catalogue, paths
-from sae_research.config import OpinionQA, Profile
+from sae_research.config import Profile
 from sae_research.errors import ResearchError
-from sae_research.lens import download
+from sae_research.models import download
 from sae_research.studies.opinion_qa import objective
 from sae_research.studies.opinion_qa.bench import Bench
 from sae_research.studies.opinion_qa.evaluate import Exam
 from sae_research.studies.opinion_qa.fit import Targets
 from sae_research.studies.opinion_qa.prompts import ENGLISH, SPECIMEN, Dialect, in_chat
+from sae_research.studies.opinion_qa.settings import Settings
 from sae_research.studies.opinion_qa.shift import (
     Basis,
     pca_basis,
@@ -26,7 +27,7 @@ from sae_research.studies.opinion_qa.shift import (
     sae_basis,
     token_basis,
 )
-from sae_research.survey import Question, Survey, reliability, sampling_noise
+from sae_research.surveys.survey import Question, Survey, reliability, sampling_noise
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -39,7 +40,7 @@ SPLITS = ("train", "validation", "test")
 class Laboratory:
     """One model at one hook with a survey, ready for any method."""
 
-    settings: OpinionQA
+    settings: Settings
     """The study's settings."""
     bench: Bench
     """Cached prompts and texts."""
@@ -100,7 +101,7 @@ def opened(profile: Profile, name: str, seed: int, role: str | None = None) -> L
         passages = (folder / "passages.txt").read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ResearchError(
-            f"{name} is asked OpinionQA, which may not be redistributed: put your own copy (human_resp/ as on CodaLab) "
+            f"{name} is asked Settings, which may not be redistributed: put your own copy (human_resp/ as on CodaLab) "
             f"into {paths.relative(folder)} with passages.txt beside it, other text with one passage a line."
         ) from error
     return published(profile, name, role, folder, passages, seed)
@@ -116,35 +117,44 @@ def planted(profile: Profile, name: str, role: str, seed: int) -> Laboratory:
     from transformers import AutoModelForCausalLM
 
     from sae_research.world import build
-    from sae_research.world.survey import SurveySettings
-    from sae_research.world.survey_population import Population
-    from sae_research.world.survey_text import Writer
+    from sae_research.world.survey.model import SurveySettings
+    from sae_research.world.survey.population import Population
+    from sae_research.world.survey.prompts import Writer
 
     settings, subject = profile.opinion_qa, catalogue.get(name)
     lens, truth = subject.load(), Population(SurveySettings().population)
     writer, draws = Writer(truth, lens.tokenizer.get_vocab()), np.random.default_rng([seed, 11])
-    texts = {split: torch.from_numpy(writer.off_task(settings.documents, draws).tokens) for split in SPLITS}
+    texts = {
+        split: torch.from_numpy(writer.off_task(settings.documents, draws).tokens)
+        for split in SPLITS
+    }
     asked = truth.survey()
     names = tuple(f"{q.topic} {q.verb}" for q in asked.questions)
     rows = thinned(asked.questions, names, settings.thinning)
     sae = dictionary(profile, name, role)
-    lab = laboratory(settings, lens, sae, SPECIMEN, among(asked, rows), [names[i] for i in rows], texts, seed)
+    lab = laboratory(
+        settings, lens, sae, SPECIMEN, among(asked, rows), [names[i] for i in rows], texts, seed
+    )
     pairs = (("party", "age"), ("party", "education"), ("age", "region"), ("education", "region"))
     return replace(
         lab,
-        fresh=lambda: AutoModelForCausalLM.from_pretrained(build.model_folder(subject.model)).eval(),
+        fresh=lambda: AutoModelForCausalLM.from_pretrained(
+            build.model_folder(subject.model)
+        ).eval(),
         crossed=tuple(among(truth.survey(*pair), rows) for pair in pairs),
     )
 
 
-def published(profile: Profile, name: str, role: str, folder: Path, passages: list[str], seed: int) -> Laboratory:
+def published(
+    profile: Profile, name: str, role: str, folder: Path, passages: list[str], seed: int
+) -> Laboratory:
     """A real model on the reader's own copy of OpinionQA below `folder`; `passages` are other text, a third a split.
 
     `seed` draws what is learned from; the split into questions is the same for every seed, so that they share an exam.
     """
     from transformers import AutoModelForCausalLM
 
-    from sae_research.survey_files import families, load_opinion_qa, split_by_wave
+    from sae_research.surveys.files import families, load_opinion_qa, split_by_wave
 
     settings, runtime, subject = profile.opinion_qa, profile.runtime, catalogue.get(name)
     survey = well_polled(load_opinion_qa(folder, settings.waves), settings.fewest)
@@ -163,7 +173,9 @@ def published(profile: Profile, name: str, role: str, folder: Path, passages: li
     sae, dialect = dictionary(profile, name, role), ENGLISH
     if subject.chat:
         dialect = in_chat(ENGLISH, lens.tokenizer)
-    lab = laboratory(settings, lens, sae, dialect, among(survey, rows), [names[i] for i in rows], texts, seed)
+    lab = laboratory(
+        settings, lens, sae, dialect, among(survey, rows), [names[i] for i in rows], texts, seed
+    )
 
     def fresh() -> "PreTrainedModel":
         folder = download(subject.model)
@@ -178,15 +190,27 @@ def thinned(questions: Sequence[Question], families: Sequence[str], every: int) 
     kept = set()
     for split in dict.fromkeys(q.split for q in questions):
         kept |= set(
-            list(dict.fromkeys(f for f, q in zip(families, questions, strict=True) if q.split == split))[::every]
+            list(
+                dict.fromkeys(
+                    f for f, q in zip(families, questions, strict=True) if q.split == split
+                )
+            )[::every]
         )
     return np.array([i for i, family in enumerate(families) if family in kept])
 
 
 def among(survey: Survey, rows: np.ndarray) -> Survey:
     """The survey of some of its questions."""
-    cut = {name: getattr(survey, name)[rows] for name in ("overall", "web") if getattr(survey, name) is not None}
-    cut |= {n: getattr(survey, n)[:, rows] for n in ("distributions", "counts") if getattr(survey, n) is not None}
+    cut = {
+        name: getattr(survey, name)[rows]
+        for name in ("overall", "web")
+        if getattr(survey, name) is not None
+    }
+    cut |= {
+        n: getattr(survey, n)[:, rows]
+        for n in ("distributions", "counts")
+        if getattr(survey, n) is not None
+    }
     return replace(survey, questions=tuple(survey.questions[i] for i in rows), **cut)
 
 
@@ -197,7 +221,9 @@ def learned_from(poll: Survey, shrinkage: float) -> Targets:
         tuple(g.name for g in poll.groups),
         tuple(g.attribute for g in poll.groups),
         poll.weights,
-        objective.shrunk(torch.tensor(poll.counts, dtype=torch.float64), torch.tensor(pooled), shrinkage).numpy(),
+        objective.shrunk(
+            torch.tensor(poll.counts, dtype=torch.float64), torch.tensor(pooled), shrinkage
+        ).numpy(),
         pooled,
         poll.rows("train"),
         poll.rows("validation"),
@@ -211,9 +237,13 @@ def well_polled(survey: Survey, fewest: int) -> Survey:
     left = Counter(a for a, kept in zip(attributes, enough, strict=True) if kept)
     rows = [i for i, kept in enumerate(enough) if kept and left[attributes[i]] > 1]
     if not rows:
-        raise ResearchError(f"no attribute has two groups with {fewest} answers to every question; lower `fewest`.")
+        raise ResearchError(
+            f"no attribute has two groups with {fewest} answers to every question; lower `fewest`."
+        )
     groups = tuple(survey.groups[i] for i in rows)
-    return replace(survey, groups=groups, distributions=survey.distributions[rows], counts=survey.counts[rows])
+    return replace(
+        survey, groups=groups, distributions=survey.distributions[rows], counts=survey.counts[rows]
+    )
 
 
 def examined(truth: Survey, families: Sequence[str]) -> Exam:
@@ -232,7 +262,7 @@ def examined(truth: Survey, families: Sequence[str]) -> Exam:
 
 
 def laboratory(
-    settings: OpinionQA,
+    settings: Settings,
     lens,
     sae,
     dialect: Dialect,
@@ -242,10 +272,12 @@ def laboratory(
     seed: int,
 ) -> Laboratory:
     """Put model, SAE and survey together; exact distributions are polled first, as groups are never known exactly."""
-    from sae_research.dictionaries import check_fit
+    from sae_research.saes import check_fit
 
     poll = truth if truth.counts is not None else truth.sampled(settings.respondents, seed)
     targets = learned_from(poll, settings.shrinkage)
     bench = Bench(lens, check_fit(lens, sae), truth.questions, dialect.plain, texts, settings.rows)
     exam = examined(truth, families)
-    return Laboratory(settings, bench, sae_basis(sae), dialect, poll, truth, targets, exam, tuple(families))
+    return Laboratory(
+        settings, bench, sae_basis(sae), dialect, poll, truth, targets, exam, tuple(families)
+    )

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from sae_research.errors import ResearchError
-from sae_research.survey import Question
+from sae_research.surveys.survey import Question
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -35,14 +35,22 @@ class Letters:
 
 def single_tokens(tokenizer, letter: str) -> list[int]:
     """Ids of the letter with and without a leading space, where that is one token."""
-    found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (letter, f" {letter}")]
-    ids = list(dict.fromkeys(ids[0] for ids in found if len(ids) == 1 and ids[0] != tokenizer.unk_token_id))
+    found = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (letter, f" {letter}")
+    ]
+    ids = list(
+        dict.fromkeys(ids[0] for ids in found if len(ids) == 1 and ids[0] != tokenizer.unk_token_id)
+    )
     if not ids:
-        raise ResearchError(f"the tokenizer has no single token for the option letter '{letter}'; use another model.")
+        raise ResearchError(
+            f"the tokenizer has no single token for the option letter '{letter}'; use another model."
+        )
     return ids
 
 
-def option_log_probs(scores: torch.Tensor, ladder: torch.Tensor, reverse: torch.Tensor) -> torch.Tensor:
+def option_log_probs(
+    scores: torch.Tensor, ladder: torch.Tensor, reverse: torch.Tensor
+) -> torch.Tensor:
     """log P_theta(k | q) by ordinal position from letter scores [rows, letters]; -inf beyond a question's options."""
     return by_ordinal(scores, ladder, reverse).log_softmax(-1)
 

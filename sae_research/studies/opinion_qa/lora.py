@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sae_research.config import LoRATraining
 from sae_research.studies.opinion_qa import objective
 from sae_research.studies.opinion_qa.bench import Bench, Cost, Prompts
 from sae_research.studies.opinion_qa.fit import Targets
 from sae_research.studies.opinion_qa.letters import Reading, averaged, by_ordinal, option_log_probs
+from sae_research.studies.opinion_qa.settings import LoRATraining
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,10 @@ def adapter(model: "PreTrainedModel", training: LoRATraining, seed: int):
     targets = next(projections for projections in _PROJECTIONS if names.issuperset(projections))
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=training.rank, lora_alpha=training.alpha, lora_dropout=training.dropout, target_modules=list(targets)
+        r=training.rank,
+        lora_alpha=training.alpha,
+        lora_dropout=training.dropout,
+        target_modules=list(targets),
     )
     return get_peft_model(model, config)
 
@@ -59,7 +62,9 @@ def train(
     """Train one adapter on the prompts `asked` of every group and read its answers to the questions `exam`."""
     model = adapter(load(), training, seed)
     random = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=training.rate)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=training.rate
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
     rows = bench.prompts.rows(targets.train)
     truth = torch.tensor(answers, dtype=torch.float32, device=bench.residual.device)
@@ -71,23 +76,35 @@ def train(
         for part in bench.parts(torch.arange(training.batch), 1):
             who, which = drawn[part].to(rows.device), prompted[part]
             scores = _scores(model, bench, *_gather(asked, who, which))
-            logs = option_log_probs(scores, bench.prompts.ladder[which], bench.prompts.reverse[which])
+            logs = option_log_probs(
+                scores, bench.prompts.ladder[which], bench.prompts.reverse[which]
+            )
             loss = objective.forward_divergence(truth[who, bench.prompts.question[which]], logs)
             (loss.sum() / training.batch).backward()
         optimizer.step()
         schedule.step()
     model.eval()
     read = [answers_of(model, bench, one, exam) for one in asked]
-    answers, order = np.stack([r.probabilities for r in read]), np.mean([r.order_sensitivity.mean() for r in read])
+    answers, order = (
+        np.stack([r.probabilities for r in read]),
+        np.mean([r.order_sensitivity.mean() for r in read]),
+    )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Adapted(answers, cost(model, bench), trained, float(order))
 
 
-def _gather(asked: list[Prompts], who: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _gather(
+    asked: list[Prompts], who: torch.Tensor, which: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and last positions of prompt `which` of group `who`, padded on the right."""
-    rows = [(asked[g].tokens[r], int(asked[g].last[r])) for g, r in zip(who.tolist(), which.tolist(), strict=True)]
+    rows = [
+        (asked[g].tokens[r], int(asked[g].last[r]))
+        for g, r in zip(who.tolist(), which.tolist(), strict=True)
+    ]
     width = max(last for _, last in rows) + 1
-    tokens = torch.stack([torch.nn.functional.pad(t, (0, max(0, width - len(t))))[:width] for t, _ in rows])
+    tokens = torch.stack(
+        [torch.nn.functional.pad(t, (0, max(0, width - len(t))))[:width] for t, _ in rows]
+    )
     return tokens, torch.tensor([last for _, last in rows], device=tokens.device)
 
 
@@ -103,7 +120,11 @@ def answers_of(model, bench: Bench, asked: Prompts, exam: np.ndarray) -> Reading
     """Answers [questions, options], both orders averaged."""
     rows = asked.rows(exam)
     found = [
-        by_ordinal(_scores(model, bench, asked.tokens[part], asked.last[part]), asked.ladder[part], asked.reverse[part])
+        by_ordinal(
+            _scores(model, bench, asked.tokens[part], asked.last[part]),
+            asked.ladder[part],
+            asked.reverse[part],
+        )
         for part in rows.split(bench.batch)
     ]
     halves = [half.softmax(-1).double().cpu().numpy() for half in torch.cat(found).chunk(2)]

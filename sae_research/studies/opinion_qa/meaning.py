@@ -57,7 +57,10 @@ class Activity:
     def contexts(self, latents: torch.Tensor) -> list[tuple[str, ...]]:
         """The text on which each of some latents fires most."""
         codes = torch.cat(
-            [self.basis.encode(self.bench.residual[r])[..., latents] * self.place[r][..., None] for r in self.parts]
+            [
+                self.basis.encode(self.bench.residual[r])[..., latents] * self.place[r][..., None]
+                for r in self.parts
+            ]
         ).cpu()
         return [_contexts(self.bench, codes[..., i]) for i in range(len(latents))]
 
@@ -67,7 +70,12 @@ def _strongest(effect: torch.Tensor, top: int) -> torch.Tensor:
 
 
 def latents(
-    bench: Bench, basis: Basis, shift: Shift, asked: Prompted, attributes: Sequence[str], top: int = 5
+    bench: Bench,
+    basis: Basis,
+    shift: Shift,
+    asked: Prompted,
+    attributes: Sequence[str],
+    top: int = 5,
 ) -> list[Latent]:
     """The latents with the largest weights on each axis, weighted by how strongly they act on the survey."""
     activity = Activity(bench, basis)
@@ -79,7 +87,11 @@ def latents(
     for axis, indices in enumerate(chosen):
         for index in indices.tolist():
             at = int((every == index).nonzero())
-            acts = float(shift.axes[index, axis]), float(activity.mean[index]), float(activity.share[index])
+            acts = (
+                float(shift.axes[index, axis]),
+                float(activity.mean[index]),
+                float(activity.share[index]),
+            )
             told = shift.groups[best[at]], float(known[best[at], at])
             found.append(Latent(axis, index, *acts, contexts[at], *told))
     return found
@@ -93,7 +105,11 @@ def main_latents(bench: Bench, basis: Basis, shift: Shift, top: int = 5) -> list
     contexts = activity.contexts(every)
     return [
         [
-            {"latent": i, "weight": round(float(row[i]), 5), "fires_on": list(contexts[int((every == i).nonzero())])}
+            {
+                "latent": i,
+                "weight": round(float(row[i]), 5),
+                "fires_on": list(contexts[int((every == i).nonzero())]),
+            }
             for i in indices.tolist()
         ]
         for row, indices in zip(own, chosen, strict=True)
@@ -118,7 +134,12 @@ def _contexts(bench: Bench, codes: torch.Tensor, n: int = 3, before: int = 4) ->
 
 
 def causal_share(
-    bench: Bench, basis: Basis, shift: Shift, exam: Exam, calibrated: np.ndarray, features: Sequence[int]
+    bench: Bench,
+    basis: Basis,
+    shift: Shift,
+    exam: Exam,
+    calibrated: np.ndarray,
+    features: Sequence[int],
 ) -> dict[int, float]:
     """Share of the group part's gain in WD that the m largest latents alone keep."""
 
@@ -128,19 +149,28 @@ def causal_share(
 
     without, full = float(exam.distance(calibrated[None], exam.truth).mean()), wd(shift)
     gain = without - full
-    return {m: (without - wd(shift.only(m))) / gain if abs(gain) > 1e-9 else float("nan") for m in features}
+    return {
+        m: (without - wd(shift.only(m))) / gain if abs(gain) > 1e-9 else float("nan")
+        for m in features
+    }
 
 
-def selectivity(basis: Basis, asked: Prompted, attributes: Sequence[str], latents: torch.Tensor) -> np.ndarray:
+def selectivity(
+    basis: Basis, asked: Prompted, attributes: Sequence[str], latents: torch.Tensor
+) -> np.ndarray:
     """AUC of some latents, [groups, latents]: do they tell a group's prompts from its siblings' at the last token?"""
     with torch.no_grad():
-        codes = np.stack([basis.encode(hidden)[:, latents].cpu().numpy() for hidden in asked.hidden])
+        codes = np.stack(
+            [basis.encode(hidden)[:, latents].cpu().numpy() for hidden in asked.hidden]
+        )
     attributes = np.array(attributes)
     found = []
     for g, attribute in enumerate(attributes):
         others = [h for h in range(len(attributes)) if attributes[h] == attribute and h != g]
         own, rest = codes[g], codes[others].reshape(-1, codes.shape[-1])
-        ranks = rankdata(np.concatenate([own, rest]), axis=0)[: len(own)].sum(0)  # ties, as of silent latents, share
+        ranks = rankdata(np.concatenate([own, rest]), axis=0)[: len(own)].sum(
+            0
+        )  # ties, as of silent latents, share
         found.append((ranks - len(own) * (len(own) + 1) / 2) / (len(own) * len(rest)))
     return np.stack(found)
 
@@ -169,5 +199,10 @@ def stability(shifts: Sequence[Shift], top: int = 50) -> tuple[float, float]:
     if not pairs:
         return float("nan"), float("nan")
     overlap = np.mean([jaccard(sets[i], sets[j]) for i, j in pairs])
-    cosine = np.mean([torch.nn.functional.cosine_similarity(parts[i], parts[j], dim=1).mean().item() for i, j in pairs])
+    cosine = np.mean(
+        [
+            torch.nn.functional.cosine_similarity(parts[i], parts[j], dim=1).mean().item()
+            for i, j in pairs
+        ]
+    )
     return float(overlap), float(cosine)

@@ -12,7 +12,9 @@ def shrunk(counts: torch.Tensor, overall: torch.Tensor, weight: float) -> torch.
 
 def forward_divergence(target: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
     """KL(pi || P_theta) in nats; one number a row."""
-    logs = torch.where(target > 0, target.clamp(min=1e-30).log() - log_probs.masked_fill(target == 0, 0.0), 0.0)
+    logs = torch.where(
+        target > 0, target.clamp(min=1e-30).log() - log_probs.masked_fill(target == 0, 0.0), 0.0
+    )
     return (target * logs).sum(-1)
 
 

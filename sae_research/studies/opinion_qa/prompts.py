@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from sae_research.errors import ResearchError
 from sae_research.studies.opinion_qa.letters import ALPHABET
-from sae_research.survey import Group, Question
+from sae_research.surveys.survey import Group, Question
 
 FORMS = ("QA", "BIO", "PORTRAY")
 REFUSAL = "Prefer not to say"
@@ -34,14 +34,18 @@ class Dialect:
         """The same, with refusal as a last option."""
         return self.frame(self.refusing(question, reverse))
 
-    def prompted(self, form: str, group: Group, siblings: Sequence[Group]) -> Callable[[Question, bool], str]:
+    def prompted(
+        self, form: str, group: Group, siblings: Sequence[Group]
+    ) -> Callable[[Question, bool], str]:
         """The prompt of a question put to a member of `group`."""
         context = self.contexts[form](group, siblings)
-        return lambda question, reverse: self.frame(f"{context}{self.joint}{self.block(question, reverse)}")
+        return lambda question, reverse: self.frame(
+            f"{context}{self.joint}{self.block(question, reverse)}"
+        )
 
 
 def _specimen_block(question: Question, reverse: bool) -> str:
-    from sae_research.world.survey_text import prompt
+    from sae_research.world.survey.prompts import prompt
 
     return prompt(question, reverse=reverse)
 
@@ -70,7 +74,9 @@ def english_block(question: Question, reverse: bool, refusal: bool = False) -> s
     letters = ALPHABET[: len(options)]
     lines = [f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)]
     allowed = f"{', '.join(letters[:-1])} or {letters[-1]}"
-    return "\n".join([f"Question: {question.text}", *lines, f"Answer with {allowed}.", "", "Answer:"])
+    return "\n".join(
+        [f"Question: {question.text}", *lines, f"Answer with {allowed}.", "", "Answer:"]
+    )
 
 
 def _english_question(group: Group, siblings: Sequence[Group]) -> str:
@@ -108,12 +114,16 @@ def in_chat(dialect: Dialect, tokenizer) -> Dialect:
     So the letter follows the same words as for a base model, and the same tokens can stand for it.
     """
     if not tokenizer.chat_template:
-        raise ResearchError("this model is said to be tuned on dialogues but its tokenizer has no chat template.")
+        raise ResearchError(
+            "this model is said to be tuned on dialogues but its tokenizer has no chat template."
+        )
 
     def frame(text: str) -> str:
         asked, _, opening = text.rpartition("\n")
         turns = [{"role": "user", "content": asked.strip()}]
         framed = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return framed.removeprefix(tokenizer.bos_token or "") + opening  # the start token comes with every row
+        return (
+            framed.removeprefix(tokenizer.bos_token or "") + opening
+        )  # the start token comes with every row
 
     return replace(dialect, frame=frame)

@@ -11,7 +11,7 @@ from sae_research.studies.opinion_qa import evaluate
 from sae_research.studies.opinion_qa import intervals as intervals_of
 from sae_research.studies.opinion_qa.evaluate import Exam
 from sae_research.studies.opinion_qa.study import DENSE, ERROR_KEEPING, RAW, SHUFFLED, TOKENS, Plan
-from sae_research.survey import deviations
+from sae_research.surveys.survey import deviations
 
 if TYPE_CHECKING:
     from sae_research.studies.opinion_qa.batch import Part
@@ -22,7 +22,10 @@ UNSTEERED = "no steering"
 def answers(parts: "Sequence[Part]") -> dict[str, np.ndarray]:
     """Answers of every method, [seeds, groups, questions, options]."""
     names = dict.fromkeys(o.name for part in parts for o in part.outcomes)
-    return {name: np.stack([o.answers for part in parts for o in part.outcomes if o.name == name]) for name in names}
+    return {
+        name: np.stack([o.answers for part in parts for o in part.outcomes if o.name == name])
+        for name in names
+    }
 
 
 def scores(exam: Exam, parts: "Sequence[Part]") -> pd.DataFrame:
@@ -31,8 +34,22 @@ def scores(exam: Exam, parts: "Sequence[Part]") -> pd.DataFrame:
     rows = []
     for part in parts:
         for o in part.outcomes:
-            about = {"method": o.name, "seed": part.seed, "cost": o.cost.loss, "divergence": o.cost.divergence}
-            names = ("parameters", "coordinates", "moved", "silent", "size", "strength", "mass", "order")
+            about = {
+                "method": o.name,
+                "seed": part.seed,
+                "cost": o.cost.loss,
+                "divergence": o.cost.divergence,
+            }
+            names = (
+                "parameters",
+                "coordinates",
+                "moved",
+                "silent",
+                "size",
+                "strength",
+                "mass",
+                "order",
+            )
             about |= {name: getattr(o, name) for name in names}
             rows.append(about | asdict(evaluate.scores(exam, o.answers, unsteered)))
     return pd.DataFrame(rows)
@@ -57,7 +74,11 @@ def choices(plan: Plan) -> pd.DataFrame:
     rows = []
     for name, choice in plan.choices.items():
         row = {"method": name, "edit": choice.best.kind, "rank": choice.best.rank}
-        row |= {"keep": choice.best.keep, "sparsity": choice.best.sparsity, "sparsest": choice.sparse.sparsity}
+        row |= {
+            "keep": choice.best.keep,
+            "sparsity": choice.best.sparsity,
+            "sparsest": choice.sparse.sparsity,
+        }
         rows.append(row | {"validation_kl": choice.loss, "validation_cost": choice.harm})
     return pd.DataFrame(rows)
 
@@ -73,7 +94,8 @@ def intervals(exam: Exam, parts: "Sequence[Part]", seed: int = 0) -> pd.DataFram
         "quietest": intervals_of.quietest_share,
     }
     return pd.DataFrame(
-        {"method": name, "metric": metric, "seeds": len(found)} | asdict(interval(exam, found, seed))
+        {"method": name, "metric": metric, "seeds": len(found)}
+        | asdict(interval(exam, found, seed))
         for name, found in answers(parts).items()
         for metric, interval in metrics.items()
     )
@@ -101,7 +123,10 @@ def paired(exam: Exam, parts: "Sequence[Part]", headline: str, seed: int = 0) ->
             "wd_ratio": intervals_of.wd_ratio(exam, a, b, seed),
             "worst_group": intervals_of.worst_change(exam, a, b, seed),
         }
-        rows += [{"first": first, "second": second, "metric": m} | asdict(interval) for m, interval in found.items()]
+        rows += [
+            {"first": first, "second": second, "metric": m} | asdict(interval)
+            for m, interval in found.items()
+        ]
     return pd.DataFrame(rows)
 
 
@@ -117,7 +142,9 @@ def groups(exam: Exam, parts: "Sequence[Part]") -> pd.DataFrame:
     for name, found in answers(parts).items():
         wd = exam.distance(found, exam.truth).mean((0, 2))
         pairs_ = zip(exam.survey.groups, wd, strict=True)
-        rows += [{"method": name, "group": g.name, "attribute": g.attribute, "wd": w} for g, w in pairs_]
+        rows += [
+            {"method": name, "group": g.name, "attribute": g.attribute, "wd": w} for g, w in pairs_
+        ]
     return pd.DataFrame(rows)
 
 
@@ -129,7 +156,12 @@ def topics(exam: Exam, parts: "Sequence[Part]") -> pd.DataFrame:
     for name, found in answers(parts).items():
         wd = exam.distance(found, exam.truth).mean((0, 1))
         for t in dict.fromkeys(topic):
-            own = {"method": name, "topic": t, "seen": t in trained, "questions": int((topic == t).sum())}
+            own = {
+                "method": name,
+                "topic": t,
+                "seen": t in trained,
+                "questions": int((topic == t).sum()),
+            }
             rows.append(own | {"wd": wd[topic == t].mean()})
     return pd.DataFrame(rows)
 
@@ -144,7 +176,10 @@ def attributes(exam: Exam, parts: "Sequence[Part]", methods: Sequence[str]) -> p
             ours = deviations(found, exam.survey.weights)[:, exam.mask]
             for attribute in dict.fromkeys(names):
                 own = np.array(names) == attribute
-                sizes = {key: float(np.sqrt((x[own] ** 2).mean())) for key, x in (("predicted", ours), ("true", true))}
+                sizes = {
+                    key: float(np.sqrt((x[own] ** 2).mean()))
+                    for key, x in (("predicted", ours), ("true", true))
+                }
                 rows.append({"method": method, "seed": seed, "attribute": attribute} | sizes)
     return pd.DataFrame(rows)
 
@@ -154,7 +189,8 @@ def collected(parts: "Sequence[Part]") -> dict[str, pd.DataFrame]:
     names = dict.fromkeys(name for part in parts for name in part.tables)
     return {
         name: pd.concat(
-            [part.tables[name].assign(seed=part.seed) for part in parts if name in part.tables], ignore_index=True
+            [part.tables[name].assign(seed=part.seed) for part in parts if name in part.tables],
+            ignore_index=True,
         )
         for name in names
     }

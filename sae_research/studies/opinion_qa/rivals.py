@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from sae_research.config import ShiftTraining
 from sae_research.errors import ResearchError
 from sae_research.studies.opinion_qa import baselines, lora
 from sae_research.studies.opinion_qa.bench import Bench, Cost, prompts
 from sae_research.studies.opinion_qa.fit import Fit, calibrate, fit
 from sae_research.studies.opinion_qa.laboratory import Laboratory
 from sae_research.studies.opinion_qa.letters import Letters, Reading, most_options, refusal_share
+from sae_research.studies.opinion_qa.settings import ShiftTraining
 from sae_research.studies.opinion_qa.shift import Basis
 from sae_research.studies.opinion_qa.study import NO_COST, UNKNOWN_COST, Outcome, shifted
 
@@ -20,19 +20,38 @@ from sae_research.studies.opinion_qa.study import NO_COST, UNKNOWN_COST, Outcome
 def lora_rows(lab: Laboratory, asked: baselines.Prompted, seed: int) -> list[Outcome]:
     """SubPOP's adapters: one for all groups, who are told apart by their prompts, and one a group without any."""
     if lab.fresh is None:
-        raise ResearchError("LoRA changes weights: give the laboratory `fresh`, which loads the model anew.")
+        raise ResearchError(
+            "LoRA changes weights: give the laboratory `fresh`, which loads the model anew."
+        )
     bench, targets, training, exam = lab.bench, lab.targets, lab.settings.lora, lab.exam.questions
-    told = lora.train(lab.fresh, bench, asked.prompts, targets.answers, targets, training, seed, exam)
-    found = [Outcome("LoRA, group prompt", told.answers, told.cost, told.parameters, order=told.order)]
+    told = lora.train(
+        lab.fresh, bench, asked.prompts, targets.answers, targets, training, seed, exam
+    )
+    found = [
+        Outcome("LoRA, group prompt", told.answers, told.cost, told.parameters, order=told.order)
+    ]
     if lab.settings.adapters:
         own = [
-            lora.train(lab.fresh, bench, [bench.prompts], targets.answers[[g]], targets, training, seed, exam)
+            lora.train(
+                lab.fresh,
+                bench,
+                [bench.prompts],
+                targets.answers[[g]],
+                targets,
+                training,
+                seed,
+                exam,
+            )
             for g in range(len(targets.groups))
         ]
-        cost = Cost(*(float(np.mean([getattr(o.cost, f) for o in own])) for f in ("loss", "divergence")))
+        cost = Cost(
+            *(float(np.mean([getattr(o.cost, f) for o in own])) for f in ("loss", "divergence"))
+        )
         answers = np.concatenate([o.answers for o in own])
         order = float(np.mean([o.order for o in own]))
-        found.append(Outcome("LoRA, one a group", answers, cost, sum(o.parameters for o in own), order=order))
+        found.append(
+            Outcome("LoRA, one a group", answers, cost, sum(o.parameters for o in own), order=order)
+        )
     return found
 
 
@@ -43,14 +62,20 @@ def refusals(bench: Bench, refusing: Callable) -> np.ndarray:
     with torch.no_grad():
         logits = torch.cat(
             [
-                bench.upper.logits(bench.upper.states(bench.residuals(asked.tokens[part]), asked.last[part]))
+                bench.upper.logits(
+                    bench.upper.states(bench.residuals(asked.tokens[part]), asked.last[part])
+                )
                 for part in torch.arange(len(asked.tokens)).split(bench.batch)
             ]
         )
     mass = letters.scores(logits).softmax(-1)  # the last letter that is offered is the refusal's
     ladder = asked.ladder[:, None]
-    answered = mass.masked_fill(torch.arange(mass.shape[1], device=mass.device) >= ladder, 0.0).sum(1)
-    share = refusal_share(*(m.double().cpu().numpy() for m in (answered, mass.gather(1, ladder)[:, 0])))
+    answered = mass.masked_fill(torch.arange(mass.shape[1], device=mass.device) >= ladder, 0.0).sum(
+        1
+    )
+    share = refusal_share(
+        *(m.double().cpu().numpy() for m in (answered, mass.gather(1, ladder)[:, 0]))
+    )
     return share.reshape(2, -1).mean(0)
 
 
@@ -63,7 +88,10 @@ def fixed_rows(lab: Laboratory) -> list[Outcome]:
         "no steering": unsteered.probabilities[0],
         "human overall marginal": lab.truth.overall[questions],
     }
-    found = [Outcome(name, np.repeat(table[None], groups, 0), NO_COST, 0) for name, table in tables.items()]
+    found = [
+        Outcome(name, np.repeat(table[None], groups, 0), NO_COST, 0)
+        for name, table in tables.items()
+    ]
     mass, order = float(unsteered.mass.mean()), float(unsteered.order_sensitivity.mean())
     return [found[0], replace(found[1], mass=mass, order=order), found[2]]
 
@@ -74,7 +102,11 @@ def calibration_rows(lab: Laboratory, training: ShiftTraining, seed: int) -> lis
     shared = calibrate(bench, lab.sae, training, targets, seed)
     groups = len(targets.groups)
     reading = bench.answers(lab.sae, training.kind, shared[None], questions, training.positions)
-    cost = bench.cost(lab.sae, training.kind, shared[None], "test") if training.positions == "all" else NO_COST
+    cost = (
+        bench.cost(lab.sae, training.kind, shared[None], "test")
+        if training.positions == "all"
+        else NO_COST
+    )
     moved = (shared != 0).float().mean().item()
     alone = Outcome(
         "calibration only",
@@ -97,7 +129,9 @@ def calibration_rows(lab: Laboratory, training: ShiftTraining, seed: int) -> lis
 
 def _read(name: str, read: Reading, parameters: int) -> Outcome:
     """A method that leaves the model as it is and reads letters otherwise, or asks otherwise."""
-    return Outcome(name, read.probabilities, NO_COST, parameters, order=float(read.order_sensitivity.mean()))
+    return Outcome(
+        name, read.probabilities, NO_COST, parameters, order=float(read.order_sensitivity.mean())
+    )
 
 
 def prompting_rows(lab: Laboratory, forms: dict[str, baselines.Prompted]) -> list[Outcome]:
@@ -124,7 +158,9 @@ def reader_rows(lab: Laboratory, asked: baselines.Prompted) -> list[Outcome]:
     test, groups = bench.prompts.rows(lab.exam.questions), len(targets.groups)
     rows = baselines.unembedding_of_letters(bench)
     with torch.no_grad():
-        parts = zip(bench.residual.split(bench.batch), bench.prompts.last.split(bench.batch), strict=True)
+        parts = zip(
+            bench.residual.split(bench.batch), bench.prompts.last.split(bench.batch), strict=True
+        )
         plain = torch.cat([bench.upper.states(x, last).float() for x, last in parts])
     unprompted = plain.expand(groups, *plain.shape)
     readers = {
@@ -160,7 +196,10 @@ def untrained_rows(
     contrast, statistic = baselines.latent_contrasts(asked, targets)
     parts = {
         "difference of means, calibrated": (dense, baselines.difference_of_means(asked, targets)),
-        "top 20 SAE latents, calibrated": (lab.sae, baselines.top_features(contrast, statistic, 20)),
+        "top 20 SAE latents, calibrated": (
+            lab.sae,
+            baselines.top_features(contrast, statistic, 20),
+        ),
     }
     found = []
     for name, (basis, part) in parts.items():
@@ -171,7 +210,9 @@ def untrained_rows(
     return found
 
 
-def screened(lab: Laboratory, asked: baselines.Prompted, training: ShiftTraining, seed: int, k: int = 128) -> Outcome:
+def screened(
+    lab: Laboratory, asked: baselines.Prompted, training: ShiftTraining, seed: int, k: int = 128
+) -> Outcome:
     """SAE-SSV: a trained additive shift within the `k` latents that tell prompted groups apart best."""
     _, statistic = baselines.latent_contrasts(asked, lab.targets)
     keep = statistic.topk(min(k, lab.sae.size)).indices

@@ -18,7 +18,7 @@ from sae_research.errors import ResearchError, unknown
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-    from sae_research.lens import Edit, Lens
+    from sae_research.models import Edit, LanguageModel
 
 EDITS = ("additive", "multiplicative", "gated", "literal")
 POSITIONS = ("answer", "question", "all")
@@ -57,7 +57,9 @@ def sae_basis(sae: "SAE", name: str = "SAE") -> Basis:
 
     with torch.no_grad():
         rows = directions(sae).float()
-        offset = sae.decode(torch.zeros(1, len(rows), device=rows.device, dtype=sae.dtype))[0].float()
+        offset = sae.decode(torch.zeros(1, len(rows), device=rows.device, dtype=sae.dtype))[
+            0
+        ].float()
 
     @torch.no_grad()
     def encode(x: torch.Tensor) -> torch.Tensor:
@@ -95,7 +97,9 @@ def token_basis(residuals: torch.Tensor, tokens: torch.Tensor) -> Basis:
     Which token a residual belongs to is read off it: the nearest of the tokens' means.
     """
     names, which = tokens.unique(return_inverse=True)
-    sums = torch.zeros(len(names), residuals.shape[-1]).to(residuals).index_add_(0, which, residuals)
+    sums = (
+        torch.zeros(len(names), residuals.shape[-1]).to(residuals).index_add_(0, which, residuals)
+    )
     means = sums / which.bincount()[:, None]
     width = residuals.shape[-1]
 
@@ -112,7 +116,9 @@ def residual_basis(width: int, device: str = "cpu") -> Basis:
     return Basis("dense", lambda x: x, torch.eye(width, device=device), None, signed=True)
 
 
-def displacement(basis: Basis, kind: str, x: torch.Tensor, codes: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+def displacement(
+    basis: Basis, kind: str, x: torch.Tensor, codes: torch.Tensor, delta: torch.Tensor
+) -> torch.Tensor:
     """x' - x for residuals [rows, positions, d] under every shift of [shifts, M], as [rows, shifts, positions, d].
 
     additive f' = relu(f + Delta), multiplicative f' = f exp(Delta), gated f' = f + 1[f > 0] Delta, and literal
@@ -193,8 +199,10 @@ class Shift:
         kept[size.topk(min(m, len(size))).indices] = 1
         return replace(self, axes=self.axes * kept[:, None])
 
-    def edit(self, basis: Basis, group: str | int, *, last: bool | None = None, strength: float = 1.0) -> "Edit":
-        """The edit of one group for `Lens.logits(tokens, {shift.hook: edit})`; `strength` scales the group part.
+    def edit(
+        self, basis: Basis, group: str | int, *, last: bool | None = None, strength: float = 1.0
+    ) -> "Edit":
+        """The edit of one group for `LanguageModel.logits(tokens, {shift.hook: edit})`; `strength` scales the group part.
 
         Tokens must be survey prompts for a shift of `question` tokens: it acts on all but the start token of a row.
         """
@@ -222,17 +230,30 @@ def canonical(shift: Shift, weights: torch.Tensor) -> Shift:
     return replace(shift, axes=axes, scores=shift.scores @ triangle.T @ turned.T)
 
 
-def save_shift(shift: Shift, folder: Path, *, model: str, sae: str, rows: torch.Tensor, cards: dict[str, dict]) -> None:
+def save_shift(
+    shift: Shift, folder: Path, *, model: str, sae: str, rows: torch.Tensor, cards: dict[str, dict]
+) -> None:
     """Write the shift, what it fits (`rows` is the decoder of its SAE) and a card a group, whole or not at all."""
-    fits = {"model": model, "sae": sae, "hook": shift.hook, "edit": shift.kind, "positions": shift.positions}
+    fits = {
+        "model": model,
+        "sae": sae,
+        "hook": shift.hook,
+        "edit": shift.kind,
+        "positions": shift.positions,
+    }
     fits["decoder"] = _print(rows)
     with store.writing(Path(folder)) as partial:
         tensors = {"shared": shift.shared, "axes": shift.axes, "scores": shift.scores}
         store.write_tensors(partial / _WEIGHTS, tensors, fits)
-        store.write_json(partial / _CARDS, {"fits": fits, "groups": [{"name": g, **cards[g]} for g in shift.groups]})
+        store.write_json(
+            partial / _CARDS,
+            {"fits": fits, "groups": [{"name": g, **cards[g]} for g in shift.groups]},
+        )
 
 
-def load_shift(folder: Path, lens: "Lens | None" = None, sae: "SAE | None" = None) -> Shift:
+def load_shift(
+    folder: Path, lens: "LanguageModel | None" = None, sae: "SAE | None" = None
+) -> Shift:
     """A saved shift, checked against the model and SAE that it is to steer.
 
     Three lines steer any compatible model: `shift = load_shift(folder, lens, sae)`,
@@ -244,7 +265,9 @@ def load_shift(folder: Path, lens: "Lens | None" = None, sae: "SAE | None" = Non
     shift = Shift(fits["edit"], fits["hook"], fits["positions"], names, **tensors)
     if lens is not None:
         if lens.name != fits["model"]:
-            raise ResearchError(f"this shift steers '{fits['model']}', not '{lens.name}'; load that model.")
+            raise ResearchError(
+                f"this shift steers '{fits['model']}', not '{lens.name}'; load that model."
+            )
         lens.hook(shift.hook)
     if sae is not None:
         if sae.cfg.d_sae != len(shift.shared):
@@ -252,10 +275,14 @@ def load_shift(folder: Path, lens: "Lens | None" = None, sae: "SAE | None" = Non
                 f"this shift moves {len(shift.shared)} latents but the SAE has {sae.cfg.d_sae}; load '{fits['sae']}'."
             )
         if _print(sae_basis(sae).rows) != fits["decoder"]:
-            raise ResearchError(f"this SAE has other latents than the one of the shift; load '{fits['sae']}'.")
+            raise ResearchError(
+                f"this SAE has other latents than the one of the shift; load '{fits['sae']}'."
+            )
     return shift
 
 
 def _print(rows: torch.Tensor) -> str:
     """What tells one decoder from another of its size."""
-    return hashlib.sha256(rows.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(rows.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[
+        :16
+    ]

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from sae_research.config import ShiftTraining
 from sae_research.studies.opinion_qa import baselines
 from sae_research.studies.opinion_qa.bench import Cost
 from sae_research.studies.opinion_qa.fit import Fit, fit
 from sae_research.studies.opinion_qa.laboratory import Laboratory
+from sae_research.studies.opinion_qa.settings import ShiftTraining
 from sae_research.studies.opinion_qa.shift import Basis, Shift
 
 ERROR_KEEPING = ("gated", "multiplicative", "additive")
@@ -69,7 +69,9 @@ NO_COST, UNKNOWN_COST = Cost(0.0, 0.0), Cost(NOT_MEASURED, NOT_MEASURED)
 def shifted(lab: Laboratory, name: str, basis: Basis, found: Fit) -> Outcome:
     """Judge a trained shift on the test questions and test documents."""
     shift = found.shift
-    reading = lab.bench.answers(basis, shift.kind, shift.deltas, lab.exam.questions, shift.positions)
+    reading = lab.bench.answers(
+        basis, shift.kind, shift.deltas, lab.exam.questions, shift.positions
+    )
     cost = NO_COST
     if shift.positions == "all":
         cost = lab.bench.cost(basis, shift.kind, shift.deltas, "test")
@@ -219,15 +221,19 @@ def within_one_error(gaps: np.ndarray) -> bool:
 def validation_loss(lab: Laboratory, basis: Basis, found: Fit) -> np.ndarray:
     """Mean KL of each cluster of validation questions."""
     from sae_research.stats import cluster_means
-    from sae_research.survey import divergence
+    from sae_research.surveys.survey import divergence
 
     shift, rows = found.shift, lab.targets.validation
-    answers = lab.bench.answers(basis, shift.kind, shift.deltas, rows, shift.positions).probabilities
+    answers = lab.bench.answers(
+        basis, shift.kind, shift.deltas, rows, shift.positions
+    ).probabilities
     loss = divergence(lab.targets.answers[:, rows], answers).mean(0)
     return cluster_means(loss, [lab.families[i] for i in rows])
 
 
-def trained(lab: Laboratory, name: str, training: ShiftTraining, seed: int, space: str = "SAE") -> Outcome:
+def trained(
+    lab: Laboratory, name: str, training: ShiftTraining, seed: int, space: str = "SAE"
+) -> Outcome:
     """Train a shift with settings that were chosen before, and judge it."""
     basis = lab.basis(space, seed)
     return shifted(lab, name, basis, fit(lab.bench, basis, training, lab.targets, seed))

@@ -9,14 +9,15 @@ import pandas as pd
 import torch
 
 from sae_research import catalogue, parallel, store
-from sae_research.config import Profile, ShiftTraining
+from sae_research.config import Profile
 from sae_research.studies.opinion_qa import evaluate, laboratory, meaning, report, rivals, study
 from sae_research.studies.opinion_qa.batch import Part, Tables, run
 from sae_research.studies.opinion_qa.bench import Cost
 from sae_research.studies.opinion_qa.laboratory import Laboratory
+from sae_research.studies.opinion_qa.settings import ShiftTraining
 from sae_research.studies.opinion_qa.shift import Shift, load_shift, save_shift
 from sae_research.studies.opinion_qa.study import Choice, Outcome, Plan
-from sae_research.survey_files import writable
+from sae_research.surveys.files import writable
 
 # shards on disk
 
@@ -29,7 +30,9 @@ def save(part: Part, folder: Path, lab: Laboratory) -> None:
         for o in part.outcomes
     ]
     store.write_json(folder / "outcomes.json", {"seed": part.seed, "rows": rows})
-    store.write_tensors(folder / "answers.safetensors", {o.name: torch.tensor(o.answers) for o in part.outcomes})
+    store.write_tensors(
+        folder / "answers.safetensors", {o.name: torch.tensor(o.answers) for o in part.outcomes}
+    )
     for name, table in part.tables.items():
         store.write_text(folder / f"{name}.csv", table.to_csv(index=False))
     fits = {"model": lab.bench.lens.name, "sae": lab.settings.sae, "rows": lab.sae.rows}
@@ -39,9 +42,12 @@ def save(part: Part, folder: Path, lab: Laboratory) -> None:
 def cards(shift: Shift, lab: Laboratory, top: int = 5) -> dict[str, dict]:
     """What to know of each group's shift: scores on the shared axes, distance before and after, its main latents."""
     bench, exam = lab.bench, lab.exam
-    answers = bench.answers(lab.sae, shift.kind, shift.deltas, exam.questions, shift.positions).probabilities
+    answers = bench.answers(
+        lab.sae, shift.kind, shift.deltas, exam.questions, shift.positions
+    ).probabilities
     before, after = (
-        exam.distance(p, exam.truth).mean(1) for p in (bench.unsteered(exam.questions).probabilities, answers)
+        exam.distance(p, exam.truth).mean(1)
+        for p in (bench.unsteered(exam.questions).probabilities, answers)
     )
     latents = meaning.main_latents(bench, lab.sae, shift, top)
     return {
@@ -64,7 +70,10 @@ def load(folder: Path) -> Part:
     for row in book["rows"]:
         cost = Cost(row.pop("loss"), row.pop("divergence"))
         outcomes.append(Outcome(answers=answers[row["name"]].numpy(), cost=cost, **row))
-    tables = {path.stem: pd.read_csv(path, float_precision="round_trip") for path in sorted(folder.glob("*.csv"))}
+    tables = {
+        path.stem: pd.read_csv(path, float_precision="round_trip")
+        for path in sorted(folder.glob("*.csv"))
+    }
     return Part(book["seed"], tuple(outcomes), tables, load_shift(folder / "shift"))
 
 
@@ -76,7 +85,11 @@ def resumed(task: tuple[str, int, Plan], profile: Profile, scratch: Path) -> Par
 
     def build(part: Path) -> None:
         lab = laboratory.opened(profile, name, seed)
-        save(run(lab, lambda role: laboratory.opened(profile, name, seed, role), plan, seed), part, lab)
+        save(
+            run(lab, lambda role: laboratory.opened(profile, name, seed, role), plan, seed),
+            part,
+            lab,
+        )
 
     return load(store.resumed(folder, _key(profile, name, task), build))
 
@@ -89,7 +102,9 @@ def chosen(task: tuple[str, tuple[str, ...]], profile: Profile, scratch: Path) -
 
     def build(part: Path) -> None:
         lab = laboratory.opened(profile, name, 0)
-        store.write_json(part / "choices.json", {arm: asdict(study.choose(lab, arm, 0)) for arm in arms})
+        store.write_json(
+            part / "choices.json", {arm: asdict(study.choose(lab, arm, 0)) for arm in arms}
+        )
 
     book = store.read_json(store.resumed(folder, _key(profile, name, task), build) / "choices.json")
     return {
@@ -112,7 +127,7 @@ def _key(profile: Profile, name: str, task: object) -> dict:
 def _free_to_write(folder: Path, name: str) -> None:
     """Refuse to write what rests on OpinionQA where git would pick it up."""
     if not catalogue.get(name).embedded:
-        writable(folder, "OpinionQA")
+        writable(folder, "Settings")
 
 
 # a subject
@@ -136,14 +151,17 @@ def complete(profile: Profile, name: str, scratch: Path) -> Run:
     """Choose settings on validation questions, run every seed as a shard of its own, and join them."""
     runtime, subject = profile.runtime, catalogue.get(name)
     roles = tuple(role for role in profile.opinion_qa.layers if role in subject.roles())
-    profile = replace(profile, opinion_qa=replace(profile.opinion_qa, layers=roles))
+    own = replace(profile.opinion_qa, layers=roles)
+    profile = replace(profile, studies={**profile.studies, "opinion_qa": own})
     lab = laboratory.opened(profile, name, 0)
     facts, exam, names = about(lab, name), lab.exam, study.arms(lab)
     del lab  # each shard opens its own, and two may not fit
     parts = runtime.n_jobs if isinstance(runtime.n_jobs, int) and runtime.n_jobs > 0 else len(names)
     spread = {"n_jobs": runtime.n_jobs, "threads": runtime.threads}
     one = partial(chosen, profile=profile, scratch=scratch)
-    found = parallel.shards(one, [(name, tuple(names[i::parts])) for i in range(min(parts, len(names)))], **spread)
+    found = parallel.shards(
+        one, [(name, tuple(names[i::parts])) for i in range(min(parts, len(names)))], **spread
+    )
     by_name = {arm: choice for part in found for arm, choice in part.items()}
     plan = study.planned({arm: by_name[arm] for arm in names})
     tasks = [(name, seed, plan) for seed in range(runtime.seeds)]
@@ -177,7 +195,9 @@ def about(lab: Laboratory, name: str) -> dict:
         "width": lab.bench.lens.d_model,
         "noop": study.noop(lab),
         "consistency": evaluate.consistency(exam, unsteered, topics),
-        "refusal": float(rivals.refusals(lab.bench, lab.dialect.offering_refusal).mean()) if refuses else None,
+        "refusal": float(rivals.refusals(lab.bench, lab.dialect.offering_refusal).mean())
+        if refuses
+        else None,
     }
 
 

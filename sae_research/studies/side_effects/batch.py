@@ -41,7 +41,9 @@ def run(task: tuple[str, int], profile: "Profile") -> list[Part]:
     lens = subject.load(device=profile.runtime.device, dtype=profile.runtime.dtype)
     primaries, role = corpus.dictionaries(subject, settings)
     downstream = corpus.load(subject, role, lens)
-    pool, fresh = (corpus.contexts(subject, lens, settings, fresh=f, seed=seed) for f in (False, True))
+    pool, fresh = (
+        corpus.contexts(subject, lens, settings, fresh=f, seed=seed) for f in (False, True)
+    )
     prompt = None if subject.embedded else lens.tokens([settings.prompt])
     fixed: dict[str, torch.Tensor | float] = {}
     parts = []
@@ -64,7 +66,7 @@ def run(task: tuple[str, int], profile: "Profile") -> list[Part]:
         tables = analysis.tables(found.frame, settings, seed)
         tables |= analysis.confirmation(found, downstream, fresh, settings, seed)
         key = {"subject": name, "primary": primary, "seed": seed}
-        order = profile.side_effects.subjects.index(name) + len(parts) / 100  # as in the settings
+        order = profile.side_effects.models.index(name) + len(parts) / 100  # as in the settings
         parts.append(Part(key, found.frame, found.facts | {"order": order}, tables))
         if seed:
             break
@@ -73,7 +75,11 @@ def run(task: tuple[str, int], profile: "Profile") -> list[Part]:
 
 def tasks(profile: "Profile") -> list[tuple[str, int]]:
     """Every subject with every seed."""
-    return [(name, seed) for name in profile.side_effects.subjects for seed in range(profile.runtime.seeds)]
+    return [
+        (name, seed)
+        for name in profile.side_effects.models
+        for seed in range(profile.runtime.seeds)
+    ]
 
 
 def _folded(subject: str) -> bool:
@@ -104,7 +110,9 @@ def load(folder: Path) -> list[Part]:
             for path in sorted(place.glob("*.csv"))
             if path.stem != "features"
         }
-        frame = pd.read_csv(place / "features.csv", index_col="feature", float_precision="round_trip")
+        frame = pd.read_csv(
+            place / "features.csv", index_col="feature", float_precision="round_trip"
+        )
         parts.append(Part(about["key"], frame, about["facts"], tables))
     return sorted(parts, key=lambda p: (p.key["seed"], p.facts["order"]))
 
@@ -112,5 +120,12 @@ def load(folder: Path) -> list[Part]:
 def resumed(task: tuple[str, int], profile: "Profile", scratch: Path) -> list[Part]:
     """`run`, unless the same settings have already been run into `scratch`: a killed run goes on where it stopped."""
     key = {"task": task, "settings": profile.side_effects, "runtime": profile.runtime.dtype}
-    key |= {"code": store.code(*Path(__file__).parent.glob("*.py")), "subject": catalogue.get(task[0]).content()}
-    return load(store.resumed(scratch / f"{task[0]}-{task[1]}", key, lambda folder: save(run(task, profile), folder)))
+    key |= {
+        "code": store.code(*Path(__file__).parent.glob("*.py")),
+        "subject": catalogue.get(task[0]).content(),
+    }
+    return load(
+        store.resumed(
+            scratch / f"{task[0]}-{task[1]}", key, lambda folder: save(run(task, profile), folder)
+        )
+    )

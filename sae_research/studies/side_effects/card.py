@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from sae_lens import SAE
 
-    from sae_research.config import SideEffects
-    from sae_research.lens import Lens
+    from sae_research.models import LanguageModel
+    from sae_research.studies.side_effects.settings import Settings
 
 FORECAST = ("S_abs", "C", "E", "C_per_E", "clean")
 COVERAGE = 0.9
@@ -38,7 +38,7 @@ class Screening:
     """The features that were steered, with everything measured on them."""
     predictors: "pd.DataFrame"
     """Predictors of every eligible feature."""
-    lens: "Lens"
+    lens: "LanguageModel"
     """The model."""
     sae: "SAE"
     """The dictionary."""
@@ -47,11 +47,11 @@ class Screening:
 
 
 def screen(
-    model: "Lens",
+    model: "LanguageModel",
     sae: "SAE",
     corpus: "Sequence[str] | torch.Tensor",
     downstream: "SAE | None" = None,
-    settings: "SideEffects | None" = None,
+    settings: "Settings | None" = None,
     *,
     seed: int = 0,
 ) -> Screening:
@@ -60,9 +60,9 @@ def screen(
     `corpus` is a list of texts or ready contexts [n, T]. Without a `downstream` dictionary side effects are counted in
     `sae` itself, at its own hook, where they show crowding but not what the blocks above make of it.
     """
-    from sae_research.config import SideEffects
+    from sae_research.studies.side_effects.settings import Settings
 
-    settings = settings or SideEffects(protocol="replication")
+    settings = settings or Settings(protocol="replication")
     downstream = downstream if downstream is not None else sae
     study.hooks_of(model, sae, downstream)
     if isinstance(corpus, torch.Tensor):
@@ -74,12 +74,14 @@ def screen(
     labelled = found.frame.assign(clean=_clean(found.frame, settings))
     every = pool.eligible(found.pool, settings.band)
     activations = pool.reader(sae, every)(found.pool.last)
-    known = predictors.table(sae, found.pool, every, activations, found.W, settings.protocol, settings.panel)
+    known = predictors.table(
+        sae, found.pool, every, activations, found.W, settings.protocol, settings.panel
+    )
     table, quality = _forecast(labelled, known, settings.selector, seed)
     return Screening(table, quality, found, known, model, sae, downstream)
 
 
-def _clean(frame: "pd.DataFrame", settings: "SideEffects") -> np.ndarray:
+def _clean(frame: "pd.DataFrame", settings: "Settings") -> np.ndarray:
     S, C, E = (frame[name].to_numpy(float) for name in ("S_abs", "C", "E"))
     return screening.clean_score(S, C, E, settings.clean_score)
 
@@ -99,23 +101,31 @@ def _forecast(
         )
         table[f"{name} measured"] = labelled[name]
     table.insert(0, "rank", table["clean"].rank(ascending=False).astype(int))
-    quality = {n: models.rank_correlation(truth[:, i], held_out[:, i]) for i, n in enumerate(FORECAST)}
+    quality = {
+        n: models.rank_correlation(truth[:, i], held_out[:, i]) for i, n in enumerate(FORECAST)
+    }
     return table.sort_values("rank", kind="stable"), quality
 
 
-def card(found: Screening, feature: int, settings: "SideEffects", nearest: int = 8) -> dict:
+def card(found: Screening, feature: int, settings: "Settings", nearest: int = 8) -> dict:
     """Everything known about one feature: predictors, forecasts, labels at every dose, neighbours, what moves, verdict.
 
     A feature that was not in the steered sample is steered now.
     """
     if feature not in found.table.index:
         study.features_of(found.sae, [feature])
-        raise ResearchError(f"feature {feature} is not eligible: it fires too rarely or too often at the final token.")
+        raise ResearchError(
+            f"feature {feature} is not eligible: it fires too rarely or too often at the final token."
+        )
     if feature in found.screened.frame.index:
         one = found.screened
     else:
         fixed = replace(settings, contexts=len(found.screened.pool.tokens))
-        given = {"panel": found.screened.panel, "tau": found.screened.facts["tau"], "c": found.screened.facts["c"]}
+        given = {
+            "panel": found.screened.panel,
+            "tau": found.screened.facts["tau"],
+            "c": found.screened.facts["c"],
+        }
         tokens = found.screened.pool.tokens
         one = study.screen_dictionary(
             found.lens, found.sae, found.downstream, tokens, fixed, features=[feature], **given
@@ -126,7 +136,11 @@ def card(found: Screening, feature: int, settings: "SideEffects", nearest: int =
     near = predictors.neighbours(found.sae.W_dec.float(), feature, nearest)
     doses = sorted({1.0, *settings.doses})
     curve = [
-        {"dose": m} | {name: float(row[name if m == 1 else f"{name}@{m:g}"]) for name in ("C", "E", "C_per_E", "S_abs")}
+        {"dose": m}
+        | {
+            name: float(row[name if m == 1 else f"{name}@{m:g}"])
+            for name in ("C", "E", "C_per_E", "S_abs")
+        }
         for m in doses
     ]
     return {
@@ -137,14 +151,20 @@ def card(found: Screening, feature: int, settings: "SideEffects", nearest: int =
         "verdict": _verdict(found, forecast),
         "trust": {name: round(value, 3) for name, value in found.quality.items()},
         "forecast": {
-            name: {end: float(forecast[f"{name} {end}".removesuffix(" value")]) for end in ("value", "low", "high")}
+            name: {
+                end: float(forecast[f"{name} {end}".removesuffix(" value")])
+                for end in ("value", "low", "high")
+            }
             for name in FORECAST
         },
         "linear_forecast": {name: float(row[name]) for name in study.FORECASTS},
         "measured": {name: float(row[name]) for name in study.LABELS},
-        "random_direction": {name: float(row[f"{name}@random"]) for name in ("C", "E", "C_per_E", "S_abs")},
+        "random_direction": {
+            name: float(row[f"{name}@random"]) for name in ("C", "E", "C_per_E", "S_abs")
+        },
         "predictors": {
-            name: {"value": float(known[name]), "percentile": float(percentile[name])} for name in predictors.ALL
+            name: {"value": float(known[name]), "percentile": float(percentile[name])}
+            for name in predictors.ALL
         },
         "neighbours": [{"feature": i, "cosine": cosine} for i, cosine in near],
         "moved_latents": _moved_latents(one, place, nearest),
@@ -171,13 +191,18 @@ def _moved_latents(one: study.Screened, place: int, k: int) -> list[dict]:
     return [{"latent": int(one.panel[i]), "mean_change": float(shift[i])} for i in top]
 
 
-def _moved_tokens(lens: "Lens", one: study.Screened, place: int, k: int) -> list[dict]:
+def _moved_tokens(lens: "LanguageModel", one: study.Screened, place: int, k: int) -> list[dict]:
     """Tokens whose mean logit changes most, up and down."""
     after, m = one.measured.steered[place], one.measured
     before = m.clean[m.row_of[m.contexts[place]]]
     change = (one.engine.logits(after) - one.engine.logits(before)).mean(0)
-    top = torch.cat([change.topk(min(k, len(change))).indices, (-change).topk(min(k, len(change))).indices])
-    return [{"token": lens.tokenizer.decode([int(i)]), "mean_logit_change": float(change[i])} for i in top]
+    top = torch.cat(
+        [change.topk(min(k, len(change))).indices, (-change).topk(min(k, len(change))).indices]
+    )
+    return [
+        {"token": lens.tokenizer.decode([int(i)]), "mean_logit_change": float(change[i])}
+        for i in top
+    ]
 
 
 def save(content: dict, folder: Path) -> tuple[Path, Path]:
@@ -212,7 +237,9 @@ def page(content: dict) -> str:
     ]
     trust = ", ".join(f"{name} {value:.2f}" for name, value in content["trust"].items())
     others = [
-        (k, _number(v)) for k, v in (measured | content["linear_forecast"]).items() if k not in content["forecast"]
+        (k, _number(v))
+        for k, v in (measured | content["linear_forecast"]).items()
+        if k not in content["forecast"]
     ]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
@@ -224,24 +251,34 @@ def page(content: dict) -> str:
         "<h2>Dose</h2>",
         _chart(content["dose_curve"]),
         "<div class=two><div><h2>Nearest decoder rows</h2>",
-        _table(("feature", "cosine"), [(n["feature"], f"{n['cosine']:.3f}") for n in content["neighbours"]]),
+        _table(
+            ("feature", "cosine"),
+            [(n["feature"], f"{n['cosine']:.3f}") for n in content["neighbours"]],
+        ),
         "</div><div><h2>Downstream latents that move most</h2>",
         _table(
-            ("latent", "mean change"), [(n["latent"], f"{n['mean_change']:+.3g}") for n in content["moved_latents"]]
+            ("latent", "mean change"),
+            [(n["latent"], f"{n['mean_change']:+.3g}") for n in content["moved_latents"]],
         ),
         "</div><div><h2>Tokens that move most</h2>",
         _table(
-            ("token", "logit"), [(repr(n["token"]), f"{n['mean_logit_change']:+.3g}") for n in content["moved_tokens"]]
+            ("token", "logit"),
+            [(repr(n["token"]), f"{n['mean_logit_change']:+.3g}") for n in content["moved_tokens"]],
         ),
         "</div></div><div class=two><div><h2>Predictors</h2>",
         _table(
             ("predictor", "value", "percentile"),
-            [(name, _number(p["value"]), f"{100 * p['percentile']:.0f}") for name, p in content["predictors"].items()],
+            [
+                (name, _number(p["value"]), f"{100 * p['percentile']:.0f}")
+                for name, p in content["predictors"].items()
+            ],
         ),
         "</div><div><h2>Other labels and linear forecasts</h2>",
         _table(("label", "value"), others),
         "<h2>Run</h2>",
-        _table(("fact", "value"), [(name, _number(value)) for name, value in content["facts"].items()]),
+        _table(
+            ("fact", "value"), [(name, _number(value)) for name, value in content["facts"].items()]
+        ),
         "</div></div>",
     ]
     body = "\n".join(parts)
@@ -274,9 +311,13 @@ def _chart(curve: list[dict]) -> str:
         values = np.array([point[name] for point in curve])
         y = top + (1 - values / max(float(values.max()), 1e-12)) * (height - top - 30)
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        lines.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
         label = f"{name} (max {values.max():.3g})"
-        lines.append(f'<text x="{x[-1] + 6:.0f}" y="{y[-1] + 4:.0f}" font-size="11" fill="{colour}">{label}</text>')
+        lines.append(
+            f'<text x="{x[-1] + 6:.0f}" y="{y[-1] + 4:.0f}" font-size="11" fill="{colour}">{label}</text>'
+        )
     for place, point in zip(x, curve, strict=True):
         lines.append(
             f'<text x="{place:.0f}" y="{height - 8}" font-size="11" text-anchor="middle">{point["dose"]:g}x</text>'

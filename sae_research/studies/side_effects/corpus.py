@@ -12,9 +12,9 @@ from sae_research.errors import ResearchError
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-    from sae_research.catalogue import Subject
-    from sae_research.config import SideEffects
-    from sae_research.lens import Lens
+    from sae_research.catalogue import ModelSpec
+    from sae_research.models import LanguageModel
+    from sae_research.studies.side_effects.settings import Settings
 
 WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 SHORTEST = {"author": 100, "replication": 200}
@@ -37,7 +37,7 @@ PUBLISHED = {
 """Where the published scripts of a model differ from those of GPT-2, under the author's protocol."""
 
 
-def as_published(subject: "Subject", settings: "SideEffects") -> "SideEffects":
+def as_published(subject: "ModelSpec", settings: "Settings") -> "Settings":
     """The settings with what the published script of this model does differently; the replication treats all alike."""
     own = PUBLISHED.get(subject.name, {})
     if settings.protocol == "author":
@@ -45,7 +45,9 @@ def as_published(subject: "Subject", settings: "SideEffects") -> "SideEffects":
     return replace(settings, **{name: value for name, value in own.items() if name == "panel"})
 
 
-def dictionaries(subject: "Subject", settings: "SideEffects") -> tuple[dict[str, tuple["Subject", str]], str]:
+def dictionaries(
+    subject: "ModelSpec", settings: "Settings"
+) -> tuple[dict[str, tuple["ModelSpec", str]], str]:
     """The primaries of a subject by name, each with its owner and role there, and the role of the downstream one.
 
     A role `other/role` is a dictionary that the catalogue lists under another name of the same model.
@@ -65,13 +67,18 @@ def dictionaries(subject: "Subject", settings: "SideEffects") -> tuple[dict[str,
     return primaries, downstream
 
 
-def load(subject: "Subject", role: str, lens: "Lens") -> "SAE":
+def load(subject: "ModelSpec", role: str, lens: "LanguageModel") -> "SAE":
     """A dictionary in float32, whatever the model runs in: thresholds and bfloat16 rounding do not mix."""
     return subject.sae(role, device=lens.device, dtype="float32")
 
 
 def contexts(
-    subject: "Subject", lens: "Lens", settings: "SideEffects", *, fresh: bool = False, seed: int = 0
+    subject: "ModelSpec",
+    lens: "LanguageModel",
+    settings: "Settings",
+    *,
+    fresh: bool = False,
+    seed: int = 0,
 ) -> torch.Tensor:
     """[contexts, T] tokens without padding, BOS first; `fresh` ones come from other text, another `seed` draws anew."""
     n, seed = (settings.fresh, FRESH_SEED + seed) if fresh else (settings.contexts, seed)
@@ -80,14 +87,18 @@ def contexts(
     return of_texts(lens, _wikitext(fresh, settings.protocol), n, settings, seed)
 
 
-def of_texts(lens: "Lens", texts: list[str], n: int, settings: "SideEffects", seed: int) -> torch.Tensor:
+def of_texts(
+    lens: "LanguageModel", texts: list[str], n: int, settings: "Settings", seed: int
+) -> torch.Tensor:
     """Contexts of given texts: cut from one shuffled stream (author), or the beginning of each text (replication)."""
     if settings.protocol == "author":
         order = np.random.default_rng(seed).permutation(len(texts))
         rows = lens.packed([texts[i] for i in order], settings.length)
     else:
         order = (
-            np.random.default_rng(seed).permutation(len(texts)) if seed not in (0, FRESH_SEED) else range(len(texts))
+            np.random.default_rng(seed).permutation(len(texts))
+            if seed not in (0, FRESH_SEED)
+            else range(len(texts))
         )
         rows = lens.tokens([texts[i] for i in order], settings.length)
         rows = rows[rows[:, -1] != lens.pad]  # a shorter text would end in padding
@@ -104,7 +115,9 @@ def _wikitext(fresh: bool, protocol: str) -> list[str]:
     import datasets
 
     try:
-        lines = datasets.load_dataset(*WIKITEXT, split="validation" if fresh else "train[:2%]")["text"]
+        lines = datasets.load_dataset(*WIKITEXT, split="validation" if fresh else "train[:2%]")[
+            "text"
+        ]
     except (OSError, ConnectionError, ValueError) as error:
         raise ResearchError(
             f"{WIKITEXT[0]} is not on this machine and the hub cannot be reached; connect and run again, or use the "
@@ -113,22 +126,27 @@ def _wikitext(fresh: bool, protocol: str) -> list[str]:
     texts = list(dict.fromkeys(" ".join(line.split()) for line in lines))
     kept = [text for text in texts if len(text) >= SHORTEST[protocol]][:TEXTS]
     if len(kept) < 1000 and not fresh:
-        raise ResearchError(f"WikiText gives only {len(kept)} texts; its copy on this machine is incomplete.")
+        raise ResearchError(
+            f"WikiText gives only {len(kept)} texts; its copy on this machine is incomplete."
+        )
     return kept
 
 
-def _specimen(name: str, lens: "Lens", n: int, length: int, seed: int) -> torch.Tensor:
+def _specimen(name: str, lens: "LanguageModel", n: int, length: int, seed: int) -> torch.Tensor:
     """Fresh documents of the embedded world, cut anywhere."""
     if name == "text":
-        from sae_research.world import documents
+        from sae_research.world.text import documents
 
         rows = documents.rows(n, [seed, 2]).tokens[:, :length]
     else:
-        from sae_research.world import survey, survey_text
-        from sae_research.world.survey_population import Population
+        from sae_research.world.survey import model as survey_model
+        from sae_research.world.survey import prompts
+        from sae_research.world.survey.population import Population
 
-        recipe = survey.SurveySettings()
-        writer = survey_text.Writer(Population(recipe.population), lens.tokenizer.get_vocab())
+        recipe = survey_model.SurveySettings()
+        writer = prompts.Writer(Population(recipe.population), lens.tokenizer.get_vocab())
         draws = np.random.default_rng([seed, 3])
-        rows = writer.mixed(n, draws, recipe.most_stated, recipe.off_task).tokens[:, : min(length, survey_text.CONTEXT)]
+        rows = writer.mixed(n, draws, recipe.most_stated, recipe.off_task).tokens[
+            :, : min(length, prompts.CONTEXT)
+        ]
     return torch.as_tensor(np.asarray(rows), dtype=torch.long, device=lens.device)

@@ -52,7 +52,9 @@ def gain(t: "Tables", baseline: str, label: str) -> Measurement:
 def residualised(t: "Tables", label: str, control: str | None = None) -> Measurement:
     """Out-of-fold rank correlation of the full set with what the nuisances leave of the label, and of another one."""
     rows = t["sets"].query("residualised and set == 'full_no_magnitude'")
-    found, other = (over_dictionaries(rows[rows.target == name], "pooled") for name in (label, control or label))
+    found, other = (
+        over_dictionaries(rows[rows.target == name], "pooled") for name in (label, control or label)
+    )
     return _measured(found, Measurement(other.value, n=other.n) if control else None)
 
 
@@ -64,13 +66,17 @@ def payoff(t: "Tables", metric: str, subject: str | None = None) -> Measurement:
     rows = t["confirmation"]
     rows = rows[(rows.metric == metric) & (rows.groups == "clean - messy")]
     if subject is not None:
-        row = rows[(rows.subject == subject) & (rows.primary == "primary") & (rows.seed == 0)].iloc[0]
+        row = rows[(rows.subject == subject) & (rows.primary == "primary") & (rows.seed == 0)].iloc[
+            0
+        ]
         scale = row.standardised / row.difference if row.difference else 1.0
         ends = sorted((row.low * scale, row.high * scale))
         return Measurement(row.standardised, *ends, int(row.n))
     found, null = over_dictionaries(rows, "standardised"), t["confirmation_null"]
     null = (
-        null[~null["primary"].str.startswith(LADDER)].groupby([*DICTIONARY, "permutation"], sort=False)[metric].mean()
+        null[~null["primary"].str.startswith(LADDER)]
+        .groupby([*DICTIONARY, "permutation"], sort=False)[metric]
+        .mean()
     )
     sign = 1 if metric.startswith("S") else -1
     past = (sign * null).groupby(level="permutation").mean().quantile(0.975)
@@ -101,7 +107,9 @@ def signature(t: "Tables") -> Measurement:
     """How much more often the strongest single predictor differs between dictionaries than between resamples of one."""
     rows = t["leaders"].query("seed == 0")
     rows = rows[~rows["primary"].str.startswith(LADDER)]
-    lead = rows.pivot_table(index="draw", columns=DICTIONARY, values="predictor", aggfunc="first").to_numpy()
+    lead = rows.pivot_table(
+        index="draw", columns=DICTIONARY, values="predictor", aggfunc="first"
+    ).to_numpy()
     pairs = list(combinations(range(lead.shape[1]), 2))
     if not pairs:
         return Measurement(0.0, n=lead.shape[1])
@@ -111,9 +119,13 @@ def signature(t: "Tables") -> Measurement:
     return Measurement(float(np.mean(across - within)), float(low), float(high), lead.shape[1])
 
 
-def one_rho(t: "Tables", subject: str, predictor: str, label: str, primary: str = "primary") -> Measurement:
+def one_rho(
+    t: "Tables", subject: str, predictor: str, label: str, primary: str = "primary"
+) -> Measurement:
     """A single rank correlation of Table 2, with its interval over features."""
-    rows = t["univariate"].query("control == 'none' and target == @label and predictor == @predictor and seed == 0")
+    rows = t["univariate"].query(
+        "control == 'none' and target == @label and predictor == @predictor and seed == 0"
+    )
     row = rows[(rows.subject == subject) & (rows.primary == primary)].iloc[0]
     return Measurement(row.rho, row.low, row.high, int(row.n))
 
@@ -134,10 +146,22 @@ def widths(t: "Tables") -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def _width(t: "Tables", splits: "pd.DataFrame", subject: str, primary: str, pair: str, wide: bool, axis: int) -> dict:
+def _width(
+    t: "Tables",
+    splits: "pd.DataFrame",
+    subject: str,
+    primary: str,
+    pair: str,
+    wide: bool,
+    axis: int,
+) -> dict:
     label, sign = (("S_abs", 1), ("C_per_E", -1))[axis]
     chosen = (t["sets"].subject == subject) & (t["sets"].primary == primary) & (t["sets"].seed == 0)
-    scores = t["sets"][chosen].query("not residualised and set == 'full_no_magnitude'").set_index("target")
+    scores = (
+        t["sets"][chosen]
+        .query("not residualised and set == 'full_no_magnitude'")
+        .set_index("target")
+    )
     pay = sign * splits[splits["primary"] == primary][f"{label}: clean - messy"]
     return {
         "pair": pair,
@@ -166,12 +190,19 @@ def width_signal(t: "Tables") -> Measurement:
 
     Control: what it loses against the base dictionary.
     """
-    rows = t["sets"].query("not residualised and set == 'full_no_magnitude' and target == 'C' and seed == 0")
+    rows = t["sets"].query(
+        "not residualised and set == 'full_no_magnitude' and target == 'C' and seed == 0"
+    )
     rows = rows[[is_wide(p) for p in rows["primary"]]]
     half = float(np.sqrt((((rows.high - rows.low) / 2) ** 2).sum())) / len(rows)
-    value, table = float(rows.pooled.mean()), widths(t).drop_duplicates(["pair", "wide"]).set_index("pair")
+    value, table = (
+        float(rows.pooled.mean()),
+        widths(t).drop_duplicates(["pair", "wide"]).set_index("pair"),
+    )
     lost = (table[~table.wide].rho_C - table[table.wide].rho_C).mean()
-    return Measurement(value, value - half, value + half, len(rows), Measurement(float(lost), n=len(rows)))
+    return Measurement(
+        value, value - half, value + half, len(rows), Measurement(float(lost), n=len(rows))
+    )
 
 
 def width_instability(t: "Tables") -> Measurement:
@@ -193,10 +224,12 @@ def random_directions(t: "Tables") -> Measurement:
     """
     rows = t["sensitivity"].query("kind == 'direction' and label == 'C'")
     own, random = (
-        over_dictionaries(rows[rows.value == v].assign(size=rows.rho.abs()), "size") for v in ("SAE", "random")
+        over_dictionaries(rows[rows.value == v].assign(size=rows.rho.abs()), "size")
+        for v in ("SAE", "random")
     )
     return _measured(
-        over_dictionaries(rows[rows.value == "random"], "rho"), Measurement(own.value - random.value, n=own.n)
+        over_dictionaries(rows[rows.value == "random"], "rho"),
+        Measurement(own.value - random.value, n=own.n),
     )
 
 
@@ -252,16 +285,27 @@ def measurements(t: "Tables") -> dict[str, Measurement | None]:
     """A measurement for every claim of the study; None where its model is not part of the run."""
     subjects, primaries = set(t["sets"]["subject"]), set(t["sets"]["primary"])
     wide = any(is_wide(p) for p in primaries)
-    found = {name: None if name.startswith("width.") and not wide else measure(t) for name, measure in _ALWAYS.items()}
-    found |= {name: measure(t) if subject in subjects else None for name, (subject, measure) in _REAL.items()}
+    found = {
+        name: None if name.startswith("width.") and not wide else measure(t)
+        for name, measure in _ALWAYS.items()
+    }
+    found |= {
+        name: measure(t) if subject in subjects else None
+        for name, (subject, measure) in _REAL.items()
+    }
     return {f"side_effects.{name}": m for name, m in found.items()}
 
 
-def intervals(rows: "pd.DataFrame", value: str = "rho", low: str = "low", high: str = "high") -> list[stats.Interval]:
+def intervals(
+    rows: "pd.DataFrame", value: str = "rho", low: str = "low", high: str = "high"
+) -> list[stats.Interval]:
     """The rows of a table as intervals, to draw them."""
     n = rows["n"] if "n" in rows else [len(rows)] * len(rows)
     columns = (rows[value], rows[low], rows[high], n)
-    return [stats.Interval(float(v), float(a), float(b), int(k)) for v, a, b, k in zip(*columns, strict=True)]
+    return [
+        stats.Interval(float(v), float(a), float(b), int(k))
+        for v, a, b, k in zip(*columns, strict=True)
+    ]
 
 
 PUBLISHED = (
@@ -274,7 +318,12 @@ PUBLISHED = (
     ("llama-3.1-8b", "logit_top10", "controlled", "-.293 (replication)"),
 )
 """Rank correlations with the raw count on the real models: subject, predictor, control, value."""
-RESIDUALISED = {"gpt2-small": 0.512, "pythia-70m": 0.521, "gemma-2-2b": 0.594, "llama-3.1-8b": 0.289}
+RESIDUALISED = {
+    "gpt2-small": 0.512,
+    "pythia-70m": 0.521,
+    "gemma-2-2b": 0.594,
+    "llama-3.1-8b": 0.289,
+}
 
 
 def published(t: "Tables", facts: "pd.DataFrame") -> "pd.DataFrame":
@@ -292,24 +341,46 @@ def published(t: "Tables", facts: "pd.DataFrame") -> "pd.DataFrame":
         rows.append({"subject": subject, "quantity": quantity, "target": target, "here": here})
 
     def main(table: "pd.DataFrame") -> "pd.DataFrame":
-        return table[(table.seed == 0) & (table.primary == "primary") & table.subject.isin(RESIDUALISED)]
+        return table[
+            (table.seed == 0) & (table.primary == "primary") & table.subject.isin(RESIDUALISED)
+        ]
 
     for row in main(facts).itertuples():
         entry = catalogue.get(row.subject)
         for role, value in (("primary", row.l0_primary), ("downstream", row.l0_downstream)):
             if role in entry.mean_l0:
-                add(row.subject, f"L0, {role}", f"{entry.mean_l0[role]:g} (replication, within 1)", value)
+                add(
+                    row.subject,
+                    f"L0, {role}",
+                    f"{entry.mean_l0[role]:g} (replication, within 1)",
+                    value,
+                )
         if entry.eligible is not None:
-            add(row.subject, "eligible features", f"{entry.eligible} (replication's band and contexts)", row.eligible)
+            add(
+                row.subject,
+                "eligible features",
+                f"{entry.eligible} (replication's band and contexts)",
+                row.eligible,
+            )
     first = main(t["univariate"])
     for subject, name, control, target in PUBLISHED:
-        found = first[(first.subject == subject) & (first.predictor == name) & (first.target == "C")]
+        found = first[
+            (first.subject == subject) & (first.predictor == name) & (first.target == "C")
+        ]
         for rho in found[(found.control == "none") == (control == "none")].rho:
             add(subject, f"{name} and C, control {control}", target, rho)
-    for row in main(t["sets"]).query("residualised and set == 'full_no_magnitude' and target == 'C'").itertuples():
+    for row in (
+        main(t["sets"])
+        .query("residualised and set == 'full_no_magnitude' and target == 'C'")
+        .itertuples()
+    ):
         target = f"{RESIDUALISED[row.subject]} within .10 (replication, mean over folds)"
         add(row.subject, "residualised C, full set", target, row.per_fold)
-    for row in main(t["sensitivity"]).query("kind == 'direction' and value == 'random' and label == 'C'").itertuples():
+    for row in (
+        main(t["sensitivity"])
+        .query("kind == 'direction' and value == 'random' and label == 'C'")
+        .itertuples()
+    ):
         add(row.subject, "crowding and C of random directions", "at most .1 in size", row.rho)
     for row in main(t["reliability"]).query("label == 'C'").itertuples():
         add(row.subject, "reliability of C", "at least .90", row.rho)

@@ -28,13 +28,19 @@ def count_moved(
     K = propagated.shape[-2]
     moved = torch.zeros(K, device=below.device)
     for part in torch.arange(K, device=below.device).split(max(1, cells // u0.numel())):
-        steps = propagated[..., part, :] if propagated.ndim == 3 else propagated[part].expand(len(below), -1, -1)
+        steps = (
+            propagated[..., part, :]
+            if propagated.ndim == 3
+            else propagated[part].expand(len(below), -1, -1)
+        )
         change = codes(below[:, None] + steps) - u0[:, None]
         moved[part] = (change.abs() > tau).sum(-1).float().mean(0)
     return moved.double().cpu().numpy()
 
 
-def identity_count(codes: Codes, below: torch.Tensor, directions: torch.Tensor, tau: float) -> np.ndarray:
+def identity_count(
+    codes: Codes, below: torch.Tensor, directions: torch.Tensor, tau: float
+) -> np.ndarray:
     """The count if the blocks between the two hooks did nothing: exact when they do nothing."""
     return count_moved(codes, below, directions, tau)
 
@@ -74,7 +80,9 @@ def linear_labels(
     """C^, E^ and |S|^ of every direction, were the upper blocks linear around each context: d_f J_x is one product."""
     found = {"C^jacobian": count_moved(codes, J.below, directions @ J.read, tau)}
     G = engine.gram()
-    if G is None:  # with a softcap the head is not linear either; its slope at the clean state is left out
+    if (
+        G is None
+    ):  # with a softcap the head is not linear either; its slope at the clean state is left out
         G = engine.W_U @ engine.W_U.T
     dz = directions @ J.final
     parts = [stability(dz[:, f] @ G @ dz[:, f].T) for f in range(len(directions))]
@@ -84,19 +92,28 @@ def linear_labels(
     }
 
 
-def mean_jacobian_count(J: Jacobians, codes: Codes, directions: torch.Tensor, tau: float) -> np.ndarray:
+def mean_jacobian_count(
+    J: Jacobians, codes: Codes, directions: torch.Tensor, tau: float
+) -> np.ndarray:
     """C^ with one Jacobian for all contexts, their mean."""
     return count_moved(codes, J.below, directions @ J.read.mean(0), tau)
 
 
 @torch.no_grad()
 def random_map(
-    engine: LastToken, tokens: torch.Tensor, length: float, directions: int, seed: int, ridge: float = 1e-2
+    engine: LastToken,
+    tokens: torch.Tensor,
+    length: float,
+    directions: int,
+    seed: int,
+    ridge: float = 1e-2,
 ) -> torch.Tensor:
     """W [d, d]: ridge regression of the downstream change on the edit, over random directions of one length."""
     record = engine.record(tokens)
     d = record.last.shape[1]
-    noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((directions, d))).to(record.last)
+    noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((directions, d))).to(
+        record.last
+    )
     moves = noise / noise.norm(dim=1, keepdim=True) * length
     which = torch.arange(directions, device=moves.device)
     context = which % len(tokens)
@@ -104,12 +121,18 @@ def random_map(
     for r, state in engine.steer(record, context, which, moves):
         Y[r] = (state.reads[0] - record.clean.reads[0][context[r]]).double()
     gram = X.T @ X
-    return torch.linalg.solve(gram + ridge * gram.diagonal().mean() * torch.eye(d).to(gram), X.T @ Y).to(record.last)
+    return torch.linalg.solve(
+        gram + ridge * gram.diagonal().mean() * torch.eye(d).to(gram), X.T @ Y
+    ).to(record.last)
 
 
 @torch.no_grad()
 def output_score(
-    engine: LastToken, prompt: torch.Tensor, directions: torch.Tensor, strength: torch.Tensor, W: torch.Tensor
+    engine: LastToken,
+    prompt: torch.Tensor,
+    directions: torch.Tensor,
+    strength: torch.Tensor,
+    W: torch.Tensor,
 ) -> np.ndarray:
     """Arad et al. 2025: how far steering lifts the 20 tokens that the direct logits favour, on one prompt [1, T].
 
@@ -118,7 +141,9 @@ def output_score(
     record = engine.record(prompt)
     rows = torch.arange(len(directions), device=directions.device)
     scores = torch.zeros(len(directions))
-    for r, state in engine.steer(record, torch.zeros_like(rows), rows, directions * strength[:, None], pack=32):
+    for r, state in engine.steer(
+        record, torch.zeros_like(rows), rows, directions * strength[:, None], pack=32
+    ):
         logits = engine.logits(state.final)
         favoured = (directions[r] @ W).topk(min(20, W.shape[1]), dim=1).indices
         own = logits.gather(1, favoured)

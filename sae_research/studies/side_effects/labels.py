@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from sae_research.last_token import LastToken
-from sae_research.progress import bar
 
 EPS = 1e-8
 
@@ -61,11 +61,14 @@ def measure(
     which = torch.arange(K, device=device).repeat_interleave(n)
     used, row_of = torch.unique(flat), torch.zeros(len(tokens), dtype=torch.long, device=device)
     row_of[used] = torch.arange(len(used), device=device)
-    counts, panels = torch.zeros(K * n, len(taus), device=device), torch.zeros(K * n, len(sizes), device=device)
+    counts, panels = (
+        torch.zeros(K * n, len(taus), device=device),
+        torch.zeros(K * n, len(sizes), device=device),
+    )
     l1, l2, moved = (torch.zeros(K * n, device=device) for _ in range(3))
     clean, steered = torch.zeros(len(used), d, device=device), torch.zeros(K * n, d, device=device)
     shift: torch.Tensor | None = None
-    progress = bar(total=K * n, desc="steering")
+    progress = tqdm(total=K * n, desc="steering", leave=False)
     for rows, before, after in engine.sweep(tokens, flat, which, directions, batch=batch):
         change = codes(after.reads[0]) - codes(before.reads[0])
         size = change.abs()
@@ -97,12 +100,20 @@ def stability(gram: torch.Tensor) -> dict[str, float]:
     if n < 2:
         return found | dict.fromkeys(names, 0.0)
     rows, total = gram.sum(1), gram.sum()
-    to_mean = rows / (size * total.clamp(min=EPS**2).sqrt())  # <D_x, m> / |D_x||m| with m = sum_y D_y / n
+    to_mean = rows / (
+        size * total.clamp(min=EPS**2).sqrt()
+    )  # <D_x, m> / |D_x||m| with m = sum_y D_y / n
     cosine = gram / (size[:, None] * size)
     off = ~torch.eye(n, dtype=torch.bool, device=gram.device)
     others = (total - 2 * rows + gram.diagonal()).clamp(min=EPS**2).sqrt()  # |sum of the others|
     alone = (rows - gram.diagonal()) / (size * others)
-    values = (to_mean.mean(), to_mean.abs().mean(), cosine[off].mean(), cosine[off].abs().mean(), alone.mean())
+    values = (
+        to_mean.mean(),
+        to_mean.abs().mean(),
+        cosine[off].mean(),
+        cosine[off].abs().mean(),
+        alone.mean(),
+    )
     return found | {name: float(value) for name, value in zip(names, values, strict=True)}
 
 
@@ -116,7 +127,9 @@ def logit_labels(
     """
     G = engine.gram()
     found: dict[str, list[float]] = {}
-    for after, contexts in zip(measured.steered[:, columns], measured.contexts[:, columns], strict=True):
+    for after, contexts in zip(
+        measured.steered[:, columns], measured.contexts[:, columns], strict=True
+    ):
         before = measured.clean[measured.row_of[contexts]]
         if G is not None:
             dz = after - before
@@ -137,7 +150,11 @@ def logit_labels(
 
 def panel_labels(measured: Measured, columns: slice = slice(None)) -> dict[str, np.ndarray]:
     """C at the first threshold and what else the downstream panel tells, over some of the contexts."""
-    means = {"C": measured.counts[:, columns, 0], "L2": measured.l2[:, columns], "moved": measured.moved[:, columns]}
+    means = {
+        "C": measured.counts[:, columns, 0],
+        "L2": measured.l2[:, columns],
+        "moved": measured.moved[:, columns],
+    }
     return {name: value.mean(1).double().cpu().numpy() for name, value in means.items()}
 
 
@@ -170,7 +187,9 @@ def quantile_tau(
     which = torch.arange(K, device=directions.device).repeat_interleave(n)
     sizes = [
         (codes(after.reads[0]) - codes(before.reads[0])).abs().flatten()
-        for _, before, after in engine.sweep(tokens, contexts.flatten().to(directions.device), which, directions)
+        for _, before, after in engine.sweep(
+            tokens, contexts.flatten().to(directions.device), which, directions
+        )
     ]
     sizes = torch.cat(sizes)
     return float(sizes.kthvalue(max(1, round((1 - share) * len(sizes)))).values)

@@ -35,7 +35,9 @@ class Ridge:
 
     def __init__(self, X: np.ndarray, Y: np.ndarray, alpha: float = ALPHA):
         self.mean, self.scale = X.mean(0), X.std(0)
-        self.scale = np.where(self.scale > 1e-12 * (1 + np.abs(self.mean)), self.scale, np.inf)  # constants say nothing
+        self.scale = np.where(
+            self.scale > 1e-12 * (1 + np.abs(self.mean)), self.scale, np.inf
+        )  # constants say nothing
         Z = (X - self.mean) / self.scale
         self.intercept = Y.mean(0)
         self.b = np.linalg.solve(Z.T @ Z + alpha * np.eye(Z.shape[1]), Z.T @ (Y - self.intercept))
@@ -80,7 +82,9 @@ def scores(target: np.ndarray, predicted: np.ndarray, splits: Sequence) -> dict[
     spread = float(np.sum((target - target.mean()) ** 2))
     return {
         "pooled": rank_correlation(target, predicted),
-        "per_fold": float(np.mean([rank_correlation(target[test], predicted[test]) for _, test in splits])),
+        "per_fold": float(
+            np.mean([rank_correlation(target[test], predicted[test]) for _, test in splits])
+        ),
         "R2": 1 - float(np.sum((target - predicted) ** 2)) / spread if spread > 0 else float("nan"),
         "MAE": float(np.mean(np.abs(target - predicted))),
     }
@@ -150,7 +154,10 @@ def gains(
     """rho(better) - rho(baseline): paired bootstrap over features, permutation p-value, Holm over the table."""
     import pandas as pd
 
-    found, rows = predictions(frame, targets, (better, *baselines), seed=seed, nuisances=nuisances), []
+    found, rows = (
+        predictions(frame, targets, (better, *baselines), seed=seed, nuisances=nuisances),
+        [],
+    )
     for baseline in baselines:
         for i, label in enumerate(targets):
             y, a, b = found[better][0][:, i], found[better][1][:, i], found[baseline][1][:, i]
@@ -159,7 +166,14 @@ def gains(
             gain = stats.spearman_difference(a, b, y, seed=seed, draws=draws)
             p = _swap_test(a, b, y, seed, draws)
             rows.append(
-                {"baseline": baseline, "target": label, "gain": gain.value, "low": gain.low, "high": gain.high, "p": p}
+                {
+                    "baseline": baseline,
+                    "target": label,
+                    "gain": gain.value,
+                    "low": gain.low,
+                    "high": gain.high,
+                    "p": p,
+                }
             )
     frame = pd.DataFrame(rows)
     return frame.assign(holm=stats.holm(frame["p"]), n=len(y)) if len(frame) else frame
@@ -176,13 +190,21 @@ def _swap_test(a: np.ndarray, b: np.ndarray, y: np.ndarray, seed: int, draws: in
 
 
 def leaders(
-    frame: "pd.DataFrame", target: str, names: Sequence[str] = predictors.ALL, *, seed: int = 0, draws: int = 100
+    frame: "pd.DataFrame",
+    target: str,
+    names: Sequence[str] = predictors.ALL,
+    *,
+    seed: int = 0,
+    draws: int = 100,
 ) -> "pd.DataFrame":
     """The strongest single predictor of a label in each of many resamples of the features: how far it is chance."""
     import pandas as pd
     from scipy.stats import rankdata
 
-    rng, names = np.random.default_rng(seed), [name for name in names if np.ptp(frame[name].to_numpy(float)) > 0]
+    rng, names = (
+        np.random.default_rng(seed),
+        [name for name in names if np.ptp(frame[name].to_numpy(float)) > 0],
+    )
     X, y = frame[names].to_numpy(float), frame[target].to_numpy(float)
     found = []
     for draw in range(draws):
@@ -211,20 +233,31 @@ def boosted(
     for i, label in enumerate(targets):
         y, predicted = frame[label].to_numpy(float), np.zeros(len(frame))
         for train, test in splits:
-            trees = GradientBoostingRegressor(max_depth=2, n_estimators=100, learning_rate=0.05, random_state=seed)
+            trees = GradientBoostingRegressor(
+                max_depth=2, n_estimators=100, learning_rate=0.05, random_state=seed
+            )
             predicted[test] = trees.fit(X[train], y[train]).predict(X[test])
         if np.ptp(y) == 0 or np.ptp(predicted) == 0:
             continue
         gain = stats.spearman_difference(predicted, linear[:, i], y, seed=seed, draws=draws)
         rows.append(
-            {"target": label, "ridge": rank_correlation(y, linear[:, i]), "boosted": rank_correlation(y, predicted)}
+            {
+                "target": label,
+                "ridge": rank_correlation(y, linear[:, i]),
+                "boosted": rank_correlation(y, predicted),
+            }
             | {"gain": gain.value, "low": gain.low, "high": gain.high}
         )
     return pd.DataFrame(rows)
 
 
 def permuted(
-    frame: "pd.DataFrame", target: str, name: str = "full_no_magnitude", *, seed: int = 0, draws: int = 200
+    frame: "pd.DataFrame",
+    target: str,
+    name: str = "full_no_magnitude",
+    *,
+    seed: int = 0,
+    draws: int = 200,
 ) -> np.ndarray:
     """Pooled Spearman of the same model on permuted labels: what it finds where there is nothing."""
     rng, y, X = np.random.default_rng(seed), frame[target].to_numpy(float), columns_of(frame, name)
@@ -253,21 +286,36 @@ def univariate(
             if np.ptp(x) == 0 or np.ptp(y) == 0 or name in controls:
                 continue
             if controls:
-                rho = stats.partial_spearman(x, y, [frame[c].to_numpy(float) for c in controls], seed=seed, draws=draws)
+                rho = stats.partial_spearman(
+                    x, y, [frame[c].to_numpy(float) for c in controls], seed=seed, draws=draws
+                )
             else:
                 rho = stats.spearman(x, y, seed=seed, draws=draws)
             rows.append(
-                {"target": label, "predictor": name, "rho": rho.value, "low": rho.low, "high": rho.high, "n": rho.n}
+                {
+                    "target": label,
+                    "predictor": name,
+                    "rho": rho.value,
+                    "low": rho.low,
+                    "high": rho.high,
+                    "n": rho.n,
+                }
             )
     return pd.DataFrame(rows)
 
 
-def reliability(frame: "pd.DataFrame", labels: Sequence[str], *, seed: int = 0, draws: int = 2000) -> "pd.DataFrame":
+def reliability(
+    frame: "pd.DataFrame", labels: Sequence[str], *, seed: int = 0, draws: int = 2000
+) -> "pd.DataFrame":
     """Rank correlation of each label measured on two disjoint pools of contexts (columns `label@a` and `label@b`)."""
     import pandas as pd
 
     rows = []
     for label in labels:
-        rho = interval_of(frame[f"{label}@a"].to_numpy(float), frame[f"{label}@b"].to_numpy(float), seed, draws)
-        rows.append({"label": label, "rho": rho.value, "low": rho.low, "high": rho.high, "n": rho.n})
+        rho = interval_of(
+            frame[f"{label}@a"].to_numpy(float), frame[f"{label}@b"].to_numpy(float), seed, draws
+        )
+        rows.append(
+            {"label": label, "rho": rho.value, "low": rho.low, "high": rho.high, "n": rho.n}
+        )
     return pd.DataFrame(rows)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from sae_research.errors import ResearchError
 from sae_research.last_token import LastToken
-from sae_research.progress import bar
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -119,11 +119,13 @@ class Pool:
 
 
 @torch.no_grad()
-def read(engine: LastToken, primary: "SAE", downstream: "SAE", tokens: torch.Tensor, batch: int = 64) -> Pool:
+def read(
+    engine: LastToken, primary: "SAE", downstream: "SAE", tokens: torch.Tensor, batch: int = 64
+) -> Pool:
     """One clean pass over `tokens`, through the engine so that everything above the edit is in float32."""
     moments = Moments.none(primary.cfg.d_sae, primary.device)
     last, below, fires, counts, active = [], [], [], 0.0, 0.0
-    for rows in bar(tokens.split(batch), desc="clean pass"):
+    for rows in tqdm(tokens.split(batch), desc="clean pass", leave=False):
         residual = engine.residual(rows)
         read_out = engine.record(rows, residual).clean.reads[0]
         codes = encode(primary, residual)
@@ -155,7 +157,12 @@ def eligible(pool: Pool, band: tuple[float, float]) -> torch.Tensor:
 
 
 def sample(
-    pool: Pool, band: tuple[float, float], n: int, protocol: str, seed: int, fewest: int | None = None
+    pool: Pool,
+    band: tuple[float, float],
+    n: int,
+    protocol: str,
+    seed: int,
+    fewest: int | None = None,
 ) -> torch.Tensor:
     """`n` features: evenly spaced ranks of the descending frequency (author) or uniformly random (replication)."""
     found = eligible(pool, band).cpu()
@@ -168,7 +175,11 @@ def sample(
         )
     if protocol == "author":
         order = torch.argsort(pool.frequency.cpu()[found], descending=True, stable=True)
-        return found[order[torch.from_numpy(np.linspace(0, len(found) - 1, n).round().astype(int))]].sort().values
+        return (
+            found[order[torch.from_numpy(np.linspace(0, len(found) - 1, n).round().astype(int))]]
+            .sort()
+            .values
+        )
     chosen = np.random.default_rng(seed).choice(len(found), n, replace=False)
     return found[torch.from_numpy(np.sort(chosen))]
 
@@ -180,7 +191,9 @@ def mixed_contexts(activations: torch.Tensor, each: int, seed: int) -> torch.Ten
     """
     n, features = activations.shape
     if n < 3 * each:
-        raise ResearchError(f"{n} contexts are too few for {3 * each} different ones a feature; give more contexts.")
+        raise ResearchError(
+            f"{n} contexts are too few for {3 * each} different ones a feature; give more contexts."
+        )
     rng = np.random.default_rng(seed)
     order = np.lexsort((rng.random((features, n)), activations.T.cpu().numpy()), axis=-1)
     middle = order[:, each : n - each]

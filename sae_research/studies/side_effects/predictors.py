@@ -12,11 +12,19 @@ if TYPE_CHECKING:
     import pandas as pd
     from sae_lens import SAE
 
-    from sae_research.lens import Lens
+    from sae_research.models import LanguageModel
 
 GEOMETRY = ("decoder_norm", "encoder_norm", "encoder_decoder_cos", "crowding_max", "crowding")
 FREQUENCY = ("final_frequency", "token_frequency")
-MAGNITUDE = ("final_mean", "final_std", "final_max", "final_q95", "token_mean", "token_std", "token_max")
+MAGNITUDE = (
+    "final_mean",
+    "final_std",
+    "final_max",
+    "final_q95",
+    "token_mean",
+    "token_std",
+    "token_max",
+)
 SHAPE = ("binary_entropy", "activation_entropy", "kurtosis")
 COACTIVATION = ("coactivation_entropy", "coactivation_count", "coactivation_top20")
 DIRECT_LOGIT = (
@@ -47,14 +55,23 @@ SETS = {
     "geometry_only": GEOMETRY,
     "direct_logit_only": DIRECT_LOGIT,
     "coactivation_only": COACTIVATION,
-    "compact_no_magnitude": (*GEOMETRY, *FREQUENCY, *SHAPE, *COACTIVATION[:2], *DIRECT_LOGIT[:3], "logit_top10"),
+    "compact_no_magnitude": (
+        *GEOMETRY,
+        *FREQUENCY,
+        *SHAPE,
+        *COACTIVATION[:2],
+        *DIRECT_LOGIT[:3],
+        "logit_top10",
+    ),
     "full_no_magnitude": tuple(name for name in ALL if name not in MAGNITUDE),
     "full_all": ALL,
 }
 """The ten predictor sets; the 16 columns of `compact_no_magnitude` are not published, ours are not collinear."""
 
 
-def crowding(decoder: torch.Tensor, features: torch.Tensor, nearest: int = 20, chunk: int = 4096) -> torch.Tensor:
+def crowding(
+    decoder: torch.Tensor, features: torch.Tensor, nearest: int = 20, chunk: int = 4096
+) -> torch.Tensor:
     """[features, nearest]: the largest |cos| of each feature's decoder row with any other row, descending."""
     unit = decoder / decoder.norm(dim=1, keepdim=True).clamp(min=1e-8)
     best = torch.empty(len(features), 0, device=decoder.device)
@@ -76,7 +93,7 @@ def neighbours(decoder: torch.Tensor, feature: int, nearest: int = 10) -> list[t
 
 
 @torch.no_grad()
-def unembedding(lens: "Lens", folded: bool = True) -> torch.Tensor:
+def unembedding(lens: "LanguageModel", folded: bool = True) -> torch.Tensor:
     """W_U in float32; `folded` takes in the gain (and centring) of the final norm and centres over the vocabulary.
 
     The gain is read off the norm's response to one vector, so that it does not matter how a model stores it.
@@ -106,12 +123,21 @@ def direct_logits(directions: torch.Tensor, W: torch.Tensor) -> dict[str, np.nda
         rows["logit_linf"].append(size.max(1).values)
         rows["logit_entropy"].append(entropy)
         rows["logit_exp_entropy"].append(entropy.exp())
-        for k in (10, 50, 100, 500):  # all of a small vocabulary is 1 exactly, without the noise of a sum
-            rows[f"logit_top{k}"].append(top[:, k - 1] if k < top.shape[1] else torch.ones(len(part)).to(top))
+        for k in (
+            10,
+            50,
+            100,
+            500,
+        ):  # all of a small vocabulary is 1 exactly, without the noise of a sum
+            rows[f"logit_top{k}"].append(
+                top[:, k - 1] if k < top.shape[1] else torch.ones(len(part)).to(top)
+            )
     return {name: torch.cat(parts).cpu().numpy() for name, parts in rows.items()}
 
 
-def coactivation(fires: torch.Tensor, features: torch.Tensor, partners: int, protocol: str) -> dict[str, np.ndarray]:
+def coactivation(
+    fires: torch.Tensor, features: torch.Tensor, partners: int, protocol: str
+) -> dict[str, np.ndarray]:
     """Entropy, mean count and top-20 mass of the latents that fire with each feature at the final token.
 
     q_j is the share of partner j among all joint firings. Author: partners are the most frequent latents, the feature
@@ -175,4 +201,7 @@ def table(
         **coactivation(pool.fires, features, partners, protocol),
         **direct_logits(directions, W),
     }
-    return pd.DataFrame({name: columns[name] for name in ALL}, index=pd.Index(features.cpu().numpy(), name="feature"))
+    return pd.DataFrame(
+        {name: columns[name] for name in ALL},
+        index=pd.Index(features.cpu().numpy(), name="feature"),
+    )

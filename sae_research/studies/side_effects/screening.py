@@ -31,7 +31,10 @@ def clean_score(
 
     Both are standardised by the mean and spread of `rows`.
     """
-    formulas = {"log_over_effect": np.log1p(C) / (E + 1e-8), "log_of_ratio": np.log1p(C / (E + 1e-8))}
+    formulas = {
+        "log_over_effect": np.log1p(C) / (E + 1e-8),
+        "log_of_ratio": np.log1p(C / (E + 1e-8)),
+    }
     if formula not in formulas:
         raise ResearchError(f"unknown clean score '{formula}'; valid: {', '.join(formulas)}.")
     return _z(S_abs, rows) - _z(formulas[formula], rows)
@@ -99,10 +102,14 @@ def split(frame: "pd.DataFrame", rule: Rule, seed: int, permuted: int | None = N
             f"{n} features leave groups of {k} for screening; label more features or widen the matching."
         )
     middle = ranked[k : len(ranked) - k]
-    return Split(train, held_out, ranked, ranked[:k], ranked[-k:], rng.choice(middle, k, replace=False))
+    return Split(
+        train, held_out, ranked, ranked[:k], ranked[-k:], rng.choice(middle, k, replace=False)
+    )
 
 
-def payoff(frame: "pd.DataFrame", groups: Split, metrics: tuple[str, ...] = METRICS) -> dict[str, float]:
+def payoff(
+    frame: "pd.DataFrame", groups: Split, metrics: tuple[str, ...] = METRICS
+) -> dict[str, float]:
     """Differences of group means, clean - messy and clean - random, per metric."""
     found = {}
     for metric in metrics:
@@ -119,10 +126,16 @@ def against_oracle(frame: "pd.DataFrame", groups: Split, rule: Rule) -> dict[str
     truth = clean_score(S, C, E, rule.formula)
     k, mean = len(groups.clean), truth[groups.candidates].mean()
     chosen, best = truth[groups.clean].mean(), np.sort(truth[groups.candidates])[-k:].mean()
-    return {"lift": chosen - mean, "regret": best - chosen, "share_of_oracle": (chosen - mean) / (best - mean + 1e-12)}
+    return {
+        "lift": chosen - mean,
+        "regret": best - chosen,
+        "share_of_oracle": (chosen - mean) / (best - mean + 1e-12),
+    }
 
 
-def repeated(frame: "pd.DataFrame", rule: Rule, splits: int, seed: int, permute: bool = False) -> "pd.DataFrame":
+def repeated(
+    frame: "pd.DataFrame", rule: Rule, splits: int, seed: int, permute: bool = False
+) -> "pd.DataFrame":
     """One row a random split: payoff, lift and regret. The labels exist already, so a split costs nothing."""
     import pandas as pd
 
@@ -133,7 +146,9 @@ def repeated(frame: "pd.DataFrame", rule: Rule, splits: int, seed: int, permute:
     return pd.DataFrame(rows)
 
 
-def top_k(frame: "pd.DataFrame", rule: Rule, ks: tuple[int, ...], splits: int, seed: int) -> "pd.DataFrame":
+def top_k(
+    frame: "pd.DataFrame", rule: Rule, ks: tuple[int, ...], splits: int, seed: int
+) -> "pd.DataFrame":
     """Lift of the clean score over the candidates' mean when k are chosen: predicted, oracle, over random splits."""
     import pandas as pd
 
@@ -145,7 +160,14 @@ def top_k(frame: "pd.DataFrame", rule: Rule, ks: tuple[int, ...], splits: int, s
         for k in ks:
             if k <= len(ranked):
                 lift = scores[:k].mean() - scores.mean()
-                rows.append({"k": k, "split": i, "predicted": lift, "oracle": best[:k].mean() - scores.mean()})
+                rows.append(
+                    {
+                        "k": k,
+                        "split": i,
+                        "predicted": lift,
+                        "oracle": best[:k].mean() - scores.mean(),
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -172,7 +194,14 @@ def compare_groups(
             low, high = np.quantile(drawn, [0.025, 0.975])
             p = float(mannwhitneyu(first, second, alternative="two-sided").pvalue)
             difference = float(first.mean() - second.mean())
-            row = {"metric": metric, "groups": f"{a} - {b}", "difference": difference, "low": low, "high": high, "p": p}
+            row = {
+                "metric": metric,
+                "groups": f"{a} - {b}",
+                "difference": difference,
+                "low": low,
+                "high": high,
+                "p": p,
+            }
             rows.append(row | {"n": len(first)})
     return pd.DataFrame(rows)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sae_research import dictionaries, steering
+from sae_research import saes, steering
 from sae_research.errors import ResearchError
 from sae_research.last_token import LastToken
 from sae_research.studies.side_effects import forecasters, pool, predictors
@@ -25,11 +25,25 @@ if TYPE_CHECKING:
     import pandas as pd
     from sae_lens import SAE
 
-    from sae_research.catalogue import Subject
-    from sae_research.config import SideEffects
-    from sae_research.lens import Lens
+    from sae_research.catalogue import ModelSpec
+    from sae_research.models import LanguageModel
+    from sae_research.studies.side_effects.settings import Settings
 
-LABELS = ("C", "C_per_E", "E", "E_cv", "S", "S_abs", "S_loo", "pair", "pair_abs", "L2", "moved", "KL", "KL_per_E")
+LABELS = (
+    "C",
+    "C_per_E",
+    "E",
+    "E_cv",
+    "S",
+    "S_abs",
+    "S_loo",
+    "pair",
+    "pair_abs",
+    "L2",
+    "moved",
+    "KL",
+    "KL_per_E",
+)
 FORECASTS = (
     "C^identity",
     "C^jacobian",
@@ -69,11 +83,13 @@ class Screened:
     """The unembedding of the direct logits."""
 
 
-def hooks_of(lens: "Lens", primary: "SAE", downstream: "SAE") -> tuple[str, str]:
+def hooks_of(lens: "LanguageModel", primary: "SAE", downstream: "SAE") -> tuple[str, str]:
     """Both hooks under the bridge's names, once both dictionaries fit the model and the second lies above the first."""
-    first, second = dictionaries.check_fit(lens, primary), dictionaries.check_fit(lens, downstream)
+    first, second = saes.check_fit(lens, primary), saes.check_fit(lens, downstream)
     if lens.depth(second) < lens.depth(first):
-        raise ResearchError(f"the downstream dictionary reads '{second}', below the edit at '{first}'; exchange them.")
+        raise ResearchError(
+            f"the downstream dictionary reads '{second}', below the edit at '{first}'; exchange them."
+        )
     return first, second
 
 
@@ -82,19 +98,25 @@ def features_of(sae: "SAE", features: Sequence[int]) -> torch.Tensor:
     chosen = torch.as_tensor(features, dtype=torch.long)
     wrong = chosen[(chosen < 0) | (chosen >= sae.cfg.d_sae)]
     if len(wrong):
-        raise ResearchError(f"feature {int(wrong[0])} is out of range; this SAE has features 0 to {sae.cfg.d_sae - 1}.")
+        raise ResearchError(
+            f"feature {int(wrong[0])} is out of range; this SAE has features 0 to {sae.cfg.d_sae - 1}."
+        )
     return chosen
 
 
-def dose(settings: "SideEffects", found: Pool, activations: torch.Tensor, directions: torch.Tensor) -> float:
+def dose(
+    settings: "Settings", found: Pool, activations: torch.Tensor, directions: torch.Tensor
+) -> float:
     """c: median over features of max(q95, 1), q95 over all contexts; or a share of the mean residual's length."""
     if settings.residual_share is not None:
-        return settings.residual_share * float(found.last.norm(dim=1).mean() / directions.norm(dim=1).median())
+        return settings.residual_share * float(
+            found.last.norm(dim=1).mean() / directions.norm(dim=1).median()
+        )
     q95 = torch.quantile(activations.float(), 0.95, dim=0).clamp(min=1.0)
     return settings.dose * float(q95.median())
 
 
-def gate(subject: "Subject", facts: dict[str, float], slack: float = 0.05) -> list[str]:
+def gate(subject: "ModelSpec", facts: dict[str, float], slack: float = 0.05) -> list[str]:
     """Compare L0 and eligible features with what a replication measured; stop a run on the wrong weights.
 
     `eligible` counts features in the band of the catalogue's numbers, `GATE_BAND`, whatever band the run samples from.
@@ -113,11 +135,11 @@ def gate(subject: "Subject", facts: dict[str, float], slack: float = 0.05) -> li
 
 
 def screen_dictionary(
-    lens: "Lens",
+    lens: "LanguageModel",
     primary: "SAE",
     downstream: "SAE",
     tokens: torch.Tensor,
-    settings: "SideEffects",
+    settings: "Settings",
     *,
     seed: int = 0,
     folded: bool = True,
@@ -126,7 +148,7 @@ def screen_dictionary(
     tau: float | None = None,
     c: float | None = None,
     prompt: torch.Tensor | None = None,
-    expected: "Subject | None" = None,
+    expected: "ModelSpec | None" = None,
 ) -> Screened:
     """Label, predict and forecast features of `primary`; `panel`, `tau` and `c` hold another run's choice fixed.
 
@@ -141,7 +163,9 @@ def screen_dictionary(
         clean = {"l0_primary": found.l0[0], "l0_downstream": found.l0[1], "contexts": len(tokens)}
         gate(expected, clean | {"eligible": len(pool.eligible(found, GATE_BAND))})
     if features is None:
-        chosen = pool.sample(found, settings.band, settings.features, settings.protocol, seed, settings.fewest)
+        chosen = pool.sample(
+            found, settings.band, settings.features, settings.protocol, seed, settings.fewest
+        )
     else:
         chosen = features_of(primary, features)
     chosen = chosen.to(found.last.device)
@@ -156,13 +180,19 @@ def screen_dictionary(
         tau = settings.tau
         if settings.panel_share is not None:
             some = slice(None, None, max(1, len(chosen) // 24))
-            tau = quantile_tau(engine, codes, tokens, directions[some], contexts[some, ::4], settings.panel_share)
+            tau = quantile_tau(
+                engine, codes, tokens, directions[some], contexts[some, ::4], settings.panel_share
+            )
             tau = max(tau, 1e-6)
     W = predictors.unembedding(lens, folded)
-    frame = predictors.table(primary, found, chosen, activations, W, settings.protocol, settings.panel)
+    frame = predictors.table(
+        primary, found, chosen, activations, W, settings.protocol, settings.panel
+    )
     own = activations.T.cpu().gather(1, contexts)
 
-    measured, columns = _all_doses(engine, codes, tokens, directions, contexts, settings, tau, seed, len(panel))
+    measured, columns = _all_doses(
+        engine, codes, tokens, directions, contexts, settings, tau, seed, len(panel)
+    )
     columns |= {"natural_mean": own.mean(1).numpy(), "natural_max": own.max(1).values.numpy()}
     columns |= _halves(engine, codes, found, activations, directions, settings, tau, seed)
     if prompt is None:
@@ -189,14 +219,18 @@ def screen_dictionary(
     return Screened(frame, facts, found, engine, directions, panel, measured, W)
 
 
-def _all_doses(engine, codes, tokens, directions, contexts, settings, tau, seed, panel) -> tuple[Measured, dict]:
+def _all_doses(
+    engine, codes, tokens, directions, contexts, settings, tau, seed, panel
+) -> tuple[Measured, dict]:
     """All doses and the matched random directions in one sweep over the clean cache."""
     F = len(directions)
     multiples = (1.0, *settings.doses)
     moves = torch.cat([*(m * directions for m in multiples), matched_random(directions, seed)])
     taus = (tau, *(tau * t for t in settings.taus))
     sizes = tuple(sorted({max(1, panel // 4), max(1, panel // 2)}))
-    every = measure(engine, codes, tokens, moves, contexts.repeat(len(multiples) + 1, 1), taus, sizes)
+    every = measure(
+        engine, codes, tokens, moves, contexts.repeat(len(multiples) + 1, 1), taus, sizes
+    )
     blocks = {f"@{m:g}": i for i, m in enumerate(multiples) if i} | {"@random": len(multiples)}
     first = _rows(every, slice(0, F))
     columns = labels(engine, first)
@@ -206,7 +240,9 @@ def _all_doses(engine, codes, tokens, directions, contexts, settings, tau, seed,
         columns[f"C@panel{size}"] = first.panels[:, :, i].mean(1).cpu().numpy()
     for suffix, block in blocks.items():
         found = labels(engine, _rows(every, slice(block * F, (block + 1) * F)), divergence=False)
-        columns |= {f"{name}{suffix}": found[name] for name in ("C", "C_per_E", "E", "S_abs", "S_loo")}
+        columns |= {
+            f"{name}{suffix}": found[name] for name in ("C", "C_per_E", "E", "S_abs", "S_loo")
+        }
     return first, columns
 
 
@@ -215,11 +251,15 @@ def _rows(m: Measured, rows: slice) -> Measured:
     return replace(m, **{name: getattr(m, name)[rows] for name in per_direction})
 
 
-def _halves(engine, codes, found, activations, directions, settings, tau, seed) -> dict[str, np.ndarray]:
+def _halves(
+    engine, codes, found, activations, directions, settings, tau, seed
+) -> dict[str, np.ndarray]:
     """Every label again on each of two disjoint halves of the contexts, chosen the same way inside each."""
     columns, n = {}, len(found.tokens)
     for side, rows in (("@a", torch.arange(0, n, 2)), ("@b", torch.arange(1, n, 2))):
-        contexts = pool.mixed_contexts(activations[rows.to(activations.device)], settings.each, seed + 1)
+        contexts = pool.mixed_contexts(
+            activations[rows.to(activations.device)], settings.each, seed + 1
+        )
         half = measure(engine, codes, found.tokens, directions, rows[contexts], (tau,))
         columns |= {name + side: values for name, values in labels(engine, half).items()}
         for part in FEWER:
@@ -239,11 +279,15 @@ def _forecasts(engine, codes, found, directions, settings, tau, seed) -> dict[st
         "C^random_map": forecasters.count_moved(codes, below, directions @ W, tau),
         **forecasters.linear_labels(J, engine, codes, directions, tau),
     }
-    columns["C_per_E^jacobian"] = forecasters.relative_to_effect(columns["C^jacobian"], columns["E^jacobian"])
+    columns["C_per_E^jacobian"] = forecasters.relative_to_effect(
+        columns["C^jacobian"], columns["E^jacobian"]
+    )
     return columns
 
 
-def fresh_labels(screened: Screened, downstream: "SAE", tokens: torch.Tensor, rows: np.ndarray) -> "pd.DataFrame":
+def fresh_labels(
+    screened: Screened, downstream: "SAE", tokens: torch.Tensor, rows: np.ndarray
+) -> "pd.DataFrame":
     """Labels of some features (rows of the table) on other contexts, all of them, with panel, tau and dose frozen."""
     import pandas as pd
 

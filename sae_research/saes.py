@@ -1,0 +1,277 @@
+"""Sparse dictionaries: load SAEs, check that they fit a model, give them an exact L0, save them, judge them."""
+
+import copy
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_research import store
+from sae_research.errors import ResearchError, unknown
+from sae_research.models import LanguageModel, canonical_name, download, quiet, unreachable
+from sae_research.paths import relative
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+    from sae_lens.saes.sae import SAEMetadata
+    from torch import LongTensor, Tensor
+
+
+def load_sae(
+    release: str | Path, sae_id: str | None = None, *, device: str = "cpu", dtype: str = "float32"
+) -> "SAE":
+    """A frozen SAE: `sae_id` of a SAELens release, or a folder in SAELens format (checked if it carries checksums)."""
+    folder = Path(release).expanduser()
+    with quiet():
+        from sae_lens import SAE
+
+        if sae_id is not None:
+            sae = _from_release(str(release), sae_id, device, dtype)
+        elif (folder / "cfg.json").is_file():
+            if (folder / store.CHECKSUMS).is_file():
+                store.verified(folder)
+            sae = SAE.load_from_disk(folder, device=device, dtype=dtype)
+        else:
+            raise ResearchError(
+                f"{relative(folder)} holds no SAE (cfg.json); give such a folder, or a release and an SAE id."
+            )
+    return _ready(sae)
+
+
+def _from_release(release: str, sae_id: str, device: str, dtype: str) -> "SAE":
+    """Fetch from the hub with SAELens, saying in one sentence what is missing."""
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    known = get_pretrained_saes_directory()
+    if release not in known:
+        raise unknown("SAE release", release, known, "SAELens")
+    if sae_id not in known[release].saes_map:
+        raise unknown("SAE id", sae_id, known[release].saes_map, release)
+    repository, folder = known[release].repo_id, known[release].saes_map[sae_id]
+    if not (download(repository, (f"{folder}/*",)) / folder).is_dir():
+        raise unreachable(f"the SAE {release}/{sae_id}")
+    return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
+
+
+def _ready(sae: "SAE") -> "SAE":
+    """Freeze, and let an SAE that was trained on centred residuals take raw ones."""
+    if centred(sae):
+        sae.run_time_activation_norm_fn_in = _centre
+    return sae.eval().requires_grad_(False)
+
+
+def _centre(x: "Tensor") -> "Tensor":
+    return x - x.mean(-1, keepdim=True)
+
+
+def centred(sae: "SAE") -> bool:
+    """Whether the SAE was trained with centred writing weights, which take the mean over d out of the residual."""
+    return bool((sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"))
+
+
+def target(sae: "SAE", residual: "Tensor") -> "Tensor":
+    """What the SAE reconstructs of a raw residual: all of it, or all but its mean over d, which no LayerNorm sees."""
+    return _centre(residual) if centred(sae) else residual
+
+
+def metadata(lens: LanguageModel, hook: str) -> "SAEMetadata":
+    """What an SAE must carry for others to use it: its model, hook, context size and whether texts begin with BOS."""
+    with quiet():
+        from sae_lens.saes.sae import SAEMetadata
+
+        return SAEMetadata(
+            model_name=lens.name, hook_name=hook, context_size=lens.n_ctx, prepend_bos=True
+        )
+
+
+def hook_of(sae: "SAE") -> str:
+    """The hook that the SAE says it was trained on."""
+    if not sae.cfg.metadata.hook_name:
+        raise ResearchError(
+            "this SAE names no hook in its metadata (`hook_name`); it cannot be placed in a model."
+        )
+    return sae.cfg.metadata.hook_name
+
+
+def check_fit(lens: LanguageModel, sae: "SAE") -> str:
+    """The bridge's name of the SAE's hook, once model, hook and width agree; else one error that names both sides."""
+    trained_on = sae.cfg.metadata.model_name
+    if (
+        trained_on
+        and canonical_name(trained_on).split("/")[-1] != canonical_name(lens.name).split("/")[-1]
+    ):
+        raise ResearchError(
+            f"this SAE was trained on the model '{trained_on}', not on '{lens.name}'; load the SAE of '{lens.name}'."
+        )
+    if sae.cfg.d_in != lens.d_model:
+        raise ResearchError(
+            f"this SAE reads {sae.cfg.d_in} dimensions but the residual of '{lens.name}' has {lens.d_model}; "
+            "load the SAE of this model."
+        )
+    return lens.hook(hook_of(sae))
+
+
+def exact_l0(
+    sae: "SAE", activations: "Tensor", k: float, batch: int = 4096, half: bool = False
+) -> "SAE":
+    """A JumpReLU SAE with `sae`'s weights and unit decoder rows whose mean L0 on `activations` is `k`.
+
+    All thresholds (those of a JumpReLU, else zero) move by one shift: the quantile of pre-activation less threshold
+    that leaves k active latents a token. `half` rounds the weights before, as `save` will, so that L0 stays exact.
+    """
+    import torch
+
+    export = _unit_jumprelu(sae)
+    if half:
+        rounded(export)
+    wanted = round(k * len(activations))
+    best = torch.empty(0)
+    active = 0
+    with torch.no_grad():
+        for x in activations.split(batch):
+            pre = export.process_sae_in(x.to(export.device)) @ export.W_enc + export.b_enc
+            margin = (pre - export.threshold)[pre > 0].float().cpu()
+            active += len(margin)
+            if len(best) > wanted:
+                margin = margin[margin >= best[-1]]
+            best = torch.cat([best, margin]).sort(descending=True).values[: wanted + 1]
+        if active < wanted or wanted < 1:
+            raise ResearchError(
+                f"no threshold gives {k} active latents a token: this SAE has {active / len(activations):.1f} with a "
+                "positive pre-activation; ask for fewer, or train it less sparsely."
+            )
+        weakest = best[wanted - 1]
+        shift = (weakest + best[wanted]) / 2 if active > wanted else weakest - weakest.abs() / 2
+        export.threshold.data = (export.threshold + shift.item()).clamp(min=0)
+    return calibrated(export, activations, batch)
+
+
+def calibrated(sae: "SAE", activations: "Tensor", batch: int = 4096) -> "SAE":
+    """The SAE, with its mean L0 on `activations` in its metadata."""
+    l0 = sum((sae.encode(x) > 0).sum().item() for x in activations.split(batch)) / len(activations)
+    sae.cfg.metadata.calibrated_l0 = l0
+    sae.cfg.metadata.calibration_tokens = len(activations)
+    return sae
+
+
+def rounded(sae: "SAE") -> "SAE":
+    """The SAE with everything but its thresholds rounded to float16 values, kept in its own format."""
+    for name, parameter in sae.named_parameters():
+        if name != "threshold":
+            parameter.data = parameter.half().to(parameter.dtype)
+    return sae
+
+
+def _unit_jumprelu(sae: "SAE") -> "SAE":
+    """The same dictionary as a JumpReLU SAE whose decoder rows have norm 1 (codes take up the norms)."""
+    import torch
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+    from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
+    from sae_lens.saes.standard_sae import StandardSAE, StandardTrainingSAE
+    from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE
+
+    jump = isinstance(sae, JumpReLUSAE | JumpReLUTrainingSAE)
+    if not jump and not isinstance(
+        sae, StandardSAE | StandardTrainingSAE | TopKSAE | TopKTrainingSAE
+    ):
+        raise ResearchError(
+            f"an SAE of kind '{sae.cfg.architecture()}' has no threshold; use ReLU or TopK kinds."
+        )
+    if sae.cfg.normalize_activations == "expected_average_only_in":
+        raise ResearchError(
+            "fold the activation scale into the SAE first (`fold_activation_norm_scaling_factor`)."
+        )
+    with quiet(), torch.no_grad():
+        shared = {field.name: getattr(sae.cfg, field.name) for field in fields(JumpReLUSAEConfig)}
+        config = JumpReLUSAEConfig(**shared)
+        config.metadata = copy.deepcopy(sae.cfg.metadata)
+        export = JumpReLUSAE(config)
+        norm = sae.W_dec.norm(dim=-1).clamp(min=1e-8)
+        export.W_dec.data = sae.W_dec / norm[:, None]
+        export.b_dec.data = sae.b_dec.clone()
+        export.W_enc.data = sae.W_enc * norm
+        export.b_enc.data = sae.b_enc * norm
+        export.threshold.data = (
+            sae.threshold.to(norm).clamp(min=0) * norm if jump else torch.zeros_like(norm)
+        )
+    return _ready(export)
+
+
+def save(sae: "SAE", folder: Path, half: bool = False) -> None:
+    """Write the SAE so that `SAE.load_from_disk` opens it, whole or not at all.
+
+    `half` takes half the space: float16 on disk, float32 when loaded, thresholds exact.
+    """
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+    from sae_lens.saes.sae import TrainingSAE
+    from safetensors.torch import load_file, save_file
+
+    if isinstance(sae, BatchTopKTrainingSAE):
+        raise ResearchError(
+            "a BatchTopK SAE in training has no threshold to save; calibrate it with `exact_l0` first."
+        )
+    with store.writing(Path(folder)) as partial:
+        if isinstance(sae, TrainingSAE):
+            sae.save_inference_model(partial)
+        else:
+            sae.save_model(partial)
+        if half:
+            path = partial / "sae_weights.safetensors"
+            weights = {
+                name: w if name == "threshold" else w.half() for name, w in load_file(path).items()
+            }
+            save_file({name: w.contiguous() for name, w in weights.items()}, path)
+
+
+def quality(
+    lens: LanguageModel, sae: "SAE", tokens: "LongTensor", hook: str | None = None, batch: int = 32
+) -> dict[str, float]:
+    """How well the SAE stands in for the residual on (held-out) `tokens`; BOS and padding are left out and left alone.
+
+    `explained_variance` is 1 - sum |x - x_hat|^2 / sum |x - mean x|^2, `ce_recovered` is
+    (ce_zero - ce_spliced) / (ce_zero - ce_clean), where zero sets the residual to zero.
+    """
+    import torch
+
+    hook = hook or check_fit(lens, sae)
+    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
+    seen, count, error = [], 0, 0.0
+    losses = {"ce_clean": 0.0, "ce_spliced": 0.0, "ce_zero": 0.0}
+    predicted = 0
+    with torch.no_grad():
+        for rows in tokens.split(batch):
+            content = lens.content(rows).to(lens.device)
+            x = lens.residual(rows, hook)[content].to(sae.device, sae.dtype)
+            codes = sae.encode(x)
+            fired |= (codes > 0).any(0)
+            count += (codes > 0).sum().item()
+            error += (target(sae, x) - sae.decode(codes)).double().square().sum().item()
+            seen.append(target(sae, x).cpu())
+            edits = {
+                "ce_clean": lambda resid: resid,
+                "ce_spliced": lambda resid, keep=content: torch.where(
+                    keep[..., None], _reconstruct(sae, resid), resid
+                ),
+                "ce_zero": lambda resid, keep=content: torch.where(keep[..., None], 0.0, resid),
+            }
+            real = content[:, 1:]
+            predicted += real.sum().item()
+            for name, edit in edits.items():
+                losses[name] += lens.losses(rows, {hook: edit})[real].double().sum().item()
+    x = torch.cat(seen)
+    total = (x - x.mean(0)).double().square().sum().item()
+    losses = {name: value / predicted for name, value in losses.items()}
+    return {
+        "explained_variance": 1 - error / total,
+        "ce_recovered": (losses["ce_zero"] - losses["ce_spliced"])
+        / (losses["ce_zero"] - losses["ce_clean"]),
+        "l0": count / len(x),
+        "dead_share": 1 - fired.double().mean().item(),
+        **losses,
+        "tokens": len(x),
+    }
+
+
+def _reconstruct(sae: "SAE", residual: "Tensor") -> "Tensor":
+    x = residual.to(sae.device, sae.dtype)
+    return sae.decode(sae.encode(x)).to(residual)

@@ -1,0 +1,1 @@
+"""Study 3: specialized SAEs by retrieval and tilted risk (arXiv 2411.00743); to come."""

@@ -1,0 +1,1 @@
+"""Surveys: questions, groups and answers; reading public and own data; splits; crossed attributes."""

@@ -1,0 +1,1 @@
+"""The toy survey model: its planted population, prompts, training and checks."""
