@@ -168,7 +168,7 @@ def test_gpus_are_read_from_the_drivers_tool(tmp_path, monkeypatch):
 
 def test_versions_are_compared_with_the_pins(tmp_path, monkeypatch):
     assert machine.packages() == ((), ())
-    pins = machine.paths.CONSTRAINTS.read_text().replace("PyYAML==6.0.3", "PyYAML==5.0.0")
+    pins = machine.paths.CONSTRAINTS.read_text().replace("pyyaml==6.0.3", "pyyaml==5.0.0")
     (tmp_path / "constraints.txt").write_text(pins)
     monkeypatch.setattr(machine.paths, "CONSTRAINTS", tmp_path / "constraints.txt")
     (tmp_path / "pyproject.toml").write_text(
@@ -177,7 +177,7 @@ def test_versions_are_compared_with_the_pins(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.paths, "ROOT", tmp_path)
     absent, differing = machine.packages()
     assert absent == ("no-such-package",)
-    assert differing == ("PyYAML 6.0.3 (pinned 5.0.0)",)
+    assert differing == ("pyyaml 6.0.3 (pinned 5.0.0)",)
 
 
 def test_the_report_on_this_machine_judges_the_profile_asked_and_shows_no_token(monkeypatch):

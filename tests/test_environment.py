@@ -1,4 +1,4 @@
-"""pyproject.toml, constraints.txt and environment.yml describe one environment."""
+"""pyproject.toml, uv.lock, constraints.txt and environment.yml describe one environment."""
 
 import tomllib
 from importlib import metadata
@@ -16,8 +16,49 @@ PINS = {
     canonicalize_name(name): version
     for name, version in (line.split("==") for line in CONSTRAINTS.read_text().split())
 }
+LOCK = tomllib.loads((ROOT / "uv.lock").read_text())
+LOCKED = {package["name"]: package for package in LOCK["package"]}
+OURS = LOCKED["sae-research"]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-BY_PLATFORM = ("nvidia-", "cuda-", "triton", "setuptools")
+
+
+def test_the_lock_was_made_from_this_project_file():
+    asked = {str(Requirement(line)) for line in PROJECT["dependencies"]}
+    for extra, lines in PROJECT["optional-dependencies"].items():
+        asked |= {f"{line}; extra == '{extra}'" for line in lines}
+    locked = set()
+    for needed in OURS["metadata"]["requires-dist"]:
+        marker = f"; {needed['marker']}" if "marker" in needed else ""
+        locked.add(f"{needed['name']}{needed.get('specifier', '')}{marker}")
+    assert {spelled(line) for line in locked} == {spelled(line) for line in asked}, (
+        "run `make lock`"
+    )
+    assert LOCK["requires-python"] == PROJECT["requires-python"]
+
+
+def spelled(line: str) -> tuple:
+    """A requirement in a form that does not depend on how it is written."""
+    asked = Requirement(line)
+    return canonicalize_name(asked.name), asked.specifier, str(asked.marker)
+
+
+def test_the_lock_has_one_version_of_each_package_from_the_public_index_with_hashes():
+    assert len(LOCKED) == len(LOCK["package"])
+    for package in LOCK["package"]:
+        if package is OURS:
+            assert package["source"] == {"editable": "."}
+            continue
+        assert package["source"] == {"registry": "https://pypi.org/simple"}
+        files = [*package.get("wheels", []), *([package["sdist"]] if "sdist" in package else [])]
+        assert files
+        for file in files:
+            assert file["url"].startswith("https://files.pythonhosted.org/")
+            assert file["hash"].startswith("sha256:")
+
+
+def test_the_constraints_of_pip_are_those_of_the_lock():
+    locked = {name: package["version"] for name, package in LOCKED.items() if package is not OURS}
+    assert locked == PINS, "run `make lock`"
 
 
 def test_every_dependency_is_pinned_within_its_range():
@@ -55,12 +96,7 @@ def needed(names: list[str]) -> set[str]:
 
 
 def test_what_the_dependencies_pull_in_is_pinned_too():
-    unpinned = {
-        name
-        for name in needed([r.name for r in ASKED]) - set(PINS)
-        if not name.startswith(BY_PLATFORM)
-    }
-    assert unpinned == set()
+    assert needed([r.name for r in ASKED]) - set(PINS) == set()
 
 
 def test_torch_is_the_pinned_one_and_nothing_that_breaks_it_is_there():
