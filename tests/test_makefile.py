@@ -32,7 +32,7 @@ UV = """#!/bin/sh
 echo "uv $@" >> log
 echo "$UV_PROJECT_ENVIRONMENT $UV_PYTHON_DOWNLOADS $VIRTUAL_ENV" > uv-environment
 test ! -e killed || kill -9 $PPID
-test ! -e uv-fails
+test ! -e uv-fails || exit 1
 if [ "$1" = export ]; then
   for target; do :; done
   printf "%s\\n" "torch==2.13.0" "pywin32==312 ; sys_platform == 'win32'" > "$target"
