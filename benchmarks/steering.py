@@ -27,7 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from sae_research.last_token import LastToken, Record, naive
+from sae_research.last_token import LastToken, Record, run_naive
 from sae_research.models import LanguageModel
 
 D, LAYERS, HEADS, VOCAB, T = 256, 6, 8, 4096, 48
@@ -163,7 +163,7 @@ def compare(architecture: str, rounds: int, few: int) -> dict[str, float]:
 
     loops = {
         "bridge loop": loop(
-            lambda tokens, direction: naive(lens, HOOK, (READ,), tokens, direction)
+            lambda tokens, direction: run_naive(lens, HOOK, (READ,), tokens, direction)
         ),
         "HF loop": loop(lambda tokens, direction: hf_loop(plain, tokens, direction)),
     }
@@ -176,7 +176,7 @@ def compare(architecture: str, rounds: int, few: int) -> dict[str, float]:
         if i:  # the first round warms up
             for name, s in spent.items():
                 times[name].append(s)
-    truth = [naive(lens, HOOK, (READ,), pool[chosen[f]], directions[f]) for f in range(few)]
+    truth = [run_naive(lens, HOOK, (READ,), pool[chosen[f]], directions[f]) for f in range(few)]
     logits, reads = torch.cat([t[0] for t in truth]), torch.cat([t[1][0] for t in truth])
     error = 0.0
     for rows, got, read in engine_pass(engine, pool, chosen[:few], directions[:few]):

@@ -1,4 +1,6 @@
-"""One look for every figure, and files whose bytes are the same on every run."""
+"""One style for every figure, drawn with seaborn, and files whose bytes are the same on
+every run.
+"""
 
 import io
 import textwrap
@@ -8,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_research import store
-from sae_research.errors import ResearchError
+from sae_research.errors import ResearchError, unknown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
     from sae_research.stats import Interval
 
-# Okabe and Ito's palette, which people with any colour vision tell apart; the pale yellow comes last
+# Okabe and Ito's palette, which people with any colour vision tell apart; the pale yellow is last
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 GREY = "#767676"
 VERDICTS = {
@@ -28,88 +30,90 @@ VERDICTS = {
 }
 """Colour and marker of each verdict: never colour alone."""
 
-LOOK = {
+FULL, HALF = 7.2, 3.6
+"""Inches: every figure is one column or half a column wide, so that type has one size
+everywhere.
+"""
+STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
     "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine draws the same
-    "font.size": 10,
-    "axes.titlesize": 11,
+    "font.size": 9,
+    "axes.titlesize": 9,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.labelsize": 10,
+    "axes.labelsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#444444",
-    "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.7,
-    "lines.linewidth": 1.8,
+    "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "legend.frameon": False,
-    "legend.fontsize": 9,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
+    "legend.fontsize": 8.5,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
     "svg.hashsalt": "sae_research",
     "svg.fonttype": "path",
 }
 
 
 @contextmanager
-def look() -> Iterator[None]:
-    """Draw inside with the look of this repository, leaving matplotlib's own settings as they were."""
+def style() -> Iterator[None]:
+    """Draw inside with this repository's style; matplotlib's own settings stay as they were."""
     import matplotlib as mpl
+    import seaborn as sns
 
-    settings = {**LOOK, "axes.prop_cycle": mpl.cycler(color=COLOURS)}
-    with mpl.rc_context(settings):
+    cycle = {"axes.prop_cycle": mpl.cycler(color=COLOURS)}
+    with mpl.rc_context({**sns.axes_style("whitegrid"), **STYLE, **cycle}):
         yield
 
 
-@look()
+@style()
 def canvas(
     title: str = "",
     x: str = "",
     y: str = "",
     *,
-    size: tuple[float, float] = (6.4, 4.0),
+    height: float = 3.4,
+    full: bool = True,
     rows: int = 1,
     columns: int = 1,
     share: bool = False,
 ) -> "tuple[Figure, Axes]":
-    """A figure with its axes (an array for several): `title` says the message, `x` and `y` what and in which unit."""
+    """A figure and its axes (an array for several); the title states the finding, labels name
+    units.
+
+    It is one column wide, or half with `full=False`; `share` gives all panels the same axes.
+    """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=share, sharey=share)
-    figure.suptitle(
-        _folded(title, size[0]),
-        x=0.01,
-        ha="left",
-        fontweight="bold",
-        fontsize=LOOK["axes.titlesize"] + 1,
-    )
+    width = FULL if full else HALF
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), sharex=share, sharey=share)
+    figure.suptitle(_wrap(title, width), x=0.01, ha="left", fontweight="bold", fontsize=10)
     if rows * columns == 1:
         label(axes, "", x, y)
     return figure, axes
 
 
-@look()
+@style()
 def label(axes: "Axes", title: str = "", x: str = "", y: str = "") -> None:
     """Title and axis labels of one panel."""
     width = axes.get_figure().get_size_inches()[0] * axes.get_position().width
-    axes.set_title(_folded(title, 1.3 * width))
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set_title(_wrap(title, 1.2 * width))
+    axes.set(xlabel=x, ylabel=y)
 
 
-def _folded(title: str, inches: float) -> str:
-    return "\n".join(textwrap.wrap(title, max(20, int(inches * 10))))
+def _wrap(text: str, inches: float) -> str:
+    return "\n".join(textwrap.wrap(text, max(20, int(inches * 12))))
 
 
-@look()
+@style()
 def save(figure: "Figure", folder: Path, name: str) -> Path:
-    """Write `name`.png and `name`.svg, the same bytes for the same figure; the figure stays open for the notebook."""
+    """Write `name`.png and `name`.svg, the same bytes for the same figure; it stays open."""
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata=metadata)
@@ -117,7 +121,7 @@ def save(figure: "Figure", folder: Path, name: str) -> Path:
     return Path(folder) / f"{name}.png"
 
 
-@look()
+@style()
 def forest(
     axes: "Axes",
     labels: Sequence[str],
@@ -126,32 +130,44 @@ def forest(
     threshold: float | None = None,
     threshold_label: str = "",
     verdicts: Sequence[str] | None = None,
+    controls: "Sequence[Interval | None] | None" = None,
+    published: Sequence[float | None] | None = None,
 ) -> None:
-    """One line per label, first on top: estimate with its interval, the bar to reach, coloured by verdict."""
-    _same_length(labels=labels, intervals=intervals, verdicts=verdicts)
+    """One line per label, first on top: estimate and interval, coloured by verdict.
+
+    `controls` are drawn below each in grey, `published` values as a black bar.
+    """
+    _same_length(labels=labels, intervals=intervals, verdicts=verdicts, controls=controls)
     for row, interval in enumerate(intervals):
         colour, marker = _verdict(verdicts[row]) if verdicts else (COLOURS[0], "o")
-        axes.plot(
-            [interval.low, interval.high],
-            [row, row],
-            color=colour,
-            linewidth=2,
-            solid_capstyle="butt",
-        )
-        axes.plot(interval.value, row, marker, color=colour, markersize=7, markeredgecolor="white")
+        _whisker(axes, interval, row, colour, marker)
+        if controls and controls[row] is not None:
+            _whisker(axes, controls[row], row + 0.28, GREY, "d", size=5)
+        if published and published[row] is not None:
+            axes.plot(published[row], row, "|", color="black", markersize=14, markeredgewidth=2)
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     if threshold is not None:
         axes.axvline(
             threshold, color=GREY, linestyle="--", linewidth=1.2, label=threshold_label or None
         )
-    _legend_below(
-        axes.get_figure(), _verdict_keys(verdicts or ()) + axes.get_legend_handles_labels()[0]
-    )
+    keys = _verdict_keys(verdicts or ()) + axes.get_legend_handles_labels()[0]
+    if any(control is not None for control in controls or ()):
+        keys.append(_key("control", GREY, "d"))
+    if any(value is not None for value in published or ()):
+        keys.append(_key("paper's value", "black", "|", linestyle="none"))
+    _legend_below(axes.get_figure(), keys)
 
 
-@look()
+def _whisker(
+    axes: "Axes", interval: "Interval", row: float, colour: str, marker: str, size: float = 7
+) -> None:
+    axes.plot([interval.low, interval.high], [row, row], color=colour, solid_capstyle="butt")
+    axes.plot(interval.value, row, marker, color=colour, markersize=size, markeredgecolor="white")
+
+
+@style()
 def bars(
     axes: "Axes",
     labels: Sequence[str],
@@ -161,41 +177,70 @@ def bars(
     threshold_label: str = "",
 ) -> None:
     """Grouped bars with intervals: one place per label, one colour per group."""
-    from matplotlib.transforms import blended_transform_factory
-
     width = 0.8 / len(groups)
     for g, (name, intervals) in enumerate(groups.items()):
         _same_length(labels=labels, **{name: intervals})
-        places = [i + (g - (len(groups) - 1) / 2) * width for i in range(len(labels))]
-        values = [interval.value for interval in intervals]
-        errors = [
-            [max(0.0, i.value - i.low) for i in intervals],
-            [max(0.0, i.high - i.value) for i in intervals],
-        ]
-        style = {"ecolor": "#333333", "elinewidth": 1.2, "capsize": 2.5}
         axes.bar(
-            places,
-            values,
+            [i + (g - (len(groups) - 1) / 2) * width for i in range(len(labels))],
+            [interval.value for interval in intervals],
             0.92 * width,
             color=COLOURS[g % len(COLOURS)],
             label=name,
-            yerr=errors,
-            error_kw=style,
+            yerr=_errors(intervals),
+            error_kw={"ecolor": "#333333", "elinewidth": 1.2, "capsize": 2.5},
         )
-    axes.set_xticks(range(len(labels)), labels)
-    axes.grid(axis="x", visible=False)
     axes.axhline(0, color="#444444", linewidth=0.8)
+    _finish_groups(axes, labels, groups, threshold, threshold_label)
+
+
+@style()
+def points(
+    axes: "Axes",
+    labels: Sequence[str],
+    groups: "Mapping[str, Sequence[Interval]]",
+    *,
+    threshold: float | None = None,
+    threshold_label: str = "",
+) -> None:
+    """As `bars`, but dots with whiskers beside one another: for numbers whose zero says nothing."""
+    offset = 0.6 / max(len(groups), 2)
+    for g, (name, intervals) in enumerate(groups.items()):
+        _same_length(labels=labels, **{name: intervals})
+        axes.errorbar(
+            [i + (g - (len(groups) - 1) / 2) * offset for i in range(len(labels))],
+            [interval.value for interval in intervals],
+            yerr=_errors(intervals),
+            fmt="oDs^vPX*"[g % 8],
+            color=COLOURS[g % len(COLOURS)],
+            label=name,
+            elinewidth=1.4,
+        )
+    _finish_groups(axes, labels, groups, threshold, threshold_label)
+
+
+def _errors(intervals: "Sequence[Interval]") -> list[list[float]]:
+    """Lengths of the whiskers below and above, as matplotlib takes them."""
+    below = [max(0.0, i.value - i.low) for i in intervals]
+    return [below, [max(0.0, i.high - i.value) for i in intervals]]
+
+
+def _finish_groups(
+    axes: "Axes", labels: Sequence[str], groups: Mapping, threshold: float | None, words: str
+) -> None:
+    from matplotlib.transforms import blended_transform_factory
+
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlim(-0.6, len(labels) - 0.4)
+    axes.grid(axis="x", visible=False)
     if threshold is not None:
         axes.axhline(threshold, color=GREY, linestyle="--", linewidth=1.2)
         place = blended_transform_factory(axes.transAxes, axes.transData)
-        axes.text(
-            1.01, threshold, threshold_label, transform=place, va="center", color=GREY, fontsize=9
-        )
+        axes.text(1.01, threshold, words, transform=place, va="center", color=GREY, fontsize=8.5)
     if len(groups) > 1:
         _legend_below(axes.get_figure(), axes.get_legend_handles_labels()[0])
 
 
-@look()
+@style()
 def heat(
     axes: "Axes",
     matrix: Sequence[Sequence[float]],
@@ -206,42 +251,53 @@ def heat(
     form: str = "z.2f",
     centre: float | None = None,
     limits: tuple[float, float] | None = None,
+    shown_from: float | None = None,
 ) -> None:
-    """A heat map with its numbers; with `centre`, colours diverge from there. NaN is left white with a dash."""
+    """A heat map with its numbers; with `centre`, colours diverge from there.
+
+    `shown_from` leaves out numbers nearer to the centre (or zero) than that. NaN is a white dash.
+    """
     import numpy as np
+    import seaborn as sns
 
     values = np.asarray(matrix, dtype=float)
     if values.shape != (len(rows), len(columns)):
         raise ResearchError(
-            f"the heat map has shape {values.shape} but {len(rows)} rows and {len(columns)} columns."
+            f"the heat map has shape {values.shape} "
+            f"but {len(rows)} rows and {len(columns)} columns."
         )
     low, high = limits or (np.nanmin(values), np.nanmax(values))
     if centre is not None:
         reach = max(abs(high - centre), abs(low - centre)) or 1.0
         low, high = centre - reach, centre + reach
-    image = axes.imshow(
-        values, cmap="viridis" if centre is None else "PuOr_r", vmin=low, vmax=high, aspect="auto"
+    sns.heatmap(
+        values,
+        ax=axes,
+        cmap="viridis" if centre is None else "PuOr_r",
+        vmin=low,
+        vmax=high,
+        xticklabels=list(columns),
+        yticklabels=list(rows),
+        cbar_kws={"label": unit, "fraction": 0.046, "pad": 0.02},
     )
+    mesh = axes.collections[0]
     for (i, j), value in np.ndenumerate(values):
+        if (
+            np.isfinite(value)
+            and shown_from is not None
+            and abs(value - (centre or 0)) < shown_from
+        ):
+            continue
         shown = format(value, form) if np.isfinite(value) else "–"
-        dark = (
-            np.isfinite(value) and _luminance(image.cmap(image.norm(value))) < 0.18
-        )  # white has more contrast there
-        axes.text(
-            j, i, shown, ha="center", va="center", color="white" if dark else "black", fontsize=9
-        )
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
-    if sum(map(len, columns)) > 60:
-        axes.tick_params(axis="x", rotation=35)
-        for tick in axes.get_xticklabels():
-            tick.set_horizontalalignment("right")
-            tick.set_rotation_mode("anchor")
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
-    axes.get_figure().colorbar(
-        image, ax=axes, label=unit, fraction=0.046, pad=0.02
-    ).outline.set_visible(False)
+        # white has more contrast on dark cells
+        dark = np.isfinite(value) and _luminance(mesh.cmap(mesh.norm(value))) < 0.18
+        colour = "white" if dark else "black"
+        axes.text(j + 0.5, i + 0.5, shown, ha="center", va="center", color=colour, fontsize=8.5)
+    crowded = sum(map(len, columns)) > 60
+    axes.tick_params(axis="x", rotation=35 if crowded else 0)
+    axes.tick_params(axis="y", rotation=0)
+    for tick in axes.get_xticklabels() if crowded else ():
+        tick.set(ha="right", rotation_mode="anchor")
 
 
 def _luminance(colour: Sequence[float]) -> float:
@@ -250,7 +306,7 @@ def _luminance(colour: Sequence[float]) -> float:
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-@look()
+@style()
 def scatter(
     axes: "Axes",
     x: Sequence[float],
@@ -260,34 +316,30 @@ def scatter(
     name: str = "",
     colour: str = COLOURS[0],
 ) -> None:
-    """Points with their rank correlation and its interval written above the panel's right corner."""
-    axes.scatter(
-        x,
-        y,
+    """Points with their rank correlation and its interval in the panel's upper right corner."""
+    import seaborn as sns
+
+    sns.scatterplot(
+        x=x,
+        y=y,
+        ax=axes,
         s=16,
         color=colour,
         alpha=0.6,
-        linewidths=0,
+        linewidth=0,
         label=name or None,
         rasterized=len(x) > 3000,
     )
     if correlation is not None:
-        words = f"Spearman {correlation.value:.2f} [{correlation.low:.2f}, {correlation.high:.2f}], n {correlation.n:,}"
+        c = correlation
+        words = f"Spearman {c.value:.2f} [{c.low:.2f}, {c.high:.2f}], n {c.n:,}"
         frame = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2}
+        place = {"transform": axes.transAxes, "ha": "right", "va": "top"}
         axes.margins(y=0.12)
-        axes.text(
-            0.98,
-            0.985,
-            words,
-            transform=axes.transAxes,
-            ha="right",
-            va="top",
-            fontsize=9,
-            bbox=frame,
-        )
+        axes.text(0.98, 0.985, words, fontsize=8.5, bbox=frame, **place)
 
 
-@look()
+@style()
 def curve(
     axes: "Axes",
     x: Sequence[float],
@@ -295,21 +347,23 @@ def curve(
     *,
     name: str = "",
     colour: str | None = None,
+    direct: bool = False,
 ) -> None:
-    """A line through the estimates with their intervals as a band."""
+    """A line through the estimates with a band for their intervals.
+
+    Its name stands in a legend or, if `direct`, at the line's right end.
+    """
     _same_length(x=x, intervals=intervals)
+    values = [i.value for i in intervals]
     (line,) = axes.plot(
-        x, [i.value for i in intervals], marker="o", label=name or None, color=colour
+        x, values, marker="o", color=colour, label=name if name and not direct else None
     )
-    axes.fill_between(
-        x,
-        [i.low for i in intervals],
-        [i.high for i in intervals],
-        color=line.get_color(),
-        alpha=0.18,
-        linewidth=0,
-    )
-    if name:
+    band = {"color": line.get_color(), "alpha": 0.18, "linewidth": 0}
+    axes.fill_between(x, [i.low for i in intervals], [i.high for i in intervals], **band)
+    if name and direct:
+        end = {"textcoords": "offset points", "xytext": (6, 0), "va": "center", "fontsize": 8.5}
+        axes.annotate(name, (x[-1], values[-1]), color=line.get_color(), **end)
+    elif name:
         axes.legend()
 
 
@@ -322,30 +376,22 @@ def _same_length(**columns: Sequence | None) -> None:
 
 
 def _verdict(verdict: str) -> tuple[str, str]:
-    from sae_research.errors import unknown
-
     if verdict not in VERDICTS:
         raise unknown("verdict", verdict, VERDICTS, "the figure")
     return VERDICTS[verdict]
 
 
-def _verdict_keys(verdicts: Sequence[str]) -> list:
+def _key(name: str, colour: str, marker: str, linestyle: str = "-"):
     from matplotlib.lines import Line2D
 
-    return [
-        Line2D(
-            [],
-            [],
-            color=colour,
-            marker=marker,
-            markersize=7,
-            linewidth=2,
-            markeredgecolor="white",
-            label=verdict,
-        )
-        for verdict, (colour, marker) in VERDICTS.items()
-        if verdict in verdicts
-    ]
+    style = {"color": colour, "marker": marker, "linestyle": linestyle, "label": name}
+    return Line2D(
+        [], [], markersize=7, markeredgecolor=colour if marker == "|" else "white", **style
+    )
+
+
+def _verdict_keys(verdicts: Sequence[str]) -> list:
+    return [_key(v, *look) for v, look in VERDICTS.items() if v in verdicts]
 
 
 def _legend_below(figure: "Figure", keys: Sequence) -> None:

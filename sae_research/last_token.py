@@ -1,9 +1,10 @@
 """The last-token engine: exact effects of edits to a context's final token, for many edits at once.
 
-An edit of the last position leaves the keys and values of every earlier position as they were. So each context runs
-in full once, and each edit afterwards costs one token: the edited copies of the final token lie side by side on the
-query axis, all at position T-1, and a mask lets each see the prefix and itself but no sibling. This is ordinary
-attention, so the blocks of the model run unchanged, whatever the architecture.
+An edit of the last position leaves the keys and values of every earlier position as they were.
+So each context runs in full once, and each edit afterwards costs one token: the edited copies
+of the final token lie side by side on the query axis, all at position T-1, and a mask lets each
+see the prefix and itself but no sibling. This is ordinary attention, so the blocks of the model
+run unchanged, whatever the architecture.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_research.errors import ResearchError
+from sae_research.model_tail import ModelTail
+from sae_research.steering import add_direction
 
 if TYPE_CHECKING:
     from sae_research.models import LanguageModel
@@ -34,7 +37,9 @@ class State:
 
 @dataclass
 class Record:
-    """What one clean pass over a batch of contexts leaves behind for edits of their final tokens."""
+    """What one clean pass over a batch of contexts leaves behind for edits of their final
+    tokens.
+    """
 
     last: torch.Tensor
     """[contexts, d]: the residual of the final token at the edited hook."""
@@ -47,94 +52,55 @@ class Record:
 
 
 class LastToken:
-    """Runs a model's upper part on edited final tokens, in float32 even if the part below the hook is not."""
+    """Runs a model's tail on edited final tokens, in float32 even if the part below is not."""
 
     def __init__(
         self,
-        lens: "LanguageModel",
+        model: "LanguageModel",
         hook: str,
         reads: tuple[str, ...] = (),
         dtype: torch.dtype = torch.float32,
     ):
-        """Edit at `hook`, read at `reads`; casts the blocks above the hook and the final norm to `dtype` in place."""
-        self.bridge = bridge = lens.bridge
+        """Edit at `hook`, read at `reads`; the model itself stays in its own number format."""
+        self.model = model
+        self.tail = ModelTail(model, hook, dtype)
         self.dtype = dtype
-        self.start = lens.depth(hook)
-        self.reads = tuple(lens.depth(read) for read in reads)
+        self.start = self.tail.start_at_layer
+        self.reads = tuple(model.depth(read) for read in reads)
         for read, layer in zip(reads, self.reads, strict=True):
             if layer < self.start:
                 raise ResearchError(
                     f"read '{read}' lies below the edit at '{hook}' and would never change."
                 )
-        self.blocks = list(bridge.blocks)[self.start :]
-        for module in (*self.blocks, bridge.ln_final):
-            module.to(dtype)
-        model = bridge.original_model
-        config = model.config.get_text_config()
-        self.rotary = getattr(model.base_model, "rotary_emb", None)
-        self.window = getattr(config, "sliding_window", None)
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        self.W_U = bridge.W_U.detach().to(dtype)
-        b_U = getattr(bridge, "b_U", None)
-        self.b_U = None if b_U is None else b_U.detach().to(dtype)
-
-    def _upper(
-        self, h: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache
-    ) -> tuple[list, torch.Tensor]:
-        rotary = None if self.rotary is None else self.rotary(h, positions)
-        below = {}
-        for layer, block in enumerate(self.blocks, start=self.start):
-            below[layer] = h
-            h = block(
-                h,
-                attention_mask=mask,
-                position_ids=positions,
-                position_embeddings=rotary,
-                past_key_values=cache,
-                layer_past=cache,  # GPT-NeoX's name for it
-                use_cache=True,
-            )
-            h = h[0] if isinstance(h, tuple) else h
-        below[self.start + len(self.blocks)] = h
-        return [below[layer] for layer in self.reads], self.bridge.ln_final(h)
+        self.W_U = self.tail.W_U.to(dtype)
+        self.b_U = None if self.tail.b_U is None else self.tail.b_U.to(dtype)
+        self.softcap = self.tail.softcap
 
     @torch.no_grad()
     def residual(self, tokens: torch.Tensor) -> torch.Tensor:
         """Residuals [B, T, d] at the edited hook."""
         self.check(tokens)
-        if self.start < len(self.bridge.blocks):
-            return self.bridge(tokens, stop_at_layer=self.start).to(self.dtype)
-        kept = []
-        self.bridge.run_with_hooks(
-            tokens,
-            return_type=None,
-            fwd_hooks=[(f"blocks.{self.start - 1}.hook_out", lambda h, hook: kept.append(h))],
-        )
-        return kept[0].to(self.dtype)
+        return self.model.residual(tokens, self.tail.hook).to(self.dtype)
 
     def check(self, tokens: torch.Tensor) -> None:
         """Refuse contexts that the engine cannot treat exactly."""
         if tokens.ndim != 2 or tokens.shape[1] < 2:
             raise ResearchError(
-                f"contexts must have at least two tokens (the last is edited), not shape {tuple(tokens.shape)}."
+                "contexts must have at least two tokens (the last is edited), "
+                f"not shape {tuple(tokens.shape)}."
             )
-        if self.window is not None and tokens.shape[1] > self.window:
-            raise ResearchError(
-                f"contexts of {tokens.shape[1]} tokens exceed the sliding window of {self.window}; shorten them."
-            )
+        self.tail.check_length(tokens.shape[1])
 
     @torch.no_grad()
     def record(self, tokens: torch.Tensor, residual: torch.Tensor | None = None) -> Record:
-        """One clean pass over contexts [B, T] of equal length, no padding; `residual` at the hook if it is known."""
+        """One clean pass over contexts [B, T] of equal length, no padding; `residual` at the hook
+        if it is known.
+        """
         from transformers import DynamicCache
 
         h = self.residual(tokens) if residual is None else residual
-        length, cache = tokens.shape[1], DynamicCache()
-        positions = torch.arange(length, device=h.device).expand(len(h), length)
-        hidden = torch.full(
-            (length, length), torch.finfo(self.dtype).min, dtype=self.dtype, device=h.device
-        ).triu(1)
-        reads, final = self._upper(h, positions, hidden.expand(len(h), 1, length, length), cache)
+        cache = DynamicCache()
+        reads, final = self.tail.run(h, **self.tail.causal(h), cache=cache, read_layers=self.reads)
         layers = cache.layers[self.start :]
         return Record(
             last=h[:, -1].clone(),
@@ -154,7 +120,9 @@ class LastToken:
         pack: int = 8,
         rows: int = 768,
     ) -> Iterator[tuple[torch.Tensor, State]]:
-        """Yield (row numbers, edited states): row r adds `directions[which[r]]` to the final token of `contexts[r]`."""
+        """Yield (row numbers, edited states): row r adds `directions[which[r]]` to the final token
+        of `contexts[r]`.
+        """
         from transformers import DynamicCache
 
         owner, slots = _chunks(contexts, pack)
@@ -175,8 +143,12 @@ class LastToken:
                 zip(record.keys, record.values, strict=True), start=self.start
             ):
                 cache.update(keys[context], values[context], layer)
-            reads, final = self._upper(
-                h, torch.full_like(slot, prefix), mask.expand(len(part), 1, *mask.shape), cache
+            reads, final = self.tail.run(
+                h,
+                positions=torch.full_like(slot, prefix),
+                mask=mask.expand(len(part), 1, *mask.shape),
+                cache=cache,
+                read_layers=self.reads,
             )
             real = slot >= 0
             yield slot[real], State(tuple(r[real] for r in reads), final[real])
@@ -192,10 +164,11 @@ class LastToken:
         pack: int | None = None,
         rows: int = 768,
     ) -> Iterator[tuple[torch.Tensor, State, State]]:
-        """Yield (row numbers, clean states, edited states) for every pair of a context and a direction, each once.
+        """Yield (row numbers, clean states, edited states) for every pair of a context and a
+        direction, each once.
 
-        Contexts are recorded `batch` at a time and forgotten when all their rows are done, so memory does not grow with
-        the pool. Doses are simply further directions.
+        Contexts are recorded `batch` at a time and forgotten when all their rows are done, so
+        memory does not grow with the pool. Doses are simply further directions.
         """
         self.check(tokens)
         _in_range("context", contexts, len(tokens))
@@ -213,18 +186,24 @@ class LastToken:
                 yield mine[r], record.clean.take(local[r]), edited
 
     def logits(self, final: torch.Tensor) -> torch.Tensor:
-        """Logits of final states; for the difference of two use both, since a softcap is not linear."""
+        """Logits of final states; for the difference of two use both, since a softcap is not
+        linear.
+        """
         logits = final @ self.W_U
         logits = logits if self.b_U is None else logits + self.b_U
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def gram(self) -> torch.Tensor | None:
-        """G = W_U W_U^T, so that logit differences D = dz W_U have D D^T = dz G dz^T; None if a softcap forbids it."""
+        """G = W_U W_U^T, so that logit differences D = dz W_U have D D^T = dz G dz^T; None if a
+        softcap forbids it.
+        """
         return None if self.softcap is not None else self.W_U @ self.W_U.T
 
 
 def _chunks(contexts: torch.Tensor, pack: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows grouped by context in chunks of `pack`: the context of each chunk, and its row numbers (-1 pads)."""
+    """Rows grouped by context in chunks of `pack`: the context of each chunk, and its row numbers
+    (-1 pads).
+    """
     order = torch.argsort(contexts, stable=True)
     sorted_contexts = contexts[order]
     _, counts = torch.unique_consecutive(sorted_contexts, return_counts=True)
@@ -245,47 +224,38 @@ def _in_range(noun: str, index: torch.Tensor, size: int) -> None:
 
 
 @torch.no_grad()
-def naive(
-    lens: "LanguageModel",
+def run_naive(
+    model: "LanguageModel",
     hook: str,
     reads: tuple[str, ...],
     tokens: torch.Tensor,
     direction: torch.Tensor,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Last-token logits and reads by a full forward under hooks: the loop that the engine replaces, and its judge."""
-    kept = {}
-
-    def add(residual: torch.Tensor) -> torch.Tensor:
-        edited = residual.clone()
-        edited[:, -1] += direction.to(residual.dtype)
-        return edited
-
-    def keep(read: str):
-        def look(residual: torch.Tensor) -> torch.Tensor:
-            kept[read] = residual[:, -1].clone()
-            return residual
-
-        return look
-
-    logits = lens.logits(tokens, {hook: add} | {read: keep(read) for read in reads})[:, -1]
-    return logits, tuple(kept[read] for read in reads)
+    """Last-token logits and reads by full forward passes under hooks: the engine's judge."""
+    edits = {hook: add_direction(direction, 1.0, "last")}
+    logits = model.logits(tokens, edits)[:, -1]
+    return logits, tuple(model.residual(tokens, read, edits)[:, -1] for read in reads)
 
 
 def discrepancy(
-    lens: "LanguageModel",
+    model: "LanguageModel",
     hook: str,
     reads: tuple[str, ...],
     tokens: torch.Tensor,
     directions: torch.Tensor,
     **settings: int,
 ) -> dict[str, float]:
-    """Largest difference of engine and full forward over every context and direction, beside the largest effect."""
+    """Largest difference of engine and full forward over every context and direction, beside the
+    largest effect.
+    """
     contexts = torch.arange(len(tokens), device=tokens.device).repeat(len(directions))
     which = torch.arange(len(directions), device=tokens.device).repeat_interleave(len(tokens))
-    truth = [naive(lens, hook, reads, tokens, d) for d in directions]
+    truth = [run_naive(model, hook, reads, tokens, d) for d in directions]
     logits = torch.cat([t[0] for t in truth])
     read = [torch.cat([t[1][i] for t in truth]) for i in range(len(reads))]
-    engine, error, effect, seen = LastToken(lens, hook, reads), 0.0, 0.0, 0
+    engine = LastToken(model, hook, reads)
+    error = effect = 0.0
+    seen = 0
     for rows, clean, edited in engine.sweep(tokens, contexts, which, directions, **settings):
         got = engine.logits(edited.final)
         effect = max(effect, float((got - engine.logits(clean.final)).abs().max()))

@@ -24,7 +24,7 @@ class Interval:
     low: float
     """Lower end."""
     high: float
-    """ModelTail end."""
+    """Upper end."""
     n: int
     """Independent units: seeds, clusters or pairs."""
 
@@ -378,6 +378,6 @@ def _residual(ranks: "np.ndarray", controls: "list[np.ndarray]") -> "np.ndarray"
     left = ranks
     for b in basis:
         left = left - (left * b).sum(-1, keepdims=True) * b
-    # what rounding leaves of a vector that the controls explain wholly is nought
+    # what rounding leaves of a vector that the controls explain wholly is zero
     whole = np.sqrt((ranks**2).sum(-1, keepdims=True))
     return np.where(np.sqrt((left**2).sum(-1, keepdims=True)) > 1e-9 * whole, left, 0.0)

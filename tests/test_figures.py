@@ -35,27 +35,28 @@ def _close():
 def everything(folder):
     """One figure of every kind, saved; the digests of their files."""
     rng = np.random.default_rng(0)
-    for kind in ("forest", "bars", "heat", "scatter", "curve"):
+    for kind in ("forest", "bars", "points", "heat", "scatter", "curve"):
         figure, axes = figures.canvas(f"A {kind} with a message", "x (unit)", "y (unit)")
         if kind == "forest":
             verdicts = ["reproduced", "confounded", "not reproduced"]
             figures.forest(axes, list("abc"), INTERVALS, threshold=0.2, verdicts=verdicts)
-        elif kind == "bars":
-            arms = {"one": INTERVALS, "two": INTERVALS[::-1]}
-            figures.bars(axes, list("abc"), arms, threshold=0.2, threshold_label="floor")
+        elif kind in ("bars", "points"):
+            groups = {"one": INTERVALS, "two": INTERVALS[::-1]}
+            draw = {"bars": figures.bars, "points": figures.points}[kind]
+            draw(axes, list("abc"), groups, threshold=0.2, threshold_label="floor")
         elif kind == "heat":
             figures.heat(axes, rng.random((3, 4)), list("abc"), list("defg"), unit="share")
         elif kind == "scatter":
             figures.scatter(axes, rng.random(50), rng.random(50), INTERVALS[0])
         else:
-            figures.curve(axes, [1, 2, 3], INTERVALS, name="arm")
+            figures.curve(axes, [1, 2, 3], INTERVALS, name="method", direct=True)
         figures.save(figure, folder, kind)
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
 def test_saved_bytes_are_the_same_twice_and_in_another_process(tmp_path):
     first, again = everything(tmp_path / "one"), everything(tmp_path / "two")
-    assert len(first) == 10
+    assert len(first) == 12
     assert first == again
     code = "import sys, pathlib, test_figures as t; print(t.everything(pathlib.Path(sys.argv[1])))"
     done = subprocess.run(
@@ -91,7 +92,7 @@ def test_saving_twice_and_drawing_in_between_gives_the_same_file(tmp_path):
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
 
 
-def test_the_look_does_not_leak():
+def test_the_style_does_not_leak():
     before = dict(mpl.rcParams)
     _, axes = figures.canvas("Title")
     assert dict(mpl.rcParams) == before
@@ -113,6 +114,26 @@ def test_forest_puts_every_interval_where_it_belongs():
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first on top
     assert [t.get_text() for t in axes.get_yticklabels()] == list("abc")
     assert [t.get_text() for t in axes.get_figure().legends[0].get_texts()] == verdicts
+
+
+def test_forest_draws_controls_below_and_the_papers_value_as_a_bar():
+    _, axes = figures.canvas()
+    control = Interval(0.05, 0.0, 0.1, 10)
+    shown = {"controls": [control, None, None], "published": [0.45, None, 0.2]}
+    figures.forest(axes, list("abc"), INTERVALS, **shown)
+    grey = [line for line in axes.lines if line.get_color() == figures.GREY]
+    assert [list(line.get_xdata()) for line in grey] == [[0.0, 0.1], [0.05]]
+    papers = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "|"]
+    assert papers == [[0.45], [0.2]]
+    legend = [t.get_text() for t in axes.get_figure().legends[0].get_texts()]
+    assert legend == ["control", "paper's value"]
+
+
+def test_points_of_two_groups_stand_beside_each_other():
+    _, axes = figures.canvas()
+    figures.points(axes, list("abc"), {"one": INTERVALS, "two": INTERVALS})
+    places = [list(line.get_xdata()) for line in axes.lines if line.get_marker() in "oD"]
+    assert np.allclose(places, [[-0.15, 0.85, 1.85], [0.15, 1.15, 2.15]])
 
 
 def test_panels_share_one_legend():
@@ -137,6 +158,9 @@ def test_heat_writes_readable_numbers():
     _, axes = figures.canvas()
     figures.heat(axes, [[0.0, 1.0], [float("nan"), -0.001]], list("ab"), list("cd"), unit="share")
     assert [t.get_text() for t in axes.texts] == ["0.00", "1.00", "–", "0.00"]
+    _, axes = figures.canvas()
+    figures.heat(axes, [[0.0, 1.0], [-1.0, 0.1]], list("ab"), list("cd"), centre=0, shown_from=0.5)
+    assert [t.get_text() for t in axes.texts] == ["1.00", "-1.00"]
     with pytest.raises(ResearchError, match="shape"):
         figures.heat(axes, [[1.0]], ["a", "b"], ["c"])
 
@@ -146,7 +170,7 @@ def test_heat_numbers_are_readable_on_every_colour(centre):
     _, axes = figures.canvas()
     values = np.linspace(0, 1, 40).reshape(5, 8)
     figures.heat(axes, values, list("abcde"), list("abcdefgh"), centre=centre)
-    image = axes.images[0]
+    image = axes.collections[0]
     for text, value in zip(axes.texts, values.ravel(), strict=True):
         assert contrast(text.get_color(), image.cmap(image.norm(value))[:3]) > 4.5  # WCAG AA
 
@@ -184,6 +208,8 @@ def test_scatter_and_curve_show_the_numbers_given():
     band = axes.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == -0.5
     assert band[:, 1].max() == 0.6
+    figures.curve(axes, [1, 2, 3], INTERVALS, name="method", direct=True)
+    assert axes.texts[0].xy == (3, -0.3)
 
 
 def test_mistakes_are_one_sentence():
