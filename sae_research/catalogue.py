@@ -1,4 +1,5 @@
-"""The models and SAEs that the studies name: where each comes from and what it must show before a run relies on it.
+"""The models and SAEs that the studies name: where each comes from and what it must show before a
+run relies on it.
 
 A number that no source gives is None.
 """
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 from sae_research.errors import ResearchError, unknown
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sae_lens import SAE
 
     from sae_research.models import LanguageModel
@@ -22,7 +25,7 @@ class ModelSpec:
     name: str
     """The name that `params.yaml` uses."""
     model: str
-    """Name on the hub; for a specimen of the embedded world, its name there."""
+    """Name on the hub; for a toy model, its name there."""
     gated: bool = False
     """Whether the hub asks for an accepted licence and a token."""
     parameters: int | None = None
@@ -30,17 +33,25 @@ class ModelSpec:
     embedded: bool = False
     """Whether model and SAEs lie in `data/embedded`."""
     hooks: Mapping[str, str] = field(default_factory=dict)
-    """Place of the residual stream by role: those of the SAEs, and `train` where a study trains its own."""
+    """Place of the residual stream by role: those of the SAEs, and `train` where a study trains
+    its own.
+    """
     saes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """SAELens release and id by role; a specimen's are found in its folder, by their folder names."""
+    """SAELens release and id by role; a toy model's are found in its folder, by their folder
+    names.
+    """
     trained_on: str = ""
-    """The subject whose SAEs these are, where this one has none: they are put on its residuals all the same."""
+    """The model whose SAEs these are, where this one has none: they are put on its residuals all
+    the same.
+    """
     chat: bool = False
     """Whether it was tuned on dialogues: prompts then go through its tokenizer's chat template."""
     mean_l0: Mapping[str, float] = field(default_factory=dict)
-    """Mean L0 at the final token by role, as independently measured: a gate on loading."""
+    """Mean L0 at the final token by role, as independently measured: a check on loading."""
     eligible: int | None = None
-    """Latents of `primary` whose final-token frequency lies in [.002, .5] of 2,048 contexts, likewise."""
+    """Latents of `primary` whose final-token frequency lies in [.002, .5] of 2,048 contexts,
+    likewise.
+    """
     note: str = field(default="", compare=False)
     """What a reader should know."""
 
@@ -80,7 +91,9 @@ class ModelSpec:
         return sae
 
     def content(self) -> list[str]:
-        """What tells it from another one of its name: a specimen's checksums, else its name on the hub."""
+        """What tells it from another one of its name: a toy model's checksums, else its name on the
+        hub.
+        """
         from sae_research import store
         from sae_research.paths import EMBEDDED
 
@@ -112,7 +125,10 @@ def _gpt2_small() -> ModelSpec:
         | {f"width_{width}": (ladder, f"{layers['layer_8']}_{width}") for width in widths},
         mean_l0={"primary": 71.8, "downstream": 60.0},
         eligible=7532,
-        note="SAEs trained with centred writing weights; the ladder of widths at block 8 is not the paper's",
+        note=(
+            "SAEs trained with centred writing weights; the ladder of widths at block 8 is not "
+            "the paper's"
+        ),
     )
 
 
@@ -138,7 +154,10 @@ def _pythia() -> ModelSpec:
         saes={role: (release, hook) for role, hook in {**paper, **layers}.items()},
         mean_l0={"primary": 68.3, "downstream": 118.6},
         eligible=4375,
-        note="block 5 is the last; study 3's sixteen dictionaries on attention and MLP outputs are not in SAELens",
+        note=(
+            "block 5 is the last; study 3's sixteen dictionaries on attention and MLP outputs "
+            "are not in SAELens"
+        ),
     )
 
 
@@ -179,7 +198,7 @@ def _llama(expansion: int, layers: tuple[int, ...] = (), **others: object) -> Mo
     )
 
 
-def _specimen(which: str) -> ModelSpec:
+def _toy_model(which: str) -> ModelSpec:
     return ModelSpec(
         name=f"world-{which}",
         model=which,
@@ -193,8 +212,8 @@ _GEMMA_2B_LAYERS = (5, 6, 9, 10, 15, 18, 20, 24)
 """Study 5's layers (5, 10, 15, 20) and those of study 1's sweep."""
 
 MODEL_SPECS = {
-    subject.name: subject
-    for subject in (
+    spec.name: spec
+    for spec in (
         _gpt2_small(),
         _gpt2_large(),
         _pythia(),
@@ -215,14 +234,20 @@ MODEL_SPECS = {
             hooks=_GEMMA_2B,
             trained_on="gemma-2-2b",
             chat=True,
-            note="instruction-tuned; the SAEs are those of the base model, as Gemma Scope has none for this one",
+            note=(
+                "instruction-tuned; the SAEs are those of the base model, as Gemma Scope has "
+                "none for this one"
+            ),
         ),
         _gemma(
             "9b",
             9_241_705_984,
             (10, 15, 20, 25, 30),
             hooks={"train": "blocks.23.hook_resid_pre"},
-            note="study 4's paper says layer 23, its release 31; the block's input is inferred from gpt2-large",
+            note=(
+                "study 4's paper says layer 23, its release 31; the block's input is inferred "
+                "from gpt2-large"
+            ),
         ),
         _llama(
             8,
@@ -230,21 +255,68 @@ MODEL_SPECS = {
             name="llama-3.1-8b",
             mean_l0={"primary": 32.2, "downstream": 31.4},
             eligible=2837,
-            note="SAELens' threshold is the release's times its norm factor; the release states an L0 of 50",
+            note=(
+                "SAELens' threshold is the release's times its norm factor; the release states "
+                "an L0 of 50"
+            ),
         ),
         _llama(
             32,
             name="llama-3.1-8b-32x",
-            note="the width comparison of study 2; whether its downstream SAE was widened too is unknown",
+            note=(
+                "the width comparison of study 2; whether its downstream SAE was widened too "
+                "is unknown"
+            ),
         ),
-        _specimen("text"),
-        _specimen("survey"),
+        _toy_model("text"),
+        _toy_model("survey"),
     )
 }
 
 
 def get(name: str) -> ModelSpec:
-    """The subject called `name`."""
+    """The model called `name`."""
     if name not in MODEL_SPECS:
-        raise unknown("subject", name, MODEL_SPECS, "the catalogue")
+        raise unknown("model", name, MODEL_SPECS, "the catalogue")
     return MODEL_SPECS[name]
+
+
+def load_model(
+    source: "str | Path", *, device: str = "cpu", dtype: str = "float32", name: str | None = None
+) -> "LanguageModel":
+    """A model by its name in this catalogue, by its name on the hub, or from a local folder.
+
+    >>> load_model("world-survey")
+    LanguageModel(world-survey: 4 blocks, d_model 64, on cpu)
+    """
+    from sae_research import models
+
+    if name is None and str(source) in MODEL_SPECS:
+        return MODEL_SPECS[str(source)].load(device=device, dtype=dtype)
+    return models.load_model(source, device=device, dtype=dtype, name=name)
+
+
+def load_sae(
+    release: "str | Path",
+    sae_id: str | None = None,
+    *,
+    model: "LanguageModel | None" = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> "SAE":
+    """An SAE by SAELens release and id, by model and role of this catalogue, or from a folder.
+
+    With `model`, explained variance and L0 are looked at on a few tokens: a wrong load is
+    warned of.
+
+    >>> load_sae("world-survey", "block0_topk").cfg.d_in
+    64
+    """
+    from sae_research import saes
+
+    if sae_id is None or str(release) not in MODEL_SPECS:
+        return saes.load_sae(release, sae_id, model=model, device=device, dtype=dtype)
+    sae = MODEL_SPECS[str(release)].sae(sae_id, device=device, dtype=dtype)
+    if model is not None:
+        saes.warn_if_wrong(model, sae)
+    return sae

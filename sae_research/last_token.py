@@ -125,8 +125,10 @@ class LastToken:
         """
         from transformers import DynamicCache
 
-        owner, slots = _chunks(contexts, pack)
         prefix = record.keys[0].shape[2] if record.keys else 0
+        if self.tail.window_counts_keys:
+            pack = max(1, min(pack, self.tail.window - prefix))
+        owner, slots = _chunks(contexts, pack)
         mask = torch.full(
             (pack, prefix + pack),
             torch.finfo(self.dtype).min,

@@ -47,6 +47,8 @@ class ModelTail:
         config = hf_model.config.get_text_config()
         self.rotary = getattr(hf_model.base_model, "rotary_emb", None)
         self.window = _attention_window(config)
+        # GPT-Neo applies its window to the number of keys, packed copies of a token included
+        self.window_counts_keys = isinstance(getattr(config, "window_size", None), int)
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.W_U = bridge.W_U.detach().float()
         b_U = getattr(bridge, "b_U", None)

@@ -1,7 +1,8 @@
-"""The model adapter: one language model behind TransformerLens' bridge, by hub name or local folder.
+"""The model adapter: one language model behind TransformerLens' bridge, by hub name or local
+folder.
 
-The bridge runs the Hugging Face model as it is (no compatibility mode), so residuals are the raw ones that SAEs of this
-field are trained on, and logits equal Hugging Face's.
+The bridge runs the Hugging Face model as it is (no compatibility mode), so residuals are the
+raw ones that SAEs of this field are trained on, and logits equal Hugging Face's.
 """
 
 import contextlib
@@ -17,10 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sae_research import store
 from sae_research.errors import ResearchError
 from sae_research.paths import relative
 
 if TYPE_CHECKING:
+    from sae_lens import SAE
     from torch import LongTensor, Tensor
 
 Edit = Callable[["Tensor"], "Tensor"]
@@ -31,7 +34,9 @@ _MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the bars, prints and deprecation noise of the model libraries; errors still come through."""
+    """Silence the bars, prints and deprecation noise of the model libraries; errors still come
+    through.
+    """
     import transformers
 
     bars = transformers.utils.logging.is_progress_bar_enabled()
@@ -61,7 +66,9 @@ def canonical_name(model: str) -> str:
 
 
 def download(repository: str, patterns: tuple[str, ...] = _MODEL_FILES) -> Path:
-    """The folder with those files of a hub repository that `patterns` name, fetched unless already on this machine."""
+    """The folder with those files of a hub repository that `patterns` name, fetched unless already
+    on this machine.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub import utils as hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -83,7 +90,8 @@ def download(repository: str, patterns: tuple[str, ...] = _MODEL_FILES) -> Path:
 def gated(repository: str) -> ResearchError:
     """What to do about a repository that asks for a licence; the token itself is never shown."""
     return ResearchError(
-        f"{repository} is gated: accept its licence on its page of the Hugging Face hub, then set the environment "
+        f"{repository} is gated: accept its licence on its page of the Hugging Face hub, then "
+        "set the environment "
         "variable HF_TOKEN to a token of that account."
     )
 
@@ -91,7 +99,8 @@ def gated(repository: str) -> ResearchError:
 def unreachable(repository: str) -> ResearchError:
     """What to do without network."""
     return ResearchError(
-        f"{repository} is not on this machine and the hub cannot be reached: no network for the laptop and gpu "
+        f"{repository} is not on this machine and the hub cannot be reached: no network for the "
+        "laptop and gpu "
         "profiles; connect and run again, or use the cpu profile, which needs none."
     )
 
@@ -99,43 +108,93 @@ def unreachable(repository: str) -> ResearchError:
 def load_model(
     source: str | Path, *, device: str = "cpu", dtype: str = "float32", name: str | None = None
 ) -> "LanguageModel":
-    """The model `source` (hub name or Hugging Face folder), frozen; `name` is how SAEs refer to it."""
+    """The model `source` (hub name or Hugging Face folder), frozen; `name` is how SAEs refer to it.
+
+    Residuals and logits of the bridge are compared with those of Hugging Face on a few tokens.
+    """
     if device.startswith("cuda") and not _has_gpu():
         raise ResearchError(
             f"device '{device}' is not available here; use the cpu profile or set device to cpu."
         )
+    folder, name = _find(source, name)
+    import torch
+
+    with quiet():
+        from transformer_lens.model_bridge import TransformerBridge
+        from transformers import AutoModelForCausalLM
+
+        number_format = getattr(torch, dtype)
+        try:
+            hf_model = AutoModelForCausalLM.from_pretrained(
+                str(folder.resolve()),
+                dtype=number_format,
+                attn_implementation="eager",
+                trust_remote_code=False,
+            )
+            hf_model = hf_model.to(device).eval()
+            expected = _hidden_states(hf_model)
+            bridge = TransformerBridge.boot_transformers(
+                str(folder.resolve()), hf_model=hf_model, device=device, dtype=number_format
+            )
+        except (OSError, ValueError, json.JSONDecodeError) as error:
+            raise ResearchError(
+                f"the model '{name}' cannot be loaded ({str(error).splitlines()[0]}); its files "
+                "may be incomplete: delete and fetch or make them again."
+            ) from error
+    model = LanguageModel(bridge, name)
+    _compare_with_hugging_face(model, *expected)
+    return model
+
+
+def _find(source: str | Path, name: str | None) -> tuple[Path, str]:
+    """The folder of a model, fetched from the hub if need be, and the name to call it by."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ResearchError(
                 f"{relative(folder)} holds no config.json; give a Hugging Face model folder."
             )
-        name = name or _folder_name(folder)
-    elif isinstance(source, Path) or str(source).startswith((".", "/", "~")):
+        return folder, name or _folder_name(folder)
+    if isinstance(source, Path) or str(source).startswith((".", "/", "~")):
         raise ResearchError(
             f"the model folder {relative(folder)} is missing; run `make reproduce` to make it."
         )
-    else:
-        name = name or canonical_name(str(source))
-        folder = download(canonical_name(str(source)))
+    hub_name = canonical_name(str(source))
+    return download(hub_name), name or hub_name
+
+
+def _hidden_states(hf_model) -> tuple["LongTensor", "tuple[Tensor, ...]", "Tensor"]:
+    """A few tokens with the hidden states and logits that Hugging Face computes for them."""
     import torch
 
-    with quiet():
-        from transformer_lens.model_bridge import TransformerBridge
+    size = hf_model.config.get_text_config().vocab_size
+    tokens = torch.linspace(0, size - 1, 8, device=hf_model.device).long()[None]
+    with torch.no_grad():
+        found = hf_model(tokens, output_hidden_states=True)
+    return tokens, found.hidden_states, found.logits
 
-        try:
-            bridge = TransformerBridge.boot_transformers(
-                str(folder.resolve()),
-                device=device,
-                dtype=getattr(torch, dtype),
-                trust_remote_code=False,
-            )
-        except (OSError, ValueError, json.JSONDecodeError) as error:
+
+def _compare_with_hugging_face(
+    model: "LanguageModel", tokens: "LongTensor", states: "tuple[Tensor, ...]", logits: "Tensor"
+) -> None:
+    """Refuse a bridge whose residuals or logits are silently wrong."""
+    import torch
+
+    tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2
+    pairs = {
+        f"blocks.{n}.hook_resid_pre": (model.residual(tokens, f"blocks.{n}.hook_resid_pre"), state)
+        for n, state in enumerate(states[: model.n_layers])
+    }
+    with torch.no_grad():
+        pairs["the logits"] = (model.logits(tokens), logits)
+    for place, (ours, theirs) in pairs.items():
+        error = float((ours - theirs).abs().max())
+        if not error <= tolerance * max(1.0, float(theirs.abs().max())):
             raise ResearchError(
-                f"the model '{name}' cannot be loaded ({str(error).splitlines()[0]}); its files may be incomplete: "
-                "delete and fetch or make them again."
-            ) from error
-    return LanguageModel(bridge, name)
+                f"TransformerLens runs '{model.name}' wrongly: at {place} it differs by "
+                f"{error:.2g} "
+                "from Hugging Face; this architecture cannot be used here."
+            )
 
 
 def _has_gpu() -> bool:
@@ -145,7 +204,7 @@ def _has_gpu() -> bool:
 
 
 def _folder_name(folder: Path) -> str:
-    """`world-text` for a specimen's folder text/model, else the folder's own name."""
+    """`world-text` for the toy model in text/model, else the folder's own name."""
     folder = folder.resolve()
     return f"world-{folder.parent.name}" if folder.name == "model" else folder.name
 
@@ -155,7 +214,9 @@ class _Reached(Exception):
 
 
 class LanguageModel:
-    """A frozen language model: tokens in; residuals, logits and losses out, with edits of the residual on the way."""
+    """A frozen language model: tokens in; residuals, logits and losses out, with edits of the
+    residual on the way.
+    """
 
     def __init__(self, bridge, name: str):
         self.bridge = bridge.eval().requires_grad_(False)
@@ -171,9 +232,58 @@ class LanguageModel:
         self.bos = names.bos_token_id if names.bos_token_id is not None else names.eos_token_id
         self.eos = names.eos_token_id if names.eos_token_id is not None else self.bos
         self.pad = names.pad_token_id if names.pad_token_id is not None else self.eos
+        self._standing: list[tuple[str, Edit]] = []
 
     def __repr__(self) -> str:
-        return f"LanguageModel({self.name}: {self.n_layers} blocks, d_model {self.d_model}, on {self.device})"
+        size = f"{self.n_layers} blocks, d_model {self.d_model}"
+        return f"LanguageModel({self.name}: {size}, on {self.device})"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the weights as bfloat16: the same for every folder name and number format."""
+        import torch
+
+        weights = enumerate(self.bridge.original_model.parameters())
+        return store.tensor_fingerprint({str(i): w.to(torch.bfloat16) for i, w in weights})
+
+    # steering
+
+    @contextlib.contextmanager
+    def edited(self, edits: dict[str, Edit]) -> Iterator["LanguageModel"]:
+        """Inside, every pass goes through these edits of the residual, before any others."""
+        before = self._standing
+        self._standing = [*before, *((self.hook(name), edit) for name, edit in edits.items())]
+        try:
+            yield self
+        finally:
+            self._standing = before
+
+    @contextlib.contextmanager
+    def unedited(self) -> Iterator["LanguageModel"]:
+        """Inside, edits of an enclosing `edited` or `steer` do not apply."""
+        before = self._standing
+        self._standing = []
+        try:
+            yield self
+        finally:
+            self._standing = before
+
+    @contextlib.contextmanager
+    def steer(
+        self, sae: "SAE", latent: int, coefficient: float, positions: "str | Tensor" = "all"
+    ) -> Iterator["LanguageModel"]:
+        """Inside, `coefficient` times a latent's decoder direction is added at the SAE's hook."""
+        from sae_research import saes, steering
+
+        hook = saes.check_fit(self, sae)
+        directions = steering.directions(sae)
+        if not 0 <= latent < len(directions):
+            raise ResearchError(
+                f"latent {latent} is out of range; this SAE has {len(directions)} latents."
+            )
+        edit = steering.add_direction(directions[latent], coefficient, positions)
+        with self.edited({hook: edit}):
+            yield self
 
     # tokens
 
@@ -185,7 +295,9 @@ class LanguageModel:
     def tokens(
         self, texts: list[str], length: int | None = None, prepend_bos: bool = True
     ) -> "LongTensor":
-        """One row a text: BOS, its tokens, cut at `length`, padded on the right to the longest row."""
+        """One row a text: BOS, its tokens, cut at `length`, padded on the right to the
+        longest row.
+        """
         import torch
 
         rows = [([self.bos] if prepend_bos else []) + ids for ids in self._ids(texts)]
@@ -196,7 +308,9 @@ class LanguageModel:
         return torch.tensor(padded, dtype=torch.long, device=self.device)
 
     def packed(self, texts: list[str], length: int) -> "LongTensor":
-        """The texts as one stream, each closed by EOS, in rows of BOS and `length` - 1 tokens; the end is dropped."""
+        """The texts as one stream, each closed by EOS, in rows of BOS and `length` - 1 tokens; the
+        end is dropped.
+        """
         import torch
 
         self._fits(length)
@@ -206,7 +320,9 @@ class LanguageModel:
         return torch.tensor(rows, dtype=torch.long, device=self.device).view(len(rows), length)
 
     def content(self, tokens: "LongTensor") -> "Tensor":
-        """Mask of the positions that carry text: neither a leading BOS nor padding at the end of a row."""
+        """Mask of the positions that carry text: neither a leading BOS nor padding at the end of a
+        row.
+        """
         mask = (tokens != self.pad).flip(-1).cumsum(-1).flip(-1) > 0
         mask[:, 0] &= tokens[:, 0] != self.bos
         return mask
@@ -214,14 +330,17 @@ class LanguageModel:
     def _fits(self, length: int) -> None:
         if length > self.n_ctx:
             raise ResearchError(
-                f"a text of {length} tokens is longer than the context of {self.name} ({self.n_ctx}); "
+                f"a text of {length} tokens is longer than the context of {self.name} "
+                f"({self.n_ctx}); "
                 "cut it with `length`."
             )
 
     # hooks
 
     def hook(self, name: str) -> str:
-        """The bridge's own name of a hook; each place of the residual stream has one name, whatever it is called."""
+        """The bridge's own name of a hook; each place of the residual stream has one name,
+        whatever it is called.
+        """
         place = re.fullmatch(
             r"blocks\.(\d+)\.(?:hook_resid_pre|hook_in|hook_resid_post|hook_out)", name
         )
@@ -230,25 +349,37 @@ class LanguageModel:
             return f"blocks.{above - 1}.hook_out" if above else "blocks.0.hook_in"
         if not place and name in self.hooks:
             return self.bridge.hook_dict[name].name
+        block = re.search(r"(?:^|\.)(?:h|layers?|blocks)\.(\d+)$", name)
+        if block and int(block[1]) < self.n_layers:
+            raise ResearchError(
+                f"{self.name} has no hook '{name}'; the output of that block is "
+                f"'blocks.{block[1]}.hook_resid_post', its input "
+                f"'blocks.{block[1]}.hook_resid_pre'."
+            )
         near = difflib.get_close_matches(name, sorted(self.hooks), n=1, cutoff=0)
         raise ResearchError(
-            f"{self.name} ({self.n_layers} blocks) has no hook '{name}'; the nearest valid name is '{near[0]}'."
+            f"{self.name} ({self.n_layers} blocks) has no hook '{name}'; the nearest valid name "
+            f"is '{near[0]}'."
         )
 
     def depth(self, hook: str) -> int:
-        """How many blocks lie below a place of the residual stream: the block to go on with after an edit there."""
+        """How many blocks lie below a place of the residual stream: the block to go on with after
+        an edit there.
+        """
         place = re.fullmatch(r"blocks\.(\d+)\.hook_(in|out)", self.hook(hook))
         if not place:
             raise ResearchError(
-                f"'{hook}' is no place of the residual stream; use blocks.N.hook_resid_pre or _post."
+                f"'{hook}' is no place of the residual stream; use blocks.N.hook_resid_pre or "
+                "_post."
             )
         return int(place[1]) + (place[2] == "out")
 
     def _run(self, tokens: "LongTensor", edits: dict[str, Edit]) -> "Tensor":
         self._fits(tokens.shape[-1])
+        given = [(self.hook(name), edit) for name, edit in edits.items()]
         hooks = [
-            (self.hook(name), lambda value, hook, edit=edit: edit(value))
-            for name, edit in edits.items()
+            (name, lambda value, hook, edit=edit: edit(value))
+            for name, edit in (*self._standing, *given)
         ]
         return self.bridge.run_with_hooks(tokens.to(self.device), fwd_hooks=hooks)
 
@@ -277,7 +408,9 @@ class LanguageModel:
         return found[0]
 
     def logits(self, tokens: "LongTensor", edits: dict[str, Edit] | None = None) -> "Tensor":
-        """Next-token logits [batch, positions, vocabulary] in float32; gradients flow if an edit carries them."""
+        """Next-token logits [batch, positions, vocabulary] in float32; gradients flow if an edit
+        carries them.
+        """
         return self._run(tokens, edits or {}).float()
 
     def losses(self, tokens: "LongTensor", edits: dict[str, Edit] | None = None) -> "Tensor":
@@ -291,17 +424,23 @@ class LanguageModel:
 
     def generate(
         self,
-        tokens: "LongTensor",
+        prompt: "str | LongTensor",
         n: int,
         edits: dict[str, Edit] | None = None,
         greedy: bool = True,
         seed: int | None = None,
-    ) -> "LongTensor":
-        """`tokens` followed by `n` new ones, greedy or sampled; each step reruns the whole row, edits included."""
+    ) -> "str | LongTensor":
+        """The prompt followed by `n` new tokens, greedy or sampled: text for text, rows for rows.
+
+        Each step reruns the whole row, edits included.
+        """
         import torch
 
-        self._fits(tokens.shape[-1] + n)
-        tokens = tokens.to(self.device)
+        if isinstance(prompt, str):
+            row = self.generate(self.tokens([prompt]), n, edits, greedy, seed)[0]
+            return self.tokenizer.decode(row, skip_special_tokens=True)
+        self._fits(prompt.shape[-1] + n)
+        tokens = prompt.to(self.device)
         random = torch.Generator().manual_seed(seed if seed is not None else 0)
         with torch.no_grad():
             for _ in range(n):
@@ -309,8 +448,16 @@ class LanguageModel:
                 if greedy:
                     new = last.argmax(-1, keepdim=True)
                 else:
-                    new = torch.multinomial(last.softmax(-1).cpu(), 1, generator=random).to(
-                        self.device
-                    )
+                    drawn = torch.multinomial(last.softmax(-1).cpu(), 1, generator=random)
+                    new = drawn.to(self.device)
                 tokens = torch.cat([tokens, new], dim=1)
         return tokens
+
+    @functools.cached_property
+    def sample(self) -> "LongTensor":
+        """Rows of 32 tokens that the model itself writes, for checks that need some of its text."""
+        import torch
+
+        start = torch.full((16, 1), self.bos, dtype=torch.long, device=self.device)
+        with self.unedited():
+            return self.generate(start, min(32, self.n_ctx) - 1, greedy=False, seed=0)

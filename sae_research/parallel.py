@@ -1,4 +1,6 @@
-"""Independent shards of work: in one process, in local processes, or on a Ray cluster, with the same results."""
+"""Independent shards of work: in one process, in local processes, or on a Ray cluster, with the
+same results.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,11 +19,13 @@ def shards(
     threads: int = 1,
     desc: str = "",
 ) -> list:
-    """`[function(item) for item in items]`, with `n_jobs` at once; a worker needs about 2 s to start.
+    """`[function(item) for item in items]`, with `n_jobs` at once; a worker needs about 2 s to
+    start.
 
-    `n_jobs` is 1 (this process), a number of local processes (-1: one a core), or "ray". With `seed`, every call is
-    `function(item, seed=...)` with an own seed that depends on the item's position alone. Every shard has `threads`
-    threads whatever `n_jobs`, so that sums round alike.
+    `n_jobs` is 1 (this process), a number of local processes (-1: one a core), or "ray". With
+    `seed`, every call is `function(item, seed=...)` with an own seed that depends on the item's
+    position alone. Every shard has `threads` threads whatever `n_jobs`, so that sums round
+    alike.
     """
     items = list(items)
     if n_jobs != "ray" and (
@@ -96,7 +100,8 @@ def _backend(n_jobs: int | str, threads: int) -> Iterator[bool]:
         from ray.util.joblib import register_ray
     except ImportError as error:
         raise ResearchError(
-            "n_jobs is 'ray' but Ray is not installed; run `pip install -e '.[ray]' -c constraints.txt`, "
+            "n_jobs is 'ray' but Ray is not installed; run `pip install -e '.[ray]' -c "
+            "constraints.txt`, "
             "or set n_jobs to a number of local processes."
         ) from error
     register_ray()

@@ -1,6 +1,10 @@
-"""Sparse dictionaries: load SAEs, check that they fit a model, give them an exact L0, save them, judge them."""
+"""Sparse dictionaries: load SAEs, check that they fit a model, give them an exact L0, save them,
+judge them.
+"""
 
 import copy
+import json
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,24 +21,61 @@ if TYPE_CHECKING:
 
 
 def load_sae(
-    release: str | Path, sae_id: str | None = None, *, device: str = "cpu", dtype: str = "float32"
+    release: str | Path,
+    sae_id: str | None = None,
+    *,
+    model: LanguageModel | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> "SAE":
-    """A frozen SAE: `sae_id` of a SAELens release, or a folder in SAELens format (checked if it carries checksums)."""
+    """A frozen SAE: `sae_id` of a SAELens release, or a folder in SAELens format.
+
+    Checksums are compared where the folder has some. With `model`, `warn_if_wrong` looks whether
+    the SAE explains that model's residuals.
+    """
     folder = Path(release).expanduser()
     with quiet():
-        from sae_lens import SAE
-
         if sae_id is not None:
             sae = _from_release(str(release), sae_id, device, dtype)
-        elif (folder / "cfg.json").is_file():
-            if (folder / store.CHECKSUMS).is_file():
-                store.verified(folder)
-            sae = SAE.load_from_disk(folder, device=device, dtype=dtype)
         else:
-            raise ResearchError(
-                f"{relative(folder)} holds no SAE (cfg.json); give such a folder, or a release and an SAE id."
-            )
-    return _ready(sae)
+            sae = _from_folder(folder, device, dtype)
+    sae = _ready(sae)
+    if model is not None:
+        warn_if_wrong(model, sae)
+    return sae
+
+
+def _from_folder(folder: Path, device: str, dtype: str) -> "SAE":
+    """Open a folder in SAELens format, saying in one sentence what is wrong with it."""
+    from sae_lens import SAE
+    from safetensors import SafetensorError
+
+    if not (folder / "cfg.json").is_file():
+        raise ResearchError(
+            f"{relative(folder)} holds no SAE (cfg.json); give such a folder, or a release and an "
+            "SAE id."
+        )
+    if (folder / store.CHECKSUMS).is_file():
+        store.verified(folder)
+    if not (folder / "sae_weights.safetensors").is_file():
+        raise ResearchError(
+            f"{relative(folder)} has no sae_weights.safetensors; copy the weights there."
+        )
+    try:
+        return SAE.load_from_disk(folder, device=device, dtype=dtype)
+    except json.JSONDecodeError as error:
+        reason = f"its cfg.json is no JSON ({error})"
+    except SafetensorError as error:
+        reason = f"its weights are truncated or damaged ({error})"
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"SAELens does not understand its cfg.json ({str(error).splitlines()[0]})"
+    except RuntimeError as error:
+        shapes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        reason = f"weights and cfg.json do not fit ({(shapes or [str(error)])[0]})"
+    raise ResearchError(
+        f"the SAE in {relative(folder)} cannot be loaded: {reason}; "
+        "export it again in SAELens format."
+    )
 
 
 def _from_release(release: str, sae_id: str, device: str, dtype: str) -> "SAE":
@@ -65,22 +106,28 @@ def _centre(x: "Tensor") -> "Tensor":
 
 
 def centred(sae: "SAE") -> bool:
-    """Whether the SAE was trained with centred writing weights, which take the mean over d out of the residual."""
+    """Whether the SAE was trained with centred writing weights, which take the mean over d out of
+    the residual.
+    """
     return bool((sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"))
 
 
 def target(sae: "SAE", residual: "Tensor") -> "Tensor":
-    """What the SAE reconstructs of a raw residual: all of it, or all but its mean over d, which no LayerNorm sees."""
+    """What the SAE reconstructs of a raw residual: all of it, or all but its mean over d, which no
+    LayerNorm sees.
+    """
     return _centre(residual) if centred(sae) else residual
 
 
-def metadata(lens: LanguageModel, hook: str) -> "SAEMetadata":
-    """What an SAE must carry for others to use it: its model, hook, context size and whether texts begin with BOS."""
+def metadata(model: LanguageModel, hook: str) -> "SAEMetadata":
+    """What an SAE must carry for others to use it: its model, hook, context size and whether texts
+    begin with BOS.
+    """
     with quiet():
         from sae_lens.saes.sae import SAEMetadata
 
         return SAEMetadata(
-            model_name=lens.name, hook_name=hook, context_size=lens.n_ctx, prepend_bos=True
+            model_name=model.name, hook_name=hook, context_size=model.n_ctx, prepend_bos=True
         )
 
 
@@ -93,31 +140,65 @@ def hook_of(sae: "SAE") -> str:
     return sae.cfg.metadata.hook_name
 
 
-def check_fit(lens: LanguageModel, sae: "SAE") -> str:
-    """The bridge's name of the SAE's hook, once model, hook and width agree; else one error that names both sides."""
+def check_fit(model: LanguageModel, sae: "SAE") -> str:
+    """The bridge's name of the SAE's hook, once model, hook and width agree; else one error that
+    names both sides.
+    """
     trained_on = sae.cfg.metadata.model_name
     if (
         trained_on
-        and canonical_name(trained_on).split("/")[-1] != canonical_name(lens.name).split("/")[-1]
+        and canonical_name(trained_on).split("/")[-1] != canonical_name(model.name).split("/")[-1]
     ):
         raise ResearchError(
-            f"this SAE was trained on the model '{trained_on}', not on '{lens.name}'; load the SAE of '{lens.name}'."
+            f"this SAE was trained on the model '{trained_on}', not on '{model.name}'; load the "
+            f"SAE of '{model.name}'."
         )
-    if sae.cfg.d_in != lens.d_model:
+    if sae.cfg.d_in != model.d_model:
         raise ResearchError(
-            f"this SAE reads {sae.cfg.d_in} dimensions but the residual of '{lens.name}' has {lens.d_model}; "
+            f"this SAE reads {sae.cfg.d_in} dimensions but the residual of '{model.name}' has "
+            f"{model.d_model}; "
             "load the SAE of this model."
         )
-    return lens.hook(hook_of(sae))
+    return model.hook(hook_of(sae))
+
+
+def warn_if_wrong(model: LanguageModel, sae: "SAE", least: float = 0.25) -> dict[str, float]:
+    """Quality on a few hundred tokens that the model writes itself; warns where the load looks
+    wrong.
+
+    Wrong means an explained variance below `least`, or an L0 three times off the calibrated one.
+    """
+    hook = check_fit(model, sae)
+    known = getattr(sae, "_checked_on", {})
+    if model.fingerprint in known:
+        return known[model.fingerprint]
+    with model.unedited():
+        found = quality(model, sae, model.sample, hook)
+    sae._checked_on = {**known, model.fingerprint: found}
+    signs = []
+    if not found["explained_variance"] >= least:
+        signs.append(f"it explains {found['explained_variance']:.0%} of the residual's variance")
+    expected = getattr(sae.cfg.metadata, "calibrated_l0", None)
+    if expected and not expected / 3 <= found["l0"] <= 3 * expected:
+        signs.append(f"{found['l0']:.1f} latents are active on a token in place of {expected:.1f}")
+    if signs:
+        warnings.warn(
+            f"this SAE may not belong to '{model.name}' at {hook}: on {found['tokens']} tokens "
+            f"{' and '.join(signs)}; check hook, model and normalisation.",
+            stacklevel=2,
+        )
+    return found
 
 
 def exact_l0(
     sae: "SAE", activations: "Tensor", k: float, batch: int = 4096, half: bool = False
 ) -> "SAE":
-    """A JumpReLU SAE with `sae`'s weights and unit decoder rows whose mean L0 on `activations` is `k`.
+    """A JumpReLU SAE with `sae`'s weights and unit decoder rows whose mean L0 on `activations` is
+    `k`.
 
-    All thresholds (those of a JumpReLU, else zero) move by one shift: the quantile of pre-activation less threshold
-    that leaves k active latents a token. `half` rounds the weights before, as `save` will, so that L0 stays exact.
+    All thresholds (those of a JumpReLU, else zero) move by one shift: the quantile of
+    pre-activation less threshold that leaves k active latents a token. `half` rounds the
+    weights before, as `save` will, so that L0 stays exact.
     """
     import torch
 
@@ -137,7 +218,8 @@ def exact_l0(
             best = torch.cat([best, margin]).sort(descending=True).values[: wanted + 1]
         if active < wanted or wanted < 1:
             raise ResearchError(
-                f"no threshold gives {k} active latents a token: this SAE has {active / len(activations):.1f} with a "
+                f"no threshold gives {k} active latents a token: this SAE has "
+                f"{active / len(activations):.1f} with a "
                 "positive pre-activation; ask for fewer, or train it less sparsely."
             )
         weakest = best[wanted - 1]
@@ -155,7 +237,9 @@ def calibrated(sae: "SAE", activations: "Tensor", batch: int = 4096) -> "SAE":
 
 
 def rounded(sae: "SAE") -> "SAE":
-    """The SAE with everything but its thresholds rounded to float16 values, kept in its own format."""
+    """The SAE with everything but its thresholds rounded to float16 values, kept in its own
+    format.
+    """
     for name, parameter in sae.named_parameters():
         if name != "threshold":
             parameter.data = parameter.half().to(parameter.dtype)
@@ -163,7 +247,9 @@ def rounded(sae: "SAE") -> "SAE":
 
 
 def _unit_jumprelu(sae: "SAE") -> "SAE":
-    """The same dictionary as a JumpReLU SAE whose decoder rows have norm 1 (codes take up the norms)."""
+    """The same dictionary as a JumpReLU SAE whose decoder rows have norm 1 (codes take up the
+    norms).
+    """
     import torch
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
     from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
@@ -208,7 +294,8 @@ def save(sae: "SAE", folder: Path, half: bool = False) -> None:
 
     if isinstance(sae, BatchTopKTrainingSAE):
         raise ResearchError(
-            "a BatchTopK SAE in training has no threshold to save; calibrate it with `exact_l0` first."
+            "a BatchTopK SAE in training has no threshold to save; calibrate it with `exact_l0` "
+            "first."
         )
     with store.writing(Path(folder)) as partial:
         if isinstance(sae, TrainingSAE):
@@ -224,24 +311,25 @@ def save(sae: "SAE", folder: Path, half: bool = False) -> None:
 
 
 def quality(
-    lens: LanguageModel, sae: "SAE", tokens: "LongTensor", hook: str | None = None, batch: int = 32
+    model: LanguageModel, sae: "SAE", tokens: "LongTensor", hook: str | None = None, batch: int = 32
 ) -> dict[str, float]:
-    """How well the SAE stands in for the residual on (held-out) `tokens`; BOS and padding are left out and left alone.
+    """How well the SAE stands in for the residual on (held-out) `tokens`; BOS and padding are left
+    out and left alone.
 
     `explained_variance` is 1 - sum |x - x_hat|^2 / sum |x - mean x|^2, `ce_recovered` is
     (ce_zero - ce_spliced) / (ce_zero - ce_clean), where zero sets the residual to zero.
     """
     import torch
 
-    hook = hook or check_fit(lens, sae)
+    hook = hook or check_fit(model, sae)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
     seen, count, error = [], 0, 0.0
     losses = {"ce_clean": 0.0, "ce_spliced": 0.0, "ce_zero": 0.0}
     predicted = 0
     with torch.no_grad():
         for rows in tokens.split(batch):
-            content = lens.content(rows).to(lens.device)
-            x = lens.residual(rows, hook)[content].to(sae.device, sae.dtype)
+            content = model.content(rows).to(model.device)
+            x = model.residual(rows, hook)[content].to(sae.device, sae.dtype)
             codes = sae.encode(x)
             fired |= (codes > 0).any(0)
             count += (codes > 0).sum().item()
@@ -257,7 +345,7 @@ def quality(
             real = content[:, 1:]
             predicted += real.sum().item()
             for name, edit in edits.items():
-                losses[name] += lens.losses(rows, {hook: edit})[real].double().sum().item()
+                losses[name] += model.losses(rows, {hook: edit})[real].double().sum().item()
     x = torch.cat(seen)
     total = (x - x.mean(0)).double().square().sum().item()
     losses = {name: value / predicted for name, value in losses.items()}

@@ -1,4 +1,6 @@
-"""Error bars and tests: what a number is worth, over seeds, clusters and pairs. Every draw has an explicit seed."""
+"""Error bars and tests: what a number is worth, over seeds, clusters and pairs. Every draw has an
+explicit seed.
+"""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -67,9 +69,11 @@ def cluster_bootstrap(
     draws: int = DRAWS,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of `statistic` (mean by default) of the cluster means, each cluster counting once.
+    """Percentile interval of `statistic` (mean by default) of the cluster means, each cluster
+    counting once.
 
-    `statistic` takes an array and `axis`, as `np.median` or `np.max` do. Without `clusters` every value is its own.
+    `statistic` takes an array and `axis`, as `np.median` or `np.max` do. Without `clusters`
+    every value is its own.
     """
     (values,) = _columns(values=values)
     return _percentile(_or_mean(statistic), [cluster_means(values, clusters)], seed, draws, level)
@@ -85,7 +89,9 @@ def paired_bootstrap(
     draws: int = DRAWS,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of statistic(first) - statistic(second), both on the same resampled clusters."""
+    """Percentile interval of statistic(first) - statistic(second), both on the same resampled
+    clusters.
+    """
     first, second = _columns(first=first, second=second)
     statistic = _or_mean(statistic)
     means = [cluster_means(first, clusters), cluster_means(second, clusters)]
@@ -106,7 +112,9 @@ def bootstrap(
     draws: int = 2_000,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of any `statistic(*columns)` over rows, resampling whole clusters of rows: general, slow."""
+    """Percentile interval of any `statistic(*columns)` over rows, resampling whole clusters of
+    rows: general, slow.
+    """
     import numpy as np
 
     columns = _columns(**{f"column {i + 1}": column for i, column in enumerate(columns)})
@@ -155,7 +163,8 @@ def partial_spearman(
     draws: int = DRAWS,
     level: float = 0.95,
 ) -> Interval:
-    """Correlation of the ranks of x and y after least squares has removed the ranks of every control from both.
+    """Correlation of the ranks of x and y after least squares has removed the ranks of every
+    control from both.
 
     `controls` is a list of columns. Each resample is ranked and residualised anew.
     """
@@ -178,9 +187,10 @@ def permutation_test(
 ) -> float:
     """P-value under exchangeability, exact when at most `draws` + 1 arrangements exist.
 
-    `independent` shuffles values between the two samples, `paired` swaps within pairs (sign flips of the difference),
-    `pairings` shuffles who goes with whom. Default statistic: difference of means; for `pairings`, Spearman's.
-    `statistic(a, b, axis)` may be any other, such as a difference of rank correlations with a third column.
+    `independent` shuffles values between the two samples, `paired` swaps within pairs (sign
+    flips of the difference), `pairings` shuffles who goes with whom. Default statistic:
+    difference of means; for `pairings`, Spearman's. `statistic(a, b, axis)` may be any other,
+    such as a difference of rank correlations with a third column.
     """
     import numpy as np
     from scipy import stats
@@ -214,7 +224,9 @@ def permutation_test(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given: reject where at most the family's error rate."""
+    """Holm's adjusted p-values, in the order given: reject where at most the family's error
+    rate.
+    """
     from statsmodels.stats.multitest import multipletests
 
     (p,) = _columns(p_values=p_values)
@@ -241,7 +253,9 @@ def wilson(successes: int, trials: int, *, level: float = 0.95) -> Interval:
 
 
 def _columns(**named: Sequence[float]) -> "list[np.ndarray]":
-    """Finite one-dimensional float columns of one length, or the sentence that says which is not."""
+    """Finite one-dimensional float columns of one length, or the sentence that says which is
+    not.
+    """
     import numpy as np
 
     if not named:
@@ -333,7 +347,8 @@ def _interval(value: float, drawn: "np.ndarray", n: int, level: float) -> Interv
 
     if not (np.isfinite(value) and np.isfinite(drawn).all()):
         raise ResearchError(
-            "the statistic is not finite on the data or on a resample; use one that is always defined."
+            "the statistic is not finite on the data or on a resample; use one that is always "
+            "defined."
         )
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), n)
@@ -364,7 +379,9 @@ def _partial_rank_correlation(x, y, *controls, axis: int = -1) -> "np.ndarray":
 
 
 def _residual(ranks: "np.ndarray", controls: "list[np.ndarray]") -> "np.ndarray":
-    """What least squares on the centred controls leaves; orthogonal steps keep collinear controls harmless."""
+    """What least squares on the centred controls leaves; orthogonal steps keep collinear controls
+    harmless.
+    """
     import numpy as np
 
     basis: list[np.ndarray] = []

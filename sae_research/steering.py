@@ -1,6 +1,8 @@
-"""Edits of the residual stream: in SAE space with the error term kept, or along a direction; never at BOS.
+"""Edits of the residual stream: in SAE space with the error term kept, or along a direction; never
+at BOS.
 
-Every edit is a function of the residual [batch, positions, d_model] for `LanguageModel.logits`, `losses` or `generate`.
+Every edit is a function of the residual [batch, positions, d_model] for `LanguageModel.logits`,
+`losses` or `generate`.
 """
 
 from collections.abc import Callable
@@ -19,9 +21,11 @@ Change = Callable[["Tensor"], "Tensor"]
 
 
 def edit(sae: "SAE", change: Change, positions: "str | Tensor" = "all") -> "Edit":
-    """x + dec(change(enc x)) - dec(enc x): what the SAE leaves unexplained stays, and codes left alone leave x alone.
+    """x + dec(change(enc x)) - dec(enc x): what the SAE leaves unexplained stays, and codes left
+    alone leave x alone.
 
-    `positions` is `all`, `last` or a boolean mask [batch, positions]; the first position, BOS, is never edited.
+    `positions` is `all`, `last` or a boolean mask [batch, positions]; the first position, BOS,
+    is never edited.
     """
     rows = directions(sae)
 
@@ -61,7 +65,8 @@ def directions(sae: "SAE") -> "Tensor":
     """What one unit of each latent adds to the residual [latents, d_model]."""
     if sae.cfg.normalize_activations not in ("none", None):
         raise ResearchError(
-            f"this SAE normalises each token ('{sae.cfg.normalize_activations}'), so a latent has no fixed direction; "
+            f"this SAE normalises each token ('{sae.cfg.normalize_activations}'), so a latent "
+            "has no fixed direction; "
             "edit with an SAE that reads raw residuals."
         )
     rows = sae.W_dec.detach()
@@ -80,7 +85,8 @@ def _mask(residual: "Tensor", positions: "str | Tensor") -> "Tensor":
     if not isinstance(positions, str):
         if positions.shape[-1] != mask.shape[-1]:
             raise ResearchError(
-                f"the mask has {positions.shape[-1]} positions and the text {mask.shape[-1]}; give one a position."
+                f"the mask has {positions.shape[-1]} positions and the text {mask.shape[-1]}; "
+                "give one a position."
             )
         mask |= positions.to(mask)
     elif positions == "all":
@@ -94,7 +100,9 @@ def _mask(residual: "Tensor", positions: "str | Tensor") -> "Tensor":
 
 
 def _added(residual: "Tensor", mask: "Tensor", difference: "Tensor") -> "Tensor":
-    """`residual` plus `difference` at the masked positions, summed in the wider of the two number formats."""
+    """`residual` plus `difference` at the masked positions, summed in the wider of the two number
+    formats.
+    """
     import torch
 
     wide = torch.promote_types(residual.dtype, difference.dtype)

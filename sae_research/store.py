@@ -1,7 +1,9 @@
-"""Artefacts on disk: written whole or not at all, and checked against their checksums before they are read.
+"""Artefacts on disk: written whole or not at all, and checked against their checksums before they
+are read.
 
-An artefact is a folder. `writing` fills a temporary sibling, adds `checksums.json` and renames it into place, so a
-reader never meets a half-written one; `verified` recomputes the checksums and names the file that does not match.
+An artefact is a folder. `writing` fills a temporary sibling, adds `checksums.json` and renames
+it into place, so a reader never meets a half-written one; `verified` recomputes the checksums
+and names the file that does not match.
 """
 
 import errno
@@ -34,7 +36,9 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(settings: object) -> str:
-    """Short hash of settings (dataclasses, dicts, lists, sets, paths, numbers, strings), the same in every process."""
+    """Short hash of settings (dataclasses, dicts, lists, sets, paths, numbers, strings), the same
+    in every process.
+    """
     text = json.dumps(settings, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -46,7 +50,8 @@ def _plain(value: object) -> object:
         return sorted(value)
     if isinstance(value, PurePath):
         return value.as_posix()
-    # the text of an object may differ between processes, and that of a long array leaves its middle out
+    # the text of an object may differ between processes, and that of a long array leaves its middle
+    # out
     raise TypeError(
         f"{type(value).__name__} has no stable fingerprint; pass settings, names and checksums only"
     )
@@ -64,7 +69,9 @@ def _explain(reason: str, path: Path) -> ResearchError:
 
 
 def _partial(path: Path) -> Path:
-    """This process's temporary sibling of `path`, after removing those that killed processes left."""
+    """This process's temporary sibling of `path`, after removing those that killed processes
+    left.
+    """
     for stale in path.parent.glob(f"{_PARTIAL}*"):
         match = re.fullmatch(rf"{re.escape(_PARTIAL + path.name)}\.(\d+)", stale.name)
         if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
@@ -119,7 +126,8 @@ def writing(folder: Path) -> Iterator[Path]:
         (partial / CHECKSUMS).write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n")
         _replace(partial, folder)
     except OSError as error:
-        # the block may also read files or the network: only what went wrong in writing is explained here
+        # the block may also read files or the network: only what went wrong in writing is explained
+        # here
         if error.errno in _FULL or str(error.filename or "").startswith(str(partial)):
             raise _explain(error.strerror or str(error), folder) from error
         raise
@@ -150,7 +158,9 @@ def _replace(partial: Path, folder: Path) -> None:
 
 
 def verified(folder: Path) -> Path:
-    """Return `folder` after checking every file against its checksum; name the first that is missing or altered."""
+    """Return `folder` after checking every file against its checksum; name the first that is
+    missing or altered.
+    """
     folder = Path(folder)
     _recover(folder)
     if not (folder / CHECKSUMS).is_file():
@@ -167,7 +177,8 @@ def verified(folder: Path) -> Path:
         path = folder / name
         if not path.is_file():
             raise ResearchError(
-                f"{relative(path)} is missing; restore it or delete {relative(folder)} and run again."
+                f"{relative(path)} is missing; restore it or delete {relative(folder)} and run "
+                "again."
             )
         if sha256(path) != expected:
             raise ResearchError(
@@ -178,7 +189,9 @@ def verified(folder: Path) -> Path:
 
 
 def resumed(folder: Path, key: object, build: Callable[[Path], None]) -> Path:
-    """Return the artefact `folder` made with settings `key`; if it is not there, `build` fills it."""
+    """Return the artefact `folder` made with settings `key`; if it is not there, `build`
+    fills it.
+    """
     mark = fingerprint(key).encode()
     _recover(folder)
     if (
@@ -251,10 +264,24 @@ def rounded(value: object, digits: int = 6) -> object:
     return value
 
 
+def tensor_fingerprint(tensors: "dict[str, torch.Tensor]") -> str:
+    """Short hash of named tensors: the same wherever they are stored or loaded."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        plain = tensor.detach().contiguous().cpu()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def write_tensors(
     path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None
 ) -> None:
-    """Save tensors as safetensors, at once; metadata goes under one key, since the order of several is not kept."""
+    """Save tensors as safetensors, at once; metadata goes under one key, since the order of
+    several is not kept.
+    """
     from safetensors.torch import save
 
     about = {"about": json.dumps(metadata, sort_keys=True)} if metadata else None

@@ -1,7 +1,9 @@
-"""Training SAEs with SAELens: arms in lock-step on identical batches, the three usual kinds, exports of exact L0.
+"""Training SAEs with SAELens: several SAEs in lock-step on identical batches, the three usual
+kinds, exports of exact L0.
 
-A study with a loss of its own subclasses a `TrainingSAE`; a study with a schedule of its own subclasses `SAETrainer`
-and hands it over in `trainers`. Everything else (batches, seeds, checks) stays the same for all arms.
+A study with a loss of its own subclasses a `TrainingSAE`; a study with a schedule of its own
+subclasses `SAETrainer` and hands it over in `trainers`. Everything else (batches, seeds,
+checks) stays the same for all SAEs.
 """
 
 import math
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from sae_research import saes
+from sae_research import activations, saes
 from sae_research.errors import ResearchError
 
 if TYPE_CHECKING:
@@ -23,27 +25,31 @@ if TYPE_CHECKING:
     from sae_lens.training.sae_trainer import SAETrainer
     from torch import Tensor
 
+    from sae_research.models import LanguageModel
+
     MakeTrainer = Callable[["TrainingSAE", "SAETraining"], "SAETrainer"]
 
 
 @dataclass(frozen=True)
 class SAETraining:
-    """How SAEs are trained; the kind and the width belong to each arm's own config."""
+    """How SAEs are trained; the kind and the width belong to each SAE's own config."""
 
     steps: int = 1000
     """Training steps."""
-    batch: int = 1024
+    batch_size: int = 1024
     """Activations a step."""
     lr: float = 1e-3
     """Peak learning rate of Adam."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Momentum terms of Adam."""
-    warm_up: int = 50
+    warmup_steps: int = 50
     """Steps of linear warm-up of the learning rate."""
     decay: float = 0.3
     """Last share of the steps, in which the learning rate falls linearly to a hundredth."""
     dead_window: int = 100
-    """Steps without firing after which a latent counts as dead (TopK revives the dead through its auxiliary loss)."""
+    """Steps without firing after which a latent counts as dead (TopK revives the dead through its
+    auxiliary loss).
+    """
     centre: bool = True
     """Whether the decoder bias starts at the first batch's mean instead of zero."""
 
@@ -51,16 +57,16 @@ class SAETraining:
 def trainer(
     sae: "TrainingSAE", settings: SAETraining, kind: "type[SAETrainer] | None" = None
 ) -> "SAETrainer":
-    """SAELens's trainer (or a subclass of it) for one arm."""
+    """SAELens's trainer (or a subclass of it) for one SAE."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     config = SAETrainerConfig(
-        total_training_samples=settings.steps * settings.batch,
-        train_batch_size_samples=settings.batch,
+        total_training_samples=settings.steps * settings.batch_size,
+        train_batch_size_samples=settings.batch_size,
         lr=settings.lr,
         lr_end=settings.lr / 100,
-        lr_warm_up_steps=settings.warm_up,
+        lr_warm_up_steps=settings.warmup_steps,
         lr_decay_steps=int(settings.decay * settings.steps),
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
@@ -72,16 +78,17 @@ def trainer(
 
 
 def train(
-    arms: "dict[str, TrainingSAEConfig]",
+    configs: "dict[str, TrainingSAEConfig]",
     batches: "Iterable[Tensor]",
     settings: SAETraining,
     seed: int,
     trainers: "dict[str, MakeTrainer] | None" = None,
 ) -> "dict[str, TrainingSAE]":
-    """Train all arms on the same batches in the same order, each started from the same seed.
+    """Train all SAEs on the same batches in the same order, each started from the same seed.
 
-    Arms that ask for `expected_average_only_in` see activations of mean norm sqrt(d); the scale is folded back at the
-    end. `trainers` names the arms that need more than SAELens's own trainer.
+    SAEs that ask for `expected_average_only_in` see activations of mean norm sqrt(d); the scale
+    is folded back at the end. `trainers` names the SAEs that need more than SAELens's own
+    trainer.
     """
     from sae_lens import TrainingSAE
 
@@ -92,7 +99,7 @@ def train(
     scale = math.sqrt(first.shape[-1]) / first.norm(dim=-1).mean().item()
     running = {}
     with saes.quiet():
-        for name, config in arms.items():
+        for name, config in configs.items():
             torch.manual_seed(seed)
             sae = TrainingSAE.get_sae_class_for_architecture(config.architecture())(config)
             running[name] = (trainers or {}).get(name, trainer)(sae, settings)
@@ -110,28 +117,54 @@ def train(
             leave=False,
         )
     ):
-        for name, arm in running.items():
-            loss = arm.step(batch).loss
-            arm.n_training_steps += 1
+        for name, run in running.items():
+            loss = run.step(batch).loss
+            run.n_training_steps += 1
             if not torch.isfinite(loss):
                 raise ResearchError(
-                    f"the loss of SAE '{name}' is not finite at step {step}; lower its learning rate."
+                    f"the loss of SAE '{name}' is not finite at step {step}; lower its learning "
+                    "rate."
                 )
         steps += 1
     if steps < settings.steps:
         raise ResearchError(
             f"the activations ended after {steps} of {settings.steps} steps; give more batches."
         )
-    for arm in running.values():
-        if arm.activation_scaler.scaling_factor is not None:
-            arm.sae.fold_activation_norm_scaling_factor(arm.activation_scaler.scaling_factor)
-            arm.activation_scaler.scaling_factor = None
-        arm.set_final_sae_metadata()
-    return {name: arm.sae.eval() for name, arm in running.items()}
+    for run in running.values():
+        if run.activation_scaler.scaling_factor is not None:
+            run.sae.fold_activation_norm_scaling_factor(run.activation_scaler.scaling_factor)
+            run.activation_scaler.scaling_factor = None
+        run.set_final_sae_metadata()
+    return {name: run.sae.eval() for name, run in running.items()}
+
+
+def train_sae(
+    model: "LanguageModel",
+    hook: str,
+    texts: "list[str] | Tensor",
+    *,
+    width: int,
+    k: int,
+    settings: SAETraining | None = None,
+    seed: int = 0,
+) -> "SAE":
+    """A TopK SAE of a model's residuals at `hook` on `texts` (or rows of tokens), ready to use.
+
+    It knows its model and hook; `saes.save` writes it in SAELens format.
+    """
+    settings = settings or SAETraining()
+    tokens = texts
+    if not isinstance(texts, torch.Tensor):
+        tokens = model.packed(list(texts), min(model.n_ctx, 128))
+        tokens = tokens if len(tokens) else model.tokens(list(texts))
+    data = activations.collect(model, tokens, hook)
+    config = topk(model.d_model, width, k, metadata=saes.metadata(model, hook))
+    stream = activations.batches(data, settings.batch_size, settings.steps, seed)
+    return inference(train({"sae": config}, stream, settings, seed)["sae"], data)
 
 
 def topk(d_in: int, d_sae: int, k: int, **given) -> "TrainingSAEConfig":
-    """A TopK arm: every token keeps its `k` largest latents."""
+    """A TopK SAE: every token keeps its `k` largest latents."""
     from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 
     return TopKTrainingSAEConfig(**_common(d_in, d_sae), k=k, **given)
@@ -140,9 +173,10 @@ def topk(d_in: int, d_sae: int, k: int, **given) -> "TrainingSAEConfig":
 def jumprelu(
     d_in: int, d_sae: int, l0: float, coefficient: float = 0.2, **given
 ) -> "TrainingSAEConfig":
-    """A JumpReLU arm with a quadratic pull of the mean L0 towards `l0`.
+    """A JumpReLU SAE with a quadratic pull of the mean L0 towards `l0`.
 
-    Only thresholds learn through the straight-through estimator: where it reaches the input too, most latents die.
+    Only thresholds learn through the straight-through estimator: where it reaches the input
+    too, most latents die.
     """
     from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAEConfig
 
@@ -159,7 +193,7 @@ def jumprelu(
 
 
 def relu(d_in: int, d_sae: int, coefficient: float = 0.3, **given) -> "TrainingSAEConfig":
-    """A ReLU arm with an L1 penalty; `aimed_at` steers the penalty to a mean L0."""
+    """A ReLU SAE with an L1 penalty; `aimed_at` steers the penalty to a mean L0."""
     from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
 
     return StandardTrainingSAEConfig(**_common(d_in, d_sae), l1_coefficient=coefficient, **given)
@@ -212,7 +246,9 @@ def held_at(l0: float, rate: float = 0.005) -> "MakeTrainer":
 
 
 def inference(sae: "TrainingSAE", activations: "Tensor", k: float | None = None) -> "SAE":
-    """The inference SAE with weights rounded to float16 values: TopK and ReLU as trained, others of mean L0 `k`."""
+    """The inference SAE with weights rounded to float16 values: TopK and ReLU as trained, others
+    of mean L0 `k`.
+    """
     from sae_lens import SAE
 
     if sae.cfg.architecture() not in ("topk", "standard"):

@@ -1,4 +1,6 @@
-"""Residuals come in reading order, without BOS and padding, and stream in the same order for one seed."""
+"""Residuals come in reading order, without BOS and padding, and stream in the same order for one
+seed.
+"""
 
 import miniatures
 import pytest

@@ -1,10 +1,13 @@
-"""The last-token engine against a full forward under a hook, on every architecture that the study uses."""
+"""The last-token engine against a full forward under a hook, on every architecture that the study
+uses.
+"""
 
 import pytest
 import torch
 
 from sae_research.errors import ResearchError
-from sae_research.last_token import LastToken, _chunks, discrepancy
+from sae_research.last_token import LastToken, _chunks, discrepancy, run_naive
+from sae_research.model_tail import ModelTail
 from sae_research.models import LanguageModel, load_model
 from sae_research.paths import ROOT
 
@@ -14,6 +17,7 @@ NAMES = {
     "neox": "EleutherAI/pythia-70m",
     "gemma2": "google/gemma-2-2b",
     "llama": "meta-llama/Llama-3.1-8B",
+    "gpt-neo": "EleutherAI/gpt-neo-125M",
 }
 STORIES = ROOT.parent / "shared/real/models/stories260K"
 HOOK, READS = "blocks.1.hook_out", ("blocks.2.hook_out", "blocks.3.hook_out")
@@ -36,6 +40,7 @@ def tiny(architecture: str, dtype: torch.dtype = torch.float32, window: int = 32
         AutoModelForCausalLM,
         Gemma2Config,
         GPT2Config,
+        GPTNeoConfig,
         GPTNeoXConfig,
         LlamaConfig,
     )
@@ -56,6 +61,15 @@ def tiny(architecture: str, dtype: torch.dtype = torch.float32, window: int = 32
             vocab_size=101, sliding_window=window, query_pre_attn_scalar=8, **grouped
         ),
         "llama": lambda: LlamaConfig(vocab_size=101, **grouped),
+        "gpt-neo": lambda: GPTNeoConfig(
+            vocab_size=101,
+            max_position_embeddings=64,
+            hidden_size=32,
+            num_layers=4,
+            num_heads=4,
+            attention_types=[[["global", "local"], 2]],
+            window_size=window,
+        ),
     }[architecture]()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -74,18 +88,18 @@ def tiny(architecture: str, dtype: torch.dtype = torch.float32, window: int = 32
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def lens(request):
+def model(request):
     return tiny(request.param)
 
 
-def compare(lens, hook, reads, tokens, directions, **settings):
+def compare(model, hook, reads, tokens, directions, **settings):
     """Largest error of the engine's logits and reads over all pairs, and the largest effect."""
-    found = discrepancy(lens, hook, reads, tokens, directions, **settings)
+    found = discrepancy(model, hook, reads, tokens, directions, **settings)
     assert found["rows"] == len(tokens) * len(directions)
     return found["error"], found["effect"]
 
 
-def test_each_row_comes_exactly_once(lens):
+def test_each_row_comes_exactly_once(model):
     torch.manual_seed(0)
     tokens, contexts, which = (
         torch.randint(3, 101, (9, 6)),
@@ -94,7 +108,7 @@ def test_each_row_comes_exactly_once(lens):
     )
     seen = [
         rows
-        for rows, _, _ in LastToken(lens, HOOK).sweep(
+        for rows, _, _ in LastToken(model, HOOK).sweep(
             tokens, contexts, which, torch.randn(4, 32), batch=4
         )
     ]
@@ -102,10 +116,10 @@ def test_each_row_comes_exactly_once(lens):
 
 
 @pytest.mark.parametrize("pack", [1, 3, 8])
-def test_equals_full_forward(lens, pack):
+def test_equals_full_forward(model, pack):
     torch.manual_seed(1)
     tokens, directions = torch.randint(3, 101, (10, 12)), torch.randn(5, 32)
-    error, effect = compare(lens, HOOK, READS, tokens, directions, batch=4, pack=pack, rows=9)
+    error, effect = compare(model, HOOK, READS, tokens, directions, batch=4, pack=pack, rows=9)
     assert error < 1e-5
     assert effect > 0.1
 
@@ -113,10 +127,10 @@ def test_equals_full_forward(lens, pack):
 @pytest.mark.parametrize(
     "hook", ["blocks.0.hook_resid_pre", "blocks.0.hook_out", "blocks.3.hook_resid_post"]
 )
-def test_every_depth(lens, hook):
+def test_every_depth(model, hook):
     torch.manual_seed(2)
     tokens, directions = torch.randint(3, 101, (5, 7)), torch.randn(3, 32)
-    error, _ = compare(lens, hook, ("blocks.3.hook_out",), tokens, directions)
+    error, _ = compare(model, hook, ("blocks.3.hook_out",), tokens, directions)
     assert error < 1e-5
 
 
@@ -144,18 +158,18 @@ def test_float32_above_a_bfloat16_lower_part(architecture):
 def test_real_model_with_grouped_queries():
     if not STORIES.exists():
         pytest.skip(f"needs {STORIES}, which is not here")
-    lens = load_model(STORIES)
+    model = load_model(STORIES)
     torch.manual_seed(4)
     tokens, directions = torch.randint(3, 512, (6, 32)), torch.randn(4, 64)
     error, effect = compare(
-        lens, "blocks.1.hook_resid_post", ("blocks.3.hook_out",), tokens, directions
+        model, "blocks.1.hook_resid_post", ("blocks.3.hook_out",), tokens, directions
     )
     assert error < 1e-4
     assert effect > 0.1
 
 
-def test_gram_is_the_unembedding_squared(lens):
-    engine = LastToken(lens, HOOK)
+def test_gram_is_the_unembedding_squared(model):
+    engine = LastToken(model, HOOK)
     torch.manual_seed(5)
     record = engine.record(torch.randint(3, 101, (6, 8)))
     dz = torch.randn(6, 32)
@@ -179,22 +193,70 @@ def test_chunks_hold_each_row_once_with_its_own_context():
 
 
 def test_bad_input_is_one_sentence():
-    lens = tiny("llama")
+    model = tiny("llama")
     tokens, zero, directions = (
         torch.zeros(2, 6, dtype=torch.long),
         torch.zeros(1, dtype=torch.long),
         torch.zeros(1, 32),
     )
-    engine = LastToken(lens, HOOK)
+    engine = LastToken(model, HOOK)
     with pytest.raises(ResearchError, match="has no hook"):
-        LastToken(lens, "blocks.9.hook_resid_post")
+        LastToken(model, "blocks.9.hook_resid_post")
     with pytest.raises(ResearchError, match="place of the residual stream"):
-        LastToken(lens, "blocks.1.attn.hook_z")
+        LastToken(model, "blocks.1.attn.hook_z")
     with pytest.raises(ResearchError, match="below the edit"):
-        LastToken(lens, HOOK, ("blocks.0.hook_out",))
+        LastToken(model, HOOK, ("blocks.0.hook_out",))
     with pytest.raises(ResearchError, match="at least two tokens"):
         engine.record(tokens[:, :1])
     with pytest.raises(ResearchError, match="direction index 3 is out of range; there are 1"):
         list(engine.sweep(tokens, zero, zero + 3, directions))
     with pytest.raises(ResearchError, match="sliding window of 4"):
         LastToken(tiny("gemma2", window=4), HOOK).record(tokens)
+
+
+def test_gpt_neo_is_exact_inside_its_window_and_refused_beyond():
+    model = tiny("gpt-neo", window=8)
+    torch.manual_seed(7)
+    tokens, directions = torch.randint(3, 101, (4, 8)), torch.randn(3, 32)
+    error, effect = compare(model, HOOK, READS, tokens, directions)
+    assert error < 1e-5 < 0.1 < effect
+    with pytest.raises(ResearchError, match="sliding window of 8"):
+        LastToken(model, HOOK).record(torch.randint(3, 101, (4, 9)))
+
+
+def test_a_read_at_the_edited_hook_sees_the_edit(model):
+    torch.manual_seed(8)
+    tokens, direction = torch.randint(3, 101, (3, 6)), torch.randn(32)
+    _, (read,) = run_naive(model, HOOK, (HOOK,), tokens, direction)
+    plain = model.residual(tokens, HOOK)[:, -1]
+    assert torch.allclose(read - plain, direction.expand(3, -1), atol=1e-5)
+    error, effect = compare(model, HOOK, (HOOK,), tokens, direction[None])
+    assert error < 1e-5 < 0.1 < effect
+
+
+def test_the_callers_model_keeps_its_number_format_and_its_logits():
+    model = tiny("llama", torch.bfloat16)
+    tokens = torch.randint(3, 101, (3, 6))
+    before = model.logits(tokens)
+    engine = LastToken(model, HOOK)
+    assert {p.dtype for p in model.bridge.parameters()} == {torch.bfloat16}
+    assert engine.record(tokens).clean.final.dtype == torch.float32
+    assert torch.equal(model.logits(tokens), before)
+
+
+def test_the_tail_takes_the_layer_to_start_at(model):
+    """As TransformerLens 4: residuals in, `start_at_layer` says below which block they are."""
+    tokens = torch.randint(3, 101, (2, 7))
+    tail = ModelTail(model, "blocks.1.hook_resid_pre")
+    residual = model.residual(tokens, "blocks.3.hook_resid_pre")
+    _, final = tail.run(residual, 3, **tail.causal(residual))
+    assert torch.allclose(tail.logits(final), model.logits(tokens), atol=1e-5)
+
+
+def test_an_architecture_that_the_tail_does_not_know_is_refused(monkeypatch):
+    """A norm that the bridge's blocks do not contain makes the tail differ from the full pass."""
+    model = tiny("llama")
+    whole = LanguageModel.logits
+    monkeypatch.setattr(LanguageModel, "logits", lambda self, *given: whole(self, *given).flip(-1))
+    with pytest.raises(ResearchError, match=r"cannot be run from 'blocks.1.hook_out' upwards"):
+        ModelTail(model, HOOK)

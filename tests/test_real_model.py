@@ -1,4 +1,6 @@
-"""A real model that nobody in this project made: stories260K, next to the repository in shared/real."""
+"""A real model that nobody in this project made: stories260K, next to the repository in
+shared/real.
+"""
 
 import json
 
@@ -23,7 +25,9 @@ def stories():
 
 @pytest.fixture(scope="module")
 def rows(stories):
-    """Clean stories as one stream, each opened by BOS as in the model's training, cut into rows of 256 tokens."""
+    """Clean stories as one stream, each opened by BOS as in the model's training, cut into rows of
+    256 tokens.
+    """
     import torch
 
     texts = [
@@ -48,7 +52,8 @@ def test_greedy_text_is_the_published_one(stories):
     tokens = stories.generate(stories.tokens([""]), 40)
     text = stories.tokenizer.decode(tokens[0], skip_special_tokens=True)
     assert text.strip().startswith(
-        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the "
+        "park."
     )
 
 
@@ -71,7 +76,7 @@ def test_an_sae_of_ours_explains_it(stories, rows):
     from sae_research import training
 
     acts = activations.collect(stories, rows[:400], HOOK)
-    settings = training.SAETraining(steps=400, batch=1024)
+    settings = training.SAETraining(steps=400, batch_size=1024)
     config = training.topk(64, 1024, k=24, metadata=saes.metadata(stories, HOOK))
     batches = activations.batches(acts, settings.batch, settings.steps, seed=0)
     sae = training.train({"topk": config}, batches, settings, seed=0)["topk"]

@@ -68,7 +68,9 @@ def perfect(llama, hook="blocks.1.hook_resid_post"):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [1, 6.5, 20])
 def test_exact_l0_is_exact_and_keeps_the_strongest(kind, k, x):
-    """Mean L0 is k within one part in the token count, and the kept contributions are those with the largest margin."""
+    """Mean L0 is k within one part in the token count, and the kept contributions are those with
+    the largest margin.
+    """
     sae = miniatures.random_sae(kind)
     export = saes.exact_l0(sae, x, k, batch=300)
     codes = export.encode(x)
@@ -88,7 +90,9 @@ def test_exact_l0_is_exact_and_keeps_the_strongest(kind, k, x):
     "kind", ["relu", "jumprelu", "relu-training", "jumprelu-training", "topk", "topk-training"]
 )
 def test_folding_the_decoder_norm_keeps_every_reconstruction(kind, x):
-    """At an SAE's own L0 the export reconstructs what the SAE did; TopK needs k of all latents for that."""
+    """At an SAE's own L0 the export reconstructs what the SAE did; TopK needs k of all latents for
+    that.
+    """
     import torch
 
     sae = miniatures.random_sae(kind, **({"k": 128} if "topk" in kind else {}))
@@ -103,7 +107,9 @@ def test_folding_the_decoder_norm_keeps_every_reconstruction(kind, x):
 
 
 def test_jumprelu_thresholds_keep_their_differences(x):
-    """Calibration shifts learned thresholds together (in units of contribution), so that their order survives."""
+    """Calibration shifts learned thresholds together (in units of contribution), so that their
+    order survives.
+    """
     sae = miniatures.random_sae("jumprelu")
     export = saes.exact_l0(sae, x, 3)
     shift = export.threshold - sae.threshold * sae.W_dec.norm(dim=-1)
@@ -223,7 +229,9 @@ def test_padding_and_bos_do_not_count(llama, tokens):
 
 
 def test_sae_of_centred_weights_reads_raw_residuals(tmp_path, tokens):
-    """Centring every weight that writes to the residual stream centres the residual, and changes no logit."""
+    """Centring every weight that writes to the residual stream centres the residual, and changes
+    no logit.
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
     folder = miniatures.save(tmp_path / "gpt2", "gpt2")
@@ -283,3 +291,50 @@ def test_saved_configuration_is_plain_json(tmp_path, llama):
     settings = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     assert settings["metadata"]["model_name"] == "tiny-llama"
     assert settings["d_in"] == 32
+
+
+@pytest.fixture
+def folder(llama, tmp_path):
+    """A saved SAE without checksums, as other tools write it."""
+    saes.save(fitted(llama), tmp_path / "sae")
+    (tmp_path / "sae" / "checksums.json").unlink()
+    return tmp_path / "sae"
+
+
+def change_config(folder, **changes):
+    path = folder / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "sae_weights.safetensors").unlink(), "has no sae_weights.safetensors"),
+        (
+            lambda f: (f / "sae_weights.safetensors").write_bytes(
+                (f / "sae_weights.safetensors").read_bytes()[:-100]
+            ),
+            "truncated or damaged",
+        ),
+        (lambda f: (f / "cfg.json").write_text("{"), "no JSON"),
+        (lambda f: change_config(f, architecture="nonsense"), "does not understand its cfg.json"),
+        (lambda f: change_config(f, d_sae=64), "weights and cfg.json do not fit"),
+    ],
+)
+def test_a_damaged_sae_is_one_sentence(folder, damage, words):
+    damage(folder)
+    with pytest.raises(ResearchError, match=words) as error:
+        saes.load_sae(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_load_is_warned_of_and_a_right_one_is_not(llama, recwarn):
+    right = perfect(llama)
+    assert saes.warn_if_wrong(llama, right)["explained_variance"] > 0.999
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"may not belong to 'tiny-llama' .* it explains"):
+        saes.warn_if_wrong(llama, fitted(llama))
+    off = perfect(llama)
+    off.cfg.metadata.calibrated_l0 = 2.0
+    with pytest.warns(UserWarning, match=r"active on a token in place of 2.0"):
+        saes.warn_if_wrong(llama, off)

@@ -1,4 +1,6 @@
-"""Edits in SAE space keep the error term, do nothing when asked for nothing, and never touch BOS."""
+"""Edits in SAE space keep the error term, do nothing when asked for nothing, and never touch
+BOS.
+"""
 
 import miniatures
 import pytest

@@ -1,14 +1,17 @@
-"""The SAE trainer: identical batches, bit-identical arms, clear failures, exports of exact L0."""
+"""The SAE trainer: identical batches, bit-identical configs, clear failures, exports of
+exact L0.
+"""
 
+import miniatures
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from sae_research import activations, saes, training  # noqa: E402
+from sae_research import activations, models, saes, training  # noqa: E402
 from sae_research.errors import ResearchError  # noqa: E402
 
 D, M, K = 16, 32, 3
-SETTINGS = training.SAETraining(steps=60, batch=128, lr=3e-3, warm_up=5, dead_window=20)
+SETTINGS = training.SAETraining(steps=60, batch_size=128, lr=3e-3, warmup_steps=5, dead_window=20)
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +28,23 @@ def _silent(monkeypatch):
     monkeypatch.setenv("SAE_RESEARCH_PROGRESS", "0")
 
 
-def run(data, arms, settings=SETTINGS, **given):
+def run(data, configs, settings=SETTINGS, **given):
     return training.train(
-        arms, activations.batches(data, settings.batch, settings.steps, 0), settings, 0, **given
+        configs,
+        activations.batches(data, settings.batch_size, settings.steps, 0),
+        settings,
+        0,
+        **given,
     )
 
 
-def test_equal_arms_stay_bit_identical_beside_a_different_one(sparse_data):
-    arms = {
+def test_equal_saes_stay_bit_identical_beside_a_different_one(sparse_data):
+    configs = {
         "one": training.topk(D, M, K),
         "other": training.relu(D, M),
         "two": training.topk(D, M, K),
     }
-    trained = run(sparse_data, arms)
+    trained = run(sparse_data, configs)
     for name, weight in trained["one"].state_dict().items():
         assert torch.equal(weight, trained["two"].state_dict()[name])
     alone = run(sparse_data, {"two": training.topk(D, M, K)})
@@ -45,7 +52,7 @@ def test_equal_arms_stay_bit_identical_beside_a_different_one(sparse_data):
     assert not torch.equal(trained["other"].W_dec, trained["one"].W_dec)
 
 
-def test_all_arms_see_the_same_batches(sparse_data):
+def test_all_saes_see_the_same_batches(sparse_data):
     seen = {"one": [], "two": []}
 
     def spy(name):
@@ -57,13 +64,13 @@ def test_all_arms_see_the_same_batches(sparse_data):
 
         return make
 
-    arms = {"one": training.topk(D, M, K), "two": training.jumprelu(D, M, K)}
-    run(sparse_data, arms, trainers={name: spy(name) for name in arms})
+    configs = {"one": training.topk(D, M, K), "two": training.jumprelu(D, M, K)}
+    run(sparse_data, configs, trainers={name: spy(name) for name in configs})
     assert len(seen["one"]) == SETTINGS.steps
     assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
 
 
-def test_not_a_number_names_arm_and_step(sparse_data):
+def test_not_a_number_names_sae_and_step(sparse_data):
     batches = [sparse_data[:128], sparse_data[128:256], sparse_data[:128] * float("nan")]
     with pytest.raises(ResearchError, match="'one' is not finite at step 2"):
         training.train({"one": training.topk(D, M, K)}, batches, SETTINGS, 0)
@@ -77,7 +84,9 @@ def test_too_few_batches_are_refused(sparse_data):
 
 
 def test_training_explains_the_data_and_the_scale_is_folded_back(sparse_data):
-    settings = training.SAETraining(steps=500, batch=256, lr=3e-3, warm_up=20, dead_window=50)
+    settings = training.SAETraining(
+        steps=500, batch_size=256, lr=3e-3, warmup_steps=20, dead_window=50
+    )
     sae = run(sparse_data, {"one": training.topk(D, M, K)}, settings)["one"]
     error = (sae(sparse_data) - sparse_data).square().sum()
     assert 1 - error / (sparse_data - sparse_data.mean(0)).square().sum() > 0.9
@@ -85,13 +94,15 @@ def test_training_explains_the_data_and_the_scale_is_folded_back(sparse_data):
 
 
 def test_exports_have_exact_l0_and_survive_the_disk(sparse_data, tmp_path):
-    settings = training.SAETraining(steps=300, batch=256, lr=3e-3, warm_up=20, dead_window=50)
-    arms = {
+    settings = training.SAETraining(
+        steps=300, batch_size=256, lr=3e-3, warmup_steps=20, dead_window=50
+    )
+    configs = {
         "topk": training.topk(D, M, K),
         "jumprelu": training.jumprelu(D, M, K),
         "relu": training.relu(D, M, coefficient=3.0),
     }
-    trained = run(sparse_data, arms, settings, trainers={"relu": training.aimed_at(K)})
+    trained = run(sparse_data, configs, settings, trainers={"relu": training.aimed_at(K)})
     for name, sae in trained.items():
         export = training.inference(sae, sparse_data, K)
         l0 = (export.encode(sparse_data) > 0).double().sum(-1).mean().item()
@@ -106,9 +117,9 @@ def test_exports_have_exact_l0_and_survive_the_disk(sparse_data, tmp_path):
 
 def test_thresholds_are_held_at_the_wanted_l0(sparse_data):
     """The penalty alone leaves far more latents active in the same number of steps."""
-    settings = training.SAETraining(steps=150, batch=256, warm_up=10)
+    settings = training.SAETraining(steps=150, batch_size=256, warmup_steps=10)
     configs = {name: training.jumprelu(sparse_data.shape[1], 64, 4) for name in ("held", "free")}
-    batches = activations.batches(sparse_data, settings.batch, settings.steps, 0)
+    batches = activations.batches(sparse_data, settings.batch_size, settings.steps, 0)
     trained = training.train(
         configs, batches, settings, 0, {"held": training.held_at(4, rate=0.02)}
     )
@@ -118,3 +129,18 @@ def test_thresholds_are_held_at_the_wanted_l0(sparse_data):
     }
     assert abs(l0["held"] - 4) < 1.5
     assert abs(l0["held"] - 4) < abs(l0["free"] - 4)
+
+
+def test_train_sae_carries_its_model_and_hook(tmp_path):
+    model = models.load_model(miniatures.save(tmp_path / "tiny-llama", "llama"))
+    hook = "blocks.1.hook_resid_post"
+    texts = [" ".join(f"w{(7 * i + j) % 60}" for j in range(20)) for i in range(60)]
+    settings = training.SAETraining(steps=20, batch_size=64, warmup_steps=2)
+    sae = training.train_sae(model, hook, texts, width=64, k=4, settings=settings, seed=0)
+    assert sae.cfg.metadata.model_name == "tiny-llama"
+    assert sae.cfg.metadata.hook_name == hook
+    assert saes.check_fit(model, sae) == "blocks.1.hook_out"
+    saes.save(sae, tmp_path / "sae")
+    assert saes.load_sae(tmp_path / "sae", model=model).cfg.d_sae == 64
+    again = training.train_sae(model, hook, texts, width=64, k=4, settings=settings, seed=1)
+    assert not torch.equal(again.W_dec, sae.W_dec)
