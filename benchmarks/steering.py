@@ -1,14 +1,16 @@
-"""Speed of the last-token engine against the loops it replaces, side by side: `python -m benchmarks.steering`.
+"""Speed of the last-token engine beside the loops it replaces: `python -m benchmarks.steering`.
 
-Three ways to get the last-token logits and one downstream residual of 200 features, each steered in 48 contexts from a
-pool of 512, on random models of four architectures:
+Three ways to get the last-token logits and one downstream residual of 200 features, each
+steered in 48 contexts from a pool of 512, on random models of four architectures:
 
-  bridge loop   a full forward of the TransformerLens bridge under a hook, once a feature
-  HF loop       the cheapest plain loop: the Hugging Face model, a forward hook, unembedding of the last position only
-  engine        sae_research.last_token: `upper` is its marginal cost, `prefix` its one clean pass over the pool
+  bridge loop   a full forward of the TransformerLens bridge under a hook, once per feature
+  HF loop       the cheapest plain loop: the Hugging Face model, a forward hook, unembedding of
+                the last position only
+  engine        sae_research.last_token: `upper` is its marginal cost, `prefix` its one clean pass
+                over the pool
 
-The loops are timed on a few features and extrapolated; rounds interleave all three. Times are CPU seconds on one
-thread, so that they do not depend on what else the machine does.
+The loops are timed on a few features and extrapolated; rounds interleave all three. Times are
+CPU seconds on one thread, so that they do not depend on what else the machine does.
 """
 
 import argparse
@@ -106,7 +108,9 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def hf_loop(model: torch.nn.Module, tokens: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    """Last-token logits of the plain Hugging Face model with `direction` added after block LAYER."""
+    """Last-token logits of the plain Hugging Face model with `direction` added after block
+    LAYER.
+    """
     base = model.base_model
     blocks = base.h if hasattr(base, "h") else base.layers
 
@@ -153,17 +157,19 @@ def seconds(work: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def compare(architecture: str, rounds: int, few: int) -> dict[str, float]:
-    """Median times over interleaved rounds, and the largest error of the engine's logits and reads."""
-    lens, plain = bridged(architecture), random_model(architecture)
+    """Median times over interleaved rounds, and the largest error of the engine's logits and
+    reads.
+    """
+    model, plain = bridged(architecture), random_model(architecture)
     pool, chosen, directions = problem()
-    engine = Timed(lens, HOOK, (READ,))
+    engine = Timed(model, HOOK, (READ,))
 
     def loop(run: Callable[[torch.Tensor, torch.Tensor], object]) -> Callable[[], None]:
         return lambda: [run(pool[chosen[f]], directions[f]) for f in range(few)]
 
     loops = {
         "bridge loop": loop(
-            lambda tokens, direction: run_naive(lens, HOOK, (READ,), tokens, direction)
+            lambda tokens, direction: run_naive(model, HOOK, (READ,), tokens, direction)
         ),
         "HF loop": loop(lambda tokens, direction: hf_loop(plain, tokens, direction)),
     }
@@ -176,7 +182,7 @@ def compare(architecture: str, rounds: int, few: int) -> dict[str, float]:
         if i:  # the first round warms up
             for name, s in spent.items():
                 times[name].append(s)
-    truth = [run_naive(lens, HOOK, (READ,), pool[chosen[f]], directions[f]) for f in range(few)]
+    truth = [run_naive(model, HOOK, (READ,), pool[chosen[f]], directions[f]) for f in range(few)]
     logits, reads = torch.cat([t[0] for t in truth]), torch.cat([t[1][0] for t in truth])
     error = 0.0
     for rows, got, read in engine_pass(engine, pool, chosen[:few], directions[:few]):
@@ -193,14 +199,18 @@ def compare(architecture: str, rounds: int, few: int) -> dict[str, float]:
 
 
 def peak(architecture: str) -> float:
-    """Peak memory in GB of a fresh process that labels 300 features x 48 contexts with a panel of 2,048 latents."""
+    """Peak memory in GB of a fresh process that labels 300 features x 48 contexts with a panel of
+    2,048 latents.
+    """
     code = f"from benchmarks.steering import label_alone; label_alone({architecture!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
 def label_alone(architecture: str, features: int = 300) -> None:
-    """Body of the process that `peak` watches: every label of the study, libraries and model included."""
+    """Body of the process that `peak` watches: every label of the study, libraries and model
+    included.
+    """
     from sae_lens import StandardSAE, StandardSAEConfig
 
     from sae_research.studies.side_effects import labels, pool
@@ -245,13 +255,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(
-        f"{FEATURES} features x {CONTEXTS} contexts from a pool of {POOL}, T {T}, d {D}, {LAYERS} layers, V {VOCAB}"
+        f"{FEATURES} features x {CONTEXTS} contexts from a pool of {POOL}, T {T}, d {D}, "
+        f"{LAYERS} layers, V {VOCAB}"
     )
     print(
-        f"CPU seconds on one thread, median of {arguments.rounds} interleaved rounds; loops timed on {arguments.few}"
+        f"CPU seconds on one thread, median of {arguments.rounds} interleaved rounds; loops "
+        f"timed on {arguments.few}"
     )
     print(
-        f"features and extrapolated; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n"
+        f"features and extrapolated; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} "
+        "cores\n"
     )
     heads = (
         "",
@@ -286,7 +299,8 @@ def main() -> None:
             print(" ".join(f"{c:>11}" for c in (architecture, *cells)), flush=True)
     print("\n-p: without the prefix pass, which the study needs anyway for its activations")
     print(
-        "max error: logits and downstream residual against the bridge loop; peak: 300 x 48 with a panel of 2,048"
+        "max error: logits and downstream residual against the bridge loop; peak: 300 x 48 with "
+        "a panel of 2,048"
     )
     print(f"steering_ratio={worst:.1f} steering_ratio_amortised={worst_amortised:.1f}")
 

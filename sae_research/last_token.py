@@ -9,6 +9,7 @@ run unchanged, whatever the architecture.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -233,10 +234,17 @@ def run_naive(
     tokens: torch.Tensor,
     direction: torch.Tensor,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Last-token logits and reads by full forward passes under hooks: the engine's judge."""
-    edits = {hook: add_direction(direction, 1.0, "last")}
-    logits = model.logits(tokens, edits)[:, -1]
-    return logits, tuple(model.residual(tokens, read, edits)[:, -1] for read in reads)
+    """Last-token logits and reads by a full forward pass under hooks: the engine's judge."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(read: str, residual: torch.Tensor) -> torch.Tensor:
+        found[read] = residual[:, -1].clone()
+        return residual
+
+    # the edit stands below the reads, so that a read at the edited hook sees it
+    with model.edited({hook: add_direction(direction, 1.0, "last")}):
+        logits = model.logits(tokens, {read: partial(keep, read) for read in reads})[:, -1]
+    return logits, tuple(found[read] for read in reads)
 
 
 def discrepancy(

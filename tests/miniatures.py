@@ -29,7 +29,9 @@ def word_tokenizer(vocabulary: int = 64):
 def config(
     architecture: str, *, width: int = 32, blocks: int = 4, vocabulary: int = 64, context: int = 32
 ):
-    """The smallest configuration that keeps what is special about an architecture: groups, caps, parallel blocks."""
+    """The smallest configuration that keeps what is special about an architecture: groups, caps,
+    parallel blocks.
+    """
     from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
 
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -62,7 +64,9 @@ def config(
 
 
 def build(architecture: str, seed: int = 0, **shape):
-    """A model with random weights, scaled up so that attention and residuals are far from uniform."""
+    """A model with random weights, scaled up so that attention and residuals are far from
+    uniform.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -86,7 +90,9 @@ def save(folder: Path, architecture: str, seed: int = 0, **shape) -> Path:
 
 
 def random_sae(kind: str, width: int = 32, latents: int = 128, seed: int = 0, **settings):
-    """An untrained SAE of SAELens' kind `kind` with random weights and decoder rows of unequal norm."""
+    """An untrained SAE of SAELens' kind `kind` with random weights and decoder rows of unequal
+    norm.
+    """
     import sae_lens
     import torch
 

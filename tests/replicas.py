@@ -1,6 +1,8 @@
-"""Miniature copies of the hub repositories that the real profiles name: true file formats, tiny random weights.
+"""Miniature copies of the hub repositories that the real profiles name: true file formats, tiny
+random weights.
 
-A hub cache holds, for each repository, `refs/main` (a commit), `blobs` and `snapshots/<commit>` with links to blobs.
+A hub cache holds, for each repository, `refs/main` (a commit), `blobs` and `snapshots/<commit>`
+with links to blobs.
 """
 
 import hashlib
@@ -27,7 +29,7 @@ BLOCKS = {
 
 def write_cache(cache: Path) -> None:
     """Fill `cache` with a replica of every model and SAE of the catalogue."""
-    models = {subject.model for subject in MODEL_SPECS.values() if not subject.embedded}
+    models = {spec.model for spec in MODEL_SPECS.values() if not spec.embedded}
     for repository in sorted(models):
         _publish(cache, repository, _model_files(repository))
     for repository, files in _sae_files():
@@ -35,7 +37,9 @@ def write_cache(cache: Path) -> None:
 
 
 def gemma_overrides() -> dict[str, dict]:
-    """What SAELens' Gemma Scope loader must be told, because it hard-codes the widths of the real models."""
+    """What SAELens' Gemma Scope loader must be told, because it hard-codes the widths of the real
+    models.
+    """
     sizes = {"d_in": WIDTH, "d_sae": LATENTS}
     return {f"gemma-scope-{size}-pt-res-canonical": sizes for size in ("2b", "9b")}
 
@@ -66,7 +70,9 @@ def _publish(cache: Path, repository: str, fill: Callable[[Path], None]) -> None
 
 
 def _model_files(repository: str) -> Callable[[Path], None]:
-    """How to write a model's repository: configuration, weights in the shards and names of the real one, tokenizer."""
+    """How to write a model's repository: configuration, weights in the shards and names of the
+    real one, tokenizer.
+    """
     name = repository.split("/")[-1]
 
     def fill(folder: Path) -> None:
@@ -146,7 +152,9 @@ def _config(name: str, vocabulary: int):
 
 
 def _write_weights(folder: Path, name: str, model) -> None:
-    """Weights under the names, in the number format and in the number of shards of the real repository."""
+    """Weights under the names, in the number format and in the number of shards of the real
+    repository.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -182,7 +190,9 @@ def _write_weights(folder: Path, name: str, model) -> None:
 
 
 def _tokenizer(name: str):
-    """GPT-2's own tokenizer where it lies next to the repository, else bytes with the model's special tokens."""
+    """GPT-2's own tokenizer where it lies next to the repository, else bytes with the model's
+    special tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -212,7 +222,8 @@ def _tokenizer(name: str):
     )
     if name.endswith("-it"):
         found.chat_template = (
-            "{{ bos_token }}{% for turn in messages %}<start_of_turn>{{ turn.role }}\n{{ turn.content }}<end_of_turn>\n"
+            "{{ bos_token }}{% for turn in messages %}<start_of_turn>{{ turn.role }}\n{{ "
+            "turn.content }}<end_of_turn>\n"
             "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
         )
     return found
@@ -227,8 +238,8 @@ def _sae_files() -> Iterator[tuple[str, Callable[[Path], None]]]:
 
     known = get_pretrained_saes_directory()
     wanted: dict[str, set[str]] = {}
-    for subject in MODEL_SPECS.values():
-        for release, sae_id in subject.saes.values():
+    for spec in MODEL_SPECS.values():
+        for release, sae_id in spec.saes.values():
             wanted.setdefault(release, set()).add(sae_id)
     for release, ids in sorted(wanted.items()):
         write = next(
@@ -334,7 +345,9 @@ def _write_gemma_scope(folder: Path, sae_id: str, lookup) -> None:
 
 
 def _write_llama_scope(folder: Path, sae_id: str, lookup) -> None:
-    """Llama Scope: `hyperparams.json`, transposed bfloat16 weights, one threshold, dataset-wise input norm."""
+    """Llama Scope: `hyperparams.json`, transposed bfloat16 weights, one threshold, dataset-wise
+    input norm.
+    """
     import torch
     from safetensors.torch import save_file
 

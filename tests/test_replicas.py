@@ -1,4 +1,6 @@
-"""The loaders of the laptop and gpu profiles, on miniature replicas of each repository's true file format."""
+"""The loaders of the laptop and gpu profiles, on miniature replicas of each repository's true file
+format.
+"""
 
 import itertools
 import os
@@ -16,20 +18,16 @@ from sae_research.errors import ResearchError
 
 pytestmark = pytest.mark.usefixtures("offline_hub")
 
-REMOTE = [name for name, subject in catalogue.MODEL_SPECS.items() if not subject.embedded]
+REMOTE = [name for name, spec in catalogue.MODEL_SPECS.items() if not spec.embedded]
 MODELS = sorted(
-    {
-        subject.model: name
-        for name, subject in catalogue.MODEL_SPECS.items()
-        if not subject.embedded
-    }.values()
+    {spec.model: name for name, spec in catalogue.MODEL_SPECS.items() if not spec.embedded}.values()
 )
 WITH_SAES = [name for name in REMOTE if catalogue.get(name).saes]
 
 
 @pytest.fixture(scope="module")
 def load():
-    """Each subject's model, loaded once, at a tenth of its size only in width and vocabulary."""
+    """Each model, loaded once, at a tenth of its size only in width and vocabulary."""
     loaded = {}
 
     def once(name):
@@ -50,27 +48,29 @@ def test_logits_equal_hugging_face(name, load):
     tokens = ours.tokens(["The lens sees what the model sees.", "Nothing else."])
     theirs = AutoModelForCausalLM.from_pretrained(catalogue.get(name).model, dtype=torch.float32)
     with torch.no_grad():
-        assert (ours.logits(tokens) - theirs(tokens).logits).abs().max() <= 1e-5
+        expected = theirs(tokens).logits
+            error = (ours.logits(tokens) - expected).abs().max()
+            assert error <= 1e-5 * max(1.0, float(expected.abs().max()))
     assert theirs.config.num_hidden_layers == ours.n_layers
     assert tokens[0, 0] == ours.bos
 
 
 @pytest.mark.parametrize("name", WITH_SAES)
 def test_every_sae_fits_its_model_at_the_hook_of_its_role(name, load):
-    subject = catalogue.get(name)
-    for role in subject.roles():
-        sae = subject.sae(role)
-        assert saes.check_fit(load(name), sae) == load(name).hook(subject.hooks[role])
+    spec = catalogue.get(name)
+    for role in spec.roles():
+        sae = spec.sae(role)
+        assert saes.check_fit(load(name), sae) == load(name).hook(spec.hooks[role])
         assert not any(weight.requires_grad for weight in sae.parameters())
         assert str(sae.dtype) == "torch.float32"
 
 
 @pytest.mark.parametrize("name", WITH_SAES)
 def test_an_sae_runs_on_its_model(name, load):
-    subject = catalogue.get(name)
+    spec = catalogue.get(name)
     tokens = load(name).tokens(["The lens sees what the model sees."])
     result = saes.quality(
-        load(name), subject.sae("primary" if "primary" in subject.saes else "layer_10"), tokens
+        load(name), spec.sae("primary" if "primary" in spec.saes else "layer_10"), tokens
     )
     assert result["tokens"] == tokens.shape[1] - 1
     assert 0 < result["l0"] < 192
@@ -128,8 +128,8 @@ def test_llama_scope_folds_the_input_norm_both_ways(name):
 
 
 def test_feature_splitting_ladder_doubles_at_one_hook():
-    subject = catalogue.get("gpt2-small")
-    steps = [subject.sae(role) for role in subject.roles() if role.startswith("width_")]
+    spec = catalogue.get("gpt2-small")
+    steps = [spec.sae(role) for role in spec.roles() if role.startswith("width_")]
     widths = [sae.cfg.d_sae for sae in steps]
     assert len(widths) == 8
     assert all(after == 2 * before for before, after in itertools.pairwise(widths))
@@ -174,31 +174,32 @@ def test_models_and_saes_that_are_not_here_ask_for_network():
         saes.load_sae("gpt2-small-res-jb", "blocks.11.hook_resid_post")
 
 
-def test_subjects_without_the_sae_that_is_asked_for():
+def test_models_without_the_sae_that_is_asked_for():
     with pytest.raises(ResearchError, match="train their own"):
         catalogue.get("gpt2-large").sae("primary")
     with pytest.raises(ResearchError, match=r"unknown SAE role 'primry' .* did you mean 'primary'"):
         catalogue.get("gpt2-small").sae("primry")
     with pytest.raises(
-        ResearchError, match=r"unknown subject 'gpt2-smal' .* did you mean 'gpt2-small'"
+        ResearchError, match=r"unknown model 'gpt2-smal' .* did you mean 'gpt2-small'"
     ):
         catalogue.get("gpt2-smal")
 
 
 def test_the_environment_alone_is_enough_in_a_new_process():
-    code = "from sae_research import catalogue as c; s = c.get('gpt2-small'); print(s.load(), s.sae('primary').cfg.d_sae)"
+    code = "import sae_research as sr; model = sr.load_model('gpt2-small'); "
+    code += "print(model, sr.load_sae('gpt2-small', 'primary').cfg.d_sae)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "LanguageModel(gpt2: 12 blocks, d_model 16, on cpu) 48\n"
     assert done.stderr == ""
 
 
-def test_every_subject_of_params_is_in_the_catalogue():
+def test_every_model_of_params_is_in_the_catalogue():
     from sae_research import config
 
     for profile in config.profiles():
-        settings = config.load(profile)
+        loaded = config.load(profile)
         for study in config.study_names():
-            for name in getattr(settings, study).models:
+            for name in getattr(loaded, study).models:
                 assert catalogue.get(name).name == name
 
 
@@ -247,7 +248,7 @@ def _attempt(code, folder, endpoint):
     return done.stdout
 
 
-LENS = "from sae_research import lens"
+IMPORT = "from sae_research import models"
 
 
 @pytest.mark.parametrize(
@@ -264,7 +265,9 @@ def test_gated_and_unknown_models_are_explained_without_the_token(model, message
     server = HTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     said = _attempt(
-        (LENS, f"models.load_model({model!r})"), tmp_path, f"http://127.0.0.1:{server.server_port}"
+        (IMPORT, f"models.load_model({model!r})"),
+        tmp_path,
+        f"http://127.0.0.1:{server.server_port}",
     )
     server.shutdown()
     assert re.match(f"ResearchError {message}", said), said
@@ -272,7 +275,9 @@ def test_gated_and_unknown_models_are_explained_without_the_token(model, message
 
 def test_no_network_is_said_at_once(tmp_path):
     start = time.monotonic()
-    said = _attempt((LENS, "models.download('google/gemma-2-2b')"), tmp_path, "http://127.0.0.1:9")
+    said = _attempt(
+        (IMPORT, "models.download('google/gemma-2-2b')"), tmp_path, "http://127.0.0.1:9"
+    )
     assert re.match(
         "ResearchError google/gemma-2-2b is not on this machine .* no network for the laptop", said
     ), said

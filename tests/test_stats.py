@@ -1,4 +1,6 @@
-"""Intervals and tests against closed forms, worked examples and simulations whose truth is known."""
+"""Intervals and tests against closed forms, worked examples and simulations whose truth is
+known.
+"""
 
 import math
 
