@@ -113,7 +113,7 @@ class Measurement:
     low: float | None = None
     """Lower end of its interval."""
     high: float | None = None
-    """ModelTail end of its interval."""
+    """Upper end of its interval."""
     n: int | None = None
     """How many independent items (seeds, features, persons) the number rests on."""
     control: "Measurement | None" = None

@@ -157,7 +157,7 @@ def _replace(partial: Path, folder: Path) -> None:
     _remove(old)
 
 
-def verified(folder: Path) -> Path:
+def verified(folder: Path, remedy: str = "run `make reproduce` to make it.") -> Path:
     """Return `folder` after checking every file against its checksum; name the first that is
     missing or altered.
     """
@@ -165,7 +165,7 @@ def verified(folder: Path) -> Path:
     _recover(folder)
     if not (folder / CHECKSUMS).is_file():
         raise ResearchError(
-            f"{relative(folder)} is missing or incomplete; run `make reproduce` to make it."
+            f"{relative(folder)} is missing or incomplete; {remedy}"
         )
     try:
         sums = dict(json.loads((folder / CHECKSUMS).read_text()))

@@ -49,8 +49,8 @@ def test_logits_equal_hugging_face(name, load):
     theirs = AutoModelForCausalLM.from_pretrained(catalogue.get(name).model, dtype=torch.float32)
     with torch.no_grad():
         expected = theirs(tokens).logits
-            error = (ours.logits(tokens) - expected).abs().max()
-            assert error <= 1e-5 * max(1.0, float(expected.abs().max()))
+        error = (ours.logits(tokens) - expected).abs().max()
+    assert error <= 1e-5 * max(1.0, float(expected.abs().max()))
     assert theirs.config.num_hidden_layers == ours.n_layers
     assert tokens[0, 0] == ours.bos
 

@@ -92,7 +92,7 @@ def test_total_variation_and_divergence_by_hand():
 
 def test_padding_beyond_the_last_option_changes_nothing(survey):
     for q, question in enumerate(survey.questions):
-        k = question.ladder
+        k = question.n_options
         a, b = survey.distributions[0, q, :k], survey.distributions[2, q, :k]
         alone = wasserstein(a, b, ordinal_gaps(question.ordinal))
         padded = wasserstein(survey.distributions[0], survey.distributions[2], survey.gaps)[q]
@@ -266,7 +266,7 @@ def test_exact_answers_agree_with_persons_drawn_one_by_one(settings):
     exact = population.given(stated)
     for q in range(0, 216, 7):
         question = population.questions[q]
-        taus = np.array(THRESHOLDS[question.ladder - 2])
+        taus = np.array(THRESHOLDS[question.n_options - 2])
         loading = VERBS[question.verb] * np.array(TOPICS[question.topic])
         at_least = 1 / (1 + np.exp(-(theta @ loading + population.offset[q])[:, None] + taus))
         answer = (draws.random((n, 1)) < at_least).sum(1)
@@ -414,7 +414,7 @@ def tiny_settings():
         relu_l0=6,
         documents=200,
         calibration=100,
-        training=SAETraining(steps=60, batch=256, warm_up=5),
+        training=SAETraining(steps=60, batch_size=256, warmup_steps=5),
     )
     return SurveySettings(width=32, blocks=2, heads=2, inner=64, batch=64, steps=80, saes=saes)
 

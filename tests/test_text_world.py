@@ -35,7 +35,7 @@ TINY = text_model.TextSettings(
         l0=4,
         documents=48,
         calibration=24,
-        training=SAETraining(steps=12, batch=128, warm_up=2),
+        training=SAETraining(steps=12, batch_size=128, warmup_steps=2),
     ),
 )
 

@@ -42,7 +42,7 @@ class Cell:
 def assemble(cells: Sequence[Cell], source: str) -> Survey:
     """The survey of the groups that answered every question; the population is `Overall`, else the groups' mean."""
     questions = {c.question.key: c.question for c in cells}
-    width = max(q.ladder for q in questions.values())
+    width = max(q.n_options for q in questions.values())
     found: dict[tuple[str, str], dict[str, Cell]] = {}
     for cell in cells:
         found.setdefault((cell.attribute, cell.group), {})[cell.question.key] = cell
@@ -140,7 +140,7 @@ def load_opinion_qa(folder: Path, waves: Sequence[int]) -> Survey:
                 here = inside & (chosen >= 0)
                 if not here.any():
                     continue
-                shares = np.bincount(chosen[here], weights[here], item.ladder)
+                shares = np.bincount(chosen[here], weights[here], item.n_options)
                 cells.append(Cell(item, attribute, name, shares / shares.sum(), int(here.sum())))
     return assemble(cells, "OpinionQA")
 

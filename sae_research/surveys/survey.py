@@ -41,7 +41,7 @@ class Question:
     """Whether the options form a scale; answers to nominal questions differ by total variation."""
 
     @property
-    def ladder(self) -> int:
+    def n_options(self) -> int:
         """Number of options."""
         return len(self.options)
 
@@ -80,15 +80,15 @@ class Survey:
     @cached_property
     def mask(self) -> np.ndarray:
         """Which options exist, [questions, options]."""
-        ladders = np.array([q.ladder for q in self.questions])
-        return np.arange(self.overall.shape[-1]) < ladders[:, None]
+        n_options = np.array([q.n_options for q in self.questions])
+        return np.arange(self.overall.shape[-1]) < n_options[:, None]
 
     @cached_property
     def gaps(self) -> np.ndarray:
         """Distance between neighbouring options as a share of the item's range, [questions, options - 1]."""
         gaps = np.zeros((len(self.questions), self.overall.shape[-1] - 1))
         for row, question in zip(gaps, self.questions, strict=True):
-            row[: question.ladder - 1] = ordinal_gaps(question.ordinal)
+            row[: question.n_options - 1] = ordinal_gaps(question.ordinal)
         return gaps
 
     @cached_property
@@ -262,9 +262,9 @@ def load_table(path: Path) -> Survey:
 def _assemble(
     questions: tuple[Question, ...], cells: dict[tuple[str, str], dict[str, np.ndarray]]
 ) -> Survey:
-    width = max(q.ladder for q in questions)
+    width = max(q.n_options for q in questions)
     padded = {
-        g: np.stack([np.pad(c[q.key], (0, width - q.ladder)) for q in questions])
+        g: np.stack([np.pad(c[q.key], (0, width - q.n_options)) for q in questions])
         for g, c in cells.items()
     }
     population = padded.pop((OVERALL, OVERALL), None)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from miniatures import random_sae  # noqa: E402
 
-from sae_research.studies.opinion_qa.bench import Bench  # noqa: E402
+from sae_research.studies.opinion_qa.cache import CachedPrompts  # noqa: E402
 from sae_research.studies.opinion_qa.fit import Targets  # noqa: E402
 from sae_research.studies.opinion_qa.shift import sae_basis  # noqa: E402
 
@@ -22,7 +22,7 @@ GROUPS = ("red", "blue", "old", "young", "grey")
 
 
 @pytest.fixture(scope="module")
-def lens(tmp_path_factory):
+def model(tmp_path_factory):
     """A survey specimen that was never trained, its weights scaled up so that everything matters."""
     from sae_research import models
     from sae_research.world import toy_model
@@ -48,16 +48,16 @@ def population():
 
 
 @pytest.fixture(scope="module")
-def bench(lens, population):
+def cache(model, population):
     from sae_research.world.survey.prompts import Writer, prompt
 
-    writer, draws = Writer(population, lens.tokenizer.get_vocab()), np.random.default_rng(0)
+    writer, draws = Writer(population, model.tokenizer.get_vocab()), np.random.default_rng(0)
     texts = {
         s: torch.from_numpy(writer.off_task(8, draws).tokens)
         for s in ("train", "validation", "test")
     }
-    return Bench(
-        lens, HOOK, population.questions[:18], lambda q, reverse: prompt(q, reverse=reverse), texts
+    return CachedPrompts(
+        model, HOOK, population.questions[:18], lambda q, reverse: prompt(q, reverse=reverse), texts
     )
 
 
@@ -98,11 +98,11 @@ def small(population):
 
 
 @pytest.fixture(scope="module")
-def fresh(lens):
+def fresh(model):
     """Loads the specimen's weights anew."""
     from transformers import LlamaForCausalLM
 
-    original = lens.bridge.original_model
+    original = model.bridge.original_model
     state = {}
     for name, value in original.state_dict().items():
         state[name.replace("_original_component.", "").replace("original_component.", "")] = value

@@ -10,12 +10,12 @@ torch = pytest.importorskip("torch")
 
 
 from sae_research.studies.opinion_qa import baselines, generalise, laboratory, meaning, rivals  # noqa: E402
-from sae_research.studies.opinion_qa.evaluate import Exam  # noqa: E402
+from sae_research.studies.opinion_qa.evaluate import EvalSet  # noqa: E402
 from sae_research.studies.opinion_qa.fit import fit  # noqa: E402
-from sae_research.studies.opinion_qa.letters import option_log_probs  # noqa: E402
-from sae_research.studies.opinion_qa.prompts import ENGLISH, SPECIMEN, english_block  # noqa: E402
+from sae_research.studies.opinion_qa.prompts import option_log_probs  # noqa: E402
+from sae_research.studies.opinion_qa.prompts import ENGLISH_TEMPLATE, TOY_TEMPLATE, english_block  # noqa: E402
 from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining  # noqa: E402
-from sae_research.studies.opinion_qa.shift import Shift, canonical, residual_basis  # noqa: E402
+from sae_research.studies.opinion_qa.shift import Shift, canonicalize, residual_basis  # noqa: E402
 from sae_research.surveys.survey import Group, Question, divergence  # noqa: E402
 
 HOOK = "blocks.0.hook_resid_post"
@@ -23,8 +23,8 @@ ITEM = Question("Q", "Is it so?", ("No", "Perhaps", "Yes"), (1.0, 2.0, 3.0))
 
 
 @pytest.fixture(scope="module")
-def asked(bench, basis, small):
-    return baselines.prompted(bench, basis, SPECIMEN, "BIO", small, np.arange(12))
+def asked(cache, basis, small):
+    return baselines.group_prompt(cache, basis, TOY_TEMPLATE, "BIO", small, np.arange(12))
 
 
 @pytest.fixture(scope="module")
@@ -49,46 +49,46 @@ def test_english_prompts_list_lettered_options_and_never_name_a_group_in_the_blo
     assert "A, B, C or D" in offered
     group, other = Group("SEX", "Male", 0.5), Group("SEX", "Female", 0.5)
     for form in ("QA", "BIO", "PORTRAY"):
-        text = ENGLISH.prompted(form, group, (other, group))(ITEM, False)
+        text = ENGLISH_TEMPLATE.group_prompt(form, group, (other, group))(ITEM, False)
         assert text.endswith(block)
         assert "Male" in text
-    assert "Answer: B. Male" in ENGLISH.contexts["QA"](group, (other, group))
+    assert "Answer: B. Male" in ENGLISH_TEMPLATE.contexts["QA"](group, (other, group))
 
 
-def test_every_form_of_the_specimen_uses_words_that_it_knows(lens, small):
-    for form in SPECIMEN.contexts:
-        text = SPECIMEN.prompted(form, small.groups[2], small.groups[:3])(small.questions[0], False)
-        assert lens.tokenizer.unk_token_id not in lens.tokenizer(text)["input_ids"]
+def test_every_form_of_the_specimen_uses_words_that_it_knows(model, small):
+    for form in TOY_TEMPLATE.contexts:
+        text = TOY_TEMPLATE.group_prompt(form, small.groups[2], small.groups[:3])(small.questions[0], False)
+        assert model.tokenizer.unk_token_id not in model.tokenizer(text)["input_ids"]
         assert "red" in text
 
 
-def test_an_empty_context_gives_the_unsteered_answers(bench, basis, small):
-    silent = replace(SPECIMEN, contexts={"none": lambda group, siblings: ""}, joint="")
-    found = baselines.prompted(bench, basis, silent, "none", small, np.arange(12))
-    rows = bench.prompts.rows(range(18))
-    answers = baselines.read_scores(bench, found.scores[:, rows], rows).probabilities
-    assert np.abs(answers - bench.unsteered(range(18)).probabilities).max() < 1e-6
-    assert torch.allclose(found.block[0], bench.residual[bench.prompts.rows(range(12))][
-        bench.prompts.editable("question")[bench.prompts.rows(range(12))]].mean(0), atol=1e-5)  # fmt: skip
+def test_an_empty_context_gives_the_unsteered_answers(cache, basis, small):
+    silent = replace(TOY_TEMPLATE, contexts={"none": lambda group, siblings: ""}, joint="")
+    found = baselines.group_prompt(cache, basis, silent, "none", small, np.arange(12))
+    rows = cache.prompts.prompt_ids(range(18))
+    answers = baselines.read_letter_scores(cache, found.scores[:, rows], rows).probabilities
+    assert np.abs(answers - cache.measure_unsteered(range(18)).probabilities).max() < 1e-6
+    assert torch.allclose(found.block[0], cache.residual[cache.prompts.prompt_ids(range(12))][
+        cache.prompts.editable("question")[cache.prompts.prompt_ids(range(12))]].mean(0), atol=1e-5)  # fmt: skip
     assert torch.allclose(found.block[0], found.block[1])
-    fires = (basis.encode(bench.residual) != 0).float() * bench.prompts.editable("question")[
+    fires = (basis.encode(cache.residual) != 0).float() * cache.prompts.editable("question")[
         ..., None
     ]
-    train = bench.prompts.rows(range(12))
-    share = (fires.sum(1) / bench.prompts.last[:, None])[train].mean(0)
+    train = cache.prompts.prompt_ids(range(12))
+    share = (fires.sum(1) / cache.prompts.last[:, None])[train].mean(0)
     assert torch.allclose(found.fires[0], share, atol=1e-5)
     assert found.count == 24
 
 
-def test_temperature_and_letter_bias_undo_what_they_model(bench):
-    rows = bench.prompts.rows(range(18))
-    scores = baselines.letter_scores(bench, bench.residual, bench.prompts.last)
+def test_temperature_and_letter_bias_undo_what_they_model(cache):
+    rows = cache.prompts.prompt_ids(range(18))
+    scores = baselines.compute_letter_scores(cache, cache.residual, cache.prompts.last)
     scores = scores - scores.mean(-1, keepdim=True)
     scores = 2 * scores / scores.std()
     bent = 0.5 * scores + torch.tensor([1.0, 0.0, -1.0, 0.5])
-    truth = option_log_probs(scores, bench.prompts.ladder, bench.prompts.reverse).exp()
-    found = baselines.calibrate_letters(bench, bent[rows], rows, truth[rows])
-    again = option_log_probs(found(bent), bench.prompts.ladder, bench.prompts.reverse).exp()
+    truth = option_log_probs(scores, cache.prompts.n_options, cache.prompts.reverse).exp()
+    found = baselines.fit_letter_calibration(cache, bent[rows], rows, truth[rows])
+    again = option_log_probs(found(bent), cache.prompts.n_options, cache.prompts.reverse).exp()
     assert found.scale == pytest.approx(2, rel=0.05)
     assert (again - truth).abs().max() < 0.03
 
@@ -100,59 +100,59 @@ def test_differences_of_means_cancel_between_two_siblings(asked, everyone):
     assert left.norm() > 0
 
 
-def test_the_most_selective_latents_are_found_and_alone_moved(bench, basis, asked, everyone):
+def test_the_most_selective_latents_are_found_and_alone_moved(cache, basis, asked, everyone):
     contrast, statistic = baselines.latent_contrasts(asked, everyone)
-    top = baselines.top_features(contrast, statistic, 7)
+    top = baselines.select_top_latents(contrast, statistic, 7)
     assert int((top != 0).any(0).sum()) == 7
     kept = (top != 0).any(0)
     assert statistic[kept].min() >= statistic[~kept].max()
 
 
-def test_strength_nought_is_chosen_when_a_direction_only_harms(bench, everyone):
+def test_strength_nought_is_chosen_when_a_direction_only_harms(cache, everyone):
     dense = residual_basis(32)
-    unsteered = bench.unsteered(range(18)).probabilities
+    unsteered = cache.measure_unsteered(range(18)).probabilities
     own = replace(everyone, answers=np.repeat(unsteered, 14, 0))
     part = torch.randn(14, 32, generator=torch.Generator().manual_seed(0)) * 3
-    shift = baselines.untrained("additive", bench, "all", own, torch.zeros(32), part)
-    strength, best = baselines.best_strength(bench, dense, shift, own, (0.0, 1.0, 2.0))
+    shift = baselines.make_untrained_shift("additive", cache, "all", own, torch.zeros(32), part)
+    strength, best = baselines.choose_coefficient(cache, dense, shift, own, (0.0, 1.0, 2.0))
     assert strength == 0.0
     assert not best.scores.any()
 
 
-def test_a_screened_space_moves_only_its_latents(bench, basis):
+def test_a_screened_space_moves_only_its_latents(cache, basis):
     keep = torch.tensor([3, 5, 60])
-    few = baselines.restricted(basis, keep, "few")
-    x = bench.residual[:2]
-    from sae_research.studies.opinion_qa.shift import displacement
+    few = baselines.restrict_basis(basis, keep, "few")
+    x = cache.residual[:2]
+    from sae_research.studies.opinion_qa.shift import compute_displacement
 
     small_delta, whole = torch.tensor([[0.4, -0.2, 0.3]]), torch.zeros(1, basis.size)
     whole[0, keep] = small_delta[0]
     for kind in ("additive", "multiplicative", "gated"):
-        a = displacement(few, kind, x, few.encode(x), small_delta)
-        b = displacement(basis, kind, x, basis.encode(x), whole)
+        a = compute_displacement(few, kind, x, few.encode(x), small_delta)
+        b = compute_displacement(basis, kind, x, basis.encode(x), whole)
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_readers_start_at_the_model_and_learn(bench, asked, everyone):
-    rows = baselines.unembedding_of_letters(bench)
-    same = baselines.Reader(rows, torch.zeros(4))
+def test_readers_start_at_the_model_and_learn(cache, asked, everyone):
+    rows = baselines.unembed_letters(cache)
+    same = baselines.LinearProbe(rows, torch.zeros(4))
     assert torch.allclose(same(asked.final), asked.scores, atol=1e-4)
-    found, loss = baselines.linear_reader(bench, asked.hidden, everyone, ridges=(1e-2,))
-    before = baselines.read_scores(bench, asked.scores, bench.prompts.rows(range(18))).probabilities
-    after = baselines.read_scores(
-        bench, found(asked.hidden), bench.prompts.rows(range(18))
+    found, loss = baselines.fit_probe(cache, asked.hidden, everyone, ridges=(1e-2,))
+    before = baselines.read_letter_scores(cache, asked.scores, cache.prompts.prompt_ids(range(18))).probabilities
+    after = baselines.read_letter_scores(
+        cache, found(asked.hidden), cache.prompts.prompt_ids(range(18))
     ).probabilities
     assert np.isfinite(loss)
     truth = everyone.answers[:, :12]
     assert divergence(truth, after[:, :12]).mean() < divergence(truth, before[:, :12]).mean()
     assert found.parameters == 4 * 32 + 4
-    own, _ = baselines.linear_reader(bench, asked.hidden, everyone, by_group=True, ridges=(1e-2,))
+    own, _ = baselines.fit_probe(cache, asked.hidden, everyone, by_group=True, ridges=(1e-2,))
     assert own.parameters == 14 * (4 * 32 + 4)
 
 
 def test_shuffling_keeps_every_answer_and_breaks_groups_apart(everyone):
     clusters = [q // 3 for q in range(18)]
-    found = baselines.groups_shuffled(everyone, clusters, 0)
+    found = baselines.shuffle_groups(everyone, clusters, 0)
     assert np.allclose(np.sort(found.answers, 0), np.sort(everyone.answers, 0))
     same = (found.answers == everyone.answers).all((0, 2))
     assert not same.all()
@@ -166,22 +166,22 @@ def test_shuffling_keeps_every_answer_and_breaks_groups_apart(everyone):
 
 
 def test_lora_without_training_is_the_frozen_model_and_training_moves_it(
-    bench, fresh, everyone, asked
+    cache, fresh, everyone, asked
 ):
     from sae_research.studies.opinion_qa import lora
 
-    exam = np.arange(12, 18)
-    own = [bench.prompts] * 14
+    eval_set = np.arange(12, 18)
+    own = [cache.prompts] * 14
     model = lora.adapter(fresh(), LoRATraining(), 0).eval()
-    read = lora.answers_of(model, bench, bench.prompts, exam)
+    read = lora.answers_of(model, cache, cache.prompts, eval_set)
     found = read.probabilities
     assert np.allclose(
-        read.order_sensitivity, bench.unsteered(exam).order_sensitivity[0], atol=1e-4
+        read.order_sensitivity, cache.measure_unsteered(eval_set).order_sensitivity[0], atol=1e-4
     )
-    assert np.abs(found - bench.unsteered(exam).probabilities[0]).max() < 1e-4
-    assert lora.cost(model, bench).divergence == pytest.approx(0, abs=1e-5)
+    assert np.abs(found - cache.measure_unsteered(eval_set).probabilities[0]).max() < 1e-4
+    assert lora.cost(model, cache).divergence == pytest.approx(0, abs=1e-5)
     quick = LoRATraining(steps=3, batch=8, rate=0.05)
-    result = lora.train(fresh, bench, own, everyone.answers, everyone, quick, 0, exam)
+    result = lora.train(fresh, cache, own, everyone.answers, everyone, quick, 0, eval_set)
     assert result.answers.shape == (14, 6, 4)
     assert result.parameters == 3 * 2 * 8 * 64
     assert np.abs(result.answers[0] - found).max() > 1e-3
@@ -198,19 +198,19 @@ def shift_for(targets, basis, rank=2, scale=0.3):
         scale * torch.randn(basis.size, rank, generator=random),
         torch.randn(len(targets.groups), rank, generator=random),
     )  # fmt: skip
-    return canonical(raw, torch.tensor(targets.weights))
+    return canonicalize(raw, torch.tensor(targets.weights))
 
 
 def test_composition_adds_scores_and_a_margin_is_one_of_them(basis, everyone):
     shift = shift_for(everyone, basis)
     cells = [Group("party|age", "red|old", 0.1), Group("party|age", "blue|young", 0.1)]
-    both = generalise.composed(shift, cells)
-    parts = generalise.margin(shift, cells, 0) + generalise.margin(shift, cells, 1) - shift.shared
+    both = generalise.compose_shifts(shift, cells)
+    parts = generalise.margin_deltas(shift, cells, 0) + generalise.margin_deltas(shift, cells, 1) - shift.shared
     assert torch.allclose(both, parts, atol=1e-5)
-    assert torch.allclose(generalise.composed(shift, cells, 0.0), shift.shared.expand(2, -1))
+    assert torch.allclose(generalise.compose_shifts(shift, cells, 0.0), shift.shared.expand(2, -1))
 
 
-def test_the_right_shrinkage_is_found_from_margins_alone(bench, basis, everyone):
+def test_the_right_shrinkage_is_found_from_margins_alone(cache, basis, everyone):
     shift = shift_for(everyone, basis)
     shares = {"red": 0.3, "blue": 0.7}, {"old": 0.2, "young": 0.8}
     cells = [
@@ -219,59 +219,59 @@ def test_the_right_shrinkage_is_found_from_margins_alone(bench, basis, everyone)
         for b, other in shares[1].items()
     ]
     validation = np.arange(12, 18)
-    delta = generalise.composed(shift, cells, 0.7)
-    answers = bench.answers(basis, shift.kind, delta, validation, "all").probabilities
+    delta = generalise.compose_shifts(shift, cells, 0.7)
+    answers = cache.measure_answers(basis, shift.kind, delta, validation, "all").probabilities
     margins = np.full((14, 6, 4), np.nan)  # whoever is no part of a cell is never asked
     for name, own in {"red": (0, 1), "blue": (2, 3), "old": (0, 2), "young": (1, 3)}.items():
         weights = np.array([cells[i].share for i in own])
         margins[everyone.groups.index(name)] = np.tensordot(
             weights / weights.sum(), answers[list(own)], 1
         )
-    assert generalise.best_kappa(bench, basis, shift, cells, margins, validation) == 0.7
+    assert generalise.choose_kappa(cache, basis, shift, cells, margins, validation) == 0.7
 
 
 def test_each_way_to_place_a_group_gets_the_ridge_that_serves_known_groups_best(
-    bench, basis, everyone, monkeypatch
+    cache, basis, everyone, monkeypatch
 ):
     shift, tried = shift_for(everyone, basis), []
-    whole = generalise.few_shot
+    whole = generalise.fit_few_shot
 
     def spy(*args, **settings):
         tried.append((settings["ridge"], settings["free"]))
         return whole(*args, **settings)
 
     monkeypatch.setattr(generalise, "few_shot", spy)
-    case = (bench, basis, shift, everyone.answers[:4], np.arange(6), np.arange(12, 18))
-    found = generalise.best_ridge(*case, free=True, steps=10, seed=0)
+    case = (cache, basis, shift, everyone.answers[:4], np.arange(6), np.arange(12, 18))
+    found = generalise.choose_ridge(*case, free=True, steps=10, seed=0)
     assert tried == [(ridge, True) for ridge in generalise.RIDGES]
     assert found in generalise.RIDGES
 
 
 def test_a_few_answers_bring_a_new_group_closer_and_a_stiff_ridge_keeps_the_population(
-    bench, basis, everyone
+    cache, basis, everyone
 ):
     shift = shift_for(everyone, basis)
     answers = everyone.answers[:3]
 
     def loss(delta):
-        found = bench.answers(basis, shift.kind, delta, range(12), "all").probabilities
+        found = cache.measure_answers(basis, shift.kind, delta, range(12), "all").probabilities
         return divergence(answers[:, :12], found).mean()
 
-    found = generalise.few_shot(bench, basis, shift, answers, np.arange(12), ridge=1e-4, steps=60)
+    found = generalise.fit_few_shot(cache, basis, shift, answers, np.arange(12), ridge=1e-4, steps=60)
     assert found.shape == (3, basis.size)
     assert loss(found) < loss(shift.shared.expand(3, -1))
     inside = torch.linalg.lstsq(shift.axes, (found - shift.shared).T).residuals
     assert inside.numel() == 0 or inside.abs().max() < 1e-4  # U stays frozen
-    free = generalise.few_shot(
-        bench, basis, shift, answers, np.arange(12), ridge=1e-4, steps=60, free=True
+    free = generalise.fit_few_shot(
+        cache, basis, shift, answers, np.arange(12), ridge=1e-4, steps=60, free=True
     )
     assert loss(free) < loss(found)
-    stiff = generalise.few_shot(bench, basis, shift, answers, np.arange(12), ridge=1e6, steps=60)
+    stiff = generalise.fit_few_shot(cache, basis, shift, answers, np.arange(12), ridge=1e6, steps=60)
     assert (stiff - shift.shared).abs().max() < 0.05
 
 
 def test_groups_can_be_left_out(everyone):
-    found = generalise.without(everyone, [0, 13])
+    found = generalise.drop_groups(everyone, [0, 13])
     assert found.groups == everyone.groups[1:13]
     assert found.answers.shape[0] == 12
 
@@ -279,23 +279,23 @@ def test_groups_can_be_left_out(everyone):
 # what a shift is made of
 
 
-def test_latents_are_shown_where_they_fire_whatever_the_parts(bench, basis, asked, everyone):
+def test_latents_are_shown_where_they_fire_whatever_the_parts(cache, basis, asked, everyone):
     shift = shift_for(everyone, basis)
-    found = meaning.latents(bench, basis, shift, asked, everyone.attributes, top=4)
+    found = meaning.describe_latents(cache, basis, shift, asked, everyone.attributes, top=4)
     assert [latent.axis for latent in found] == [0] * 4 + [1] * 4
-    few = copy.copy(bench)
+    few = copy.copy(cache)
     few.batch = 7
-    again = meaning.latents(few, basis, shift, asked, everyone.attributes, top=4)
+    again = meaning.describe_latents(few, basis, shift, asked, everyone.attributes, top=4)
     assert [(x.index, x.contexts, x.told) for x in again] == [
         (x.index, x.contexts, x.told) for x in found
     ]
-    known = meaning.selectivity(basis, asked, everyone.attributes, torch.arange(basis.size))
+    known = meaning.measure_selectivity(basis, asked, everyone.attributes, torch.arange(basis.size))
     for latent in found:
         assert latent.weight == pytest.approx(float(shift.axes[latent.index, latent.axis]))
-        assert latent.selectivity == pytest.approx(
+        assert latent.measure_selectivity == pytest.approx(
             known[everyone.groups.index(latent.told), latent.index]
         )
-        assert abs(latent.selectivity - 0.5) == pytest.approx(
+        assert abs(latent.measure_selectivity - 0.5) == pytest.approx(
             abs(known[:, latent.index] - 0.5).max()
         )
         assert latent.contexts
@@ -303,13 +303,13 @@ def test_latents_are_shown_where_they_fire_whatever_the_parts(bench, basis, aske
         assert 0 < latent.frequency <= 1
 
 
-def test_all_latents_keep_the_whole_gain(bench, basis, everyone, small):
+def test_all_latents_keep_the_whole_gain(cache, basis, everyone, small):
     shift = shift_for(everyone, basis)
-    exam = Exam(small, np.arange(12, 18))
-    calibrated = bench.answers(
-        basis, shift.kind, shift.shared[None], exam.questions, "all"
+    eval_set = EvalSet(small, np.arange(12, 18))
+    calibrated = cache.measure_answers(
+        basis, shift.kind, shift.shared[None], eval_set.questions, "all"
     ).probabilities[0]
-    found = meaning.causal_share(bench, basis, shift, exam, calibrated, (0, basis.size))
+    found = meaning.measure_causal_share(cache, basis, shift, eval_set, calibrated, (0, basis.size))
     assert found[basis.size] == pytest.approx(1)
     assert found[0] == pytest.approx(0, abs=1e-6)
 
@@ -322,7 +322,7 @@ def test_selectivity_is_a_half_for_a_latent_that_knows_nothing_and_one_for_one_t
     hidden = torch.zeros(14, 10, 2)
     hidden[0, :, 0] = 1.0  # fires for the first group alone
     fake = replace(residual_basis(2), encode=lambda x: x)
-    found = meaning.selectivity(
+    found = meaning.measure_selectivity(
         fake, SimpleNamespace(hidden=hidden), everyone.attributes, torch.arange(2)
     )
     assert found[0].tolist() == [1.0, 0.5]
@@ -331,7 +331,7 @@ def test_selectivity_is_a_half_for_a_latent_that_knows_nothing_and_one_for_one_t
 
 def test_equal_shifts_are_perfectly_stable(basis, everyone):
     shift = shift_for(everyone, basis)
-    assert meaning.stability([shift, shift, shift], top=10) == (1.0, pytest.approx(1.0))
+    assert meaning.measure_stability([shift, shift, shift], top=10) == (1.0, pytest.approx(1.0))
 
 
 def test_a_group_without_answers_is_placed_by_its_state(basis, everyone):
@@ -339,21 +339,21 @@ def test_a_group_without_answers_is_placed_by_its_state(basis, everyone):
     states = shift.scores @ torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     known = list(range(13))
     others = replace(shift, groups=shift.groups[:13], scores=shift.scores[:13])
-    found = generalise.from_states(others, states[known], states[[13]], ridge=1e-4)
+    found = generalise.predict_from_states(others, states[known], states[[13]], ridge=1e-4)
     assert torch.allclose(found, shift.deltas[[13]], atol=0.05 * shift.deltas.abs().max().item())
 
 
 def test_one_group_of_every_larger_attribute_is_held_out(everyone):
-    out = generalise.held_out(everyone)
+    out = generalise.held_out_groups(everyone)
     assert [everyone.groups[g] for g in out] == ["red", "old", "graduate", "south"]
-    turns = [generalise.held_out(everyone, turn) for turn in range(4)]
+    turns = [generalise.held_out_groups(everyone, turn) for turn in range(4)]
     assert sorted(g for turn in turns for g in turn) == list(
         range(12)
     )  # each once; the pair of hands never
     assert turns[3] == []
 
 
-def test_a_shared_part_along_the_axes_is_learnt_with_the_groups(bench, basis, everyone):
+def test_a_shared_part_along_the_axes_is_learnt_with_the_groups(cache, basis, everyone):
     training = ShiftTraining(
         kind="gated",
         calibration="axes",
@@ -365,12 +365,12 @@ def test_a_shared_part_along_the_axes_is_learnt_with_the_groups(bench, basis, ev
         keep=0.0,
         sparsity=0.5,
     )
-    found = fit(bench, basis, training, everyone, 0).shift
+    found = train_shift(cache, basis, training, everyone, 0).shift
     along = found.axes @ torch.linalg.lstsq(found.axes, found.shared[:, None]).solution
     assert found.shared.abs().max() > 0
     assert torch.allclose(along[:, 0], found.shared, atol=1e-4 * float(found.shared.abs().max()))
     assert found.parameters == 2 + 2 * int(found.active.sum()) + 2 * 14
-    free = fit(bench, basis, replace(training, rank=None), everyone, 0).shift
+    free = train_shift(cache, basis, replace(training, rank=None), everyone, 0).shift
     assert free.rank == 14
     assert free.shared.abs().max() > 0
     for one in (found, free):
@@ -378,9 +378,9 @@ def test_a_shared_part_along_the_axes_is_learnt_with_the_groups(bench, basis, ev
         assert (weights @ (one.deltas - one.shared)[:3]).abs().max() < 1e-4
 
 
-def test_refusals_are_read_from_the_last_letter_offered(bench):
-    short = [q for q in bench.questions if q.ladder < 4]
-    few = type(bench)(bench.lens, HOOK, short, bench.write, bench.texts)
+def test_refusals_are_read_from_the_last_letter_offered(cache):
+    short = [q for q in cache.questions if q.n_options < 4]
+    few = type(cache)(cache.model, HOOK, short, cache.write, cache.texts)
     found = rivals.refusals(
         few, lambda question, reverse: english_block(question, reverse, refusal=True)
     )
@@ -391,9 +391,9 @@ def test_refusals_are_read_from_the_last_letter_offered(bench):
 def test_thinning_keeps_whole_families_of_every_split(population):
     survey = population.survey()
     names = [f"{q.topic} {q.verb}" for q in survey.questions]
-    assert laboratory.thinned(survey.questions, names, 1).tolist() == list(range(len(names)))
-    rows = laboratory.thinned(survey.questions, names, 6)
-    few = laboratory.among(survey, rows)
+    assert laboratory.thin_questions(survey.questions, names, 1).tolist() == list(range(len(names)))
+    rows = laboratory.thin_questions(survey.questions, names, 6)
+    few = laboratory.select_questions(survey, rows)
     sizes = {
         s: len({(q.topic, q.verb) for q in few.questions if q.split == s})
         for s in laboratory.SPLITS

@@ -9,8 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from sae_research.studies.opinion_qa import baselines, fit, generalise, lora  # noqa: E402
-from sae_research.studies.opinion_qa import bench as benches  # noqa: E402
-from sae_research.studies.opinion_qa.prompts import SPECIMEN  # noqa: E402
+from sae_research.studies.opinion_qa import cache as caches  # noqa: E402
+from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE  # noqa: E402
 from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining  # noqa: E402
 
 QUICK = ShiftTraining(
@@ -20,84 +20,84 @@ QUICK = ShiftTraining(
 
 
 @pytest.fixture(scope="module")
-def little(bench):
+def little(cache):
     """The same bench, a few rows at a time."""
-    found = copy.copy(bench)
+    found = copy.copy(cache)
     found.batch = 7
     return found
 
 
 @pytest.mark.parametrize("kind", ["additive", "multiplicative", "gated"])
-def test_a_fit_is_the_same(kind, bench, little, basis, targets):
-    one, other = (fit.fit(b, basis, replace(QUICK, kind=kind), targets, 0) for b in (bench, little))
+def test_a_fit_is_the_same(kind, cache, little, basis, targets):
+    one, other = (fit.train_shift(b, basis, replace(QUICK, kind=kind), targets, 0) for b in (cache, little))
     assert np.allclose(one.looks, other.looks, atol=1e-4)
     assert torch.allclose(one.shift.deltas, other.shift.deltas, atol=2e-3)
     assert one.shift.deltas.abs().max() > 0.01
 
 
-def test_answers_and_costs_are_the_same(bench, little, basis, targets):
+def test_answers_and_costs_are_the_same(cache, little, basis, targets):
     delta = 0.3 * torch.randn(5, basis.size, generator=torch.Generator().manual_seed(0))
     one, other = (
-        b.answers(basis, "gated", delta, range(18), "all").probabilities for b in (bench, little)
+        b.measure_answers(basis, "gated", delta, range(18), "all").probabilities for b in (cache, little)
     )
     assert np.allclose(one, other, atol=1e-6)
-    one, other = (b.cost(basis, "gated", delta, "test") for b in (bench, little))
+    one, other = (b.measure_cost(basis, "gated", delta, "test") for b in (cache, little))
     assert one.loss == pytest.approx(other.loss, abs=1e-5)
     assert one.divergence == pytest.approx(other.divergence, abs=1e-5)
 
 
-def test_few_shot_scores_are_the_same(bench, little, basis, targets):
-    shift = fit.fit(bench, basis, QUICK, targets, 0).shift
+def test_few_shot_scores_are_the_same(cache, little, basis, targets):
+    shift = fit.train_shift(cache, basis, QUICK, targets, 0).shift
     one, other = (
-        generalise.few_shot(b, basis, shift, targets.answers[:3], np.arange(8), steps=5)
-        for b in (bench, little)
+        generalise.fit_few_shot(b, basis, shift, targets.answers[:3], np.arange(8), steps=5)
+        for b in (cache, little)
     )
     assert torch.allclose(one, other, atol=1e-4)
 
 
-def test_an_adapter_is_the_same(bench, little, fresh, targets):
+def test_an_adapter_is_the_same(cache, little, fresh, targets):
     training = LoRATraining(steps=2, batch=20, dropout=0.0, rate=3e-3)
-    asked, answers = [bench.prompts], targets.answers[[0]]
+    asked, answers = [cache.prompts], targets.answers[[0]]
     one, other = (
         lora.train(fresh, b, asked, answers, targets, training, 0, np.arange(12, 18))
-        for b in (bench, little)
+        for b in (cache, little)
     )
     assert np.allclose(one.answers, other.answers, atol=1e-4)
     assert one.cost.loss == pytest.approx(other.cost.loss, abs=1e-4)
 
 
-def test_a_step_may_ask_some_groups_only_and_still_learns_all(bench, basis, targets):
+def test_a_step_may_ask_some_groups_only_and_still_learns_all(cache, basis, targets):
     training = replace(
         QUICK, steps=60, groups=2, keep=0.0, movement=0.0, sparsity=0.0, look=10, calibration="none"
     )
     known = replace(targets, validation=targets.train)
-    found = fit.fit(bench, basis, training, known, 0)
-    nothing = fit.fit(bench, basis, replace(training, steps=1, rate=1e-9), known, 0)
-    everyone = fit.fit(bench, basis, replace(training, groups=16), known, 0)
+    found = fit.train_shift(cache, basis, training, known, 0)
+    nothing = fit.train_shift(cache, basis, replace(training, steps=1, rate=1e-9), known, 0)
+    everyone = fit.train_shift(cache, basis, replace(training, groups=16), known, 0)
     assert found.validation < 0.9 * nothing.validation
     assert not torch.allclose(found.shift.deltas, everyone.shift.deltas)
     assert (found.shift.scores.abs().sum(1) > 0).all()
 
 
-def test_a_block_of_many_tokens_is_sampled_evenly(bench, monkeypatch):
-    whole = bench.residual[bench.prompts.editable("question")]
-    assert torch.equal(copy.copy(bench).block, whole)
-    monkeypatch.setattr(benches, "_SAMPLE", 50)
-    few = copy.copy(bench)
+def test_a_block_of_many_tokens_is_sampled_evenly(cache, monkeypatch):
+    whole = cache.residual[cache.prompts.editable("question")]
+    assert torch.equal(copy.copy(cache).block, whole)
+    monkeypatch.setattr(caches, "_SAMPLE", 50)
+    few = copy.copy(cache)
     del few.__dict__["block"]
     step = -(-len(whole) // 50)
     assert torch.equal(few.block, whole[::step])
 
 
-def test_the_block_of_a_prompt_is_what_it_ends_with(bench, small):
+def test_the_block_of_a_prompt_is_what_it_ends_with(cache, small):
     group = small.groups[0]
     siblings = [g for g in small.groups if g.attribute == group.attribute]
-    own = benches.prompts(bench.lens, bench.questions, SPECIMEN.prompted("BIO", group, siblings))
-    assert torch.equal(baselines.shared_ending(own, bench.prompts), bench.prompts.last)
+    own = caches.prompts(cache.model, cache.questions, TOY_TEMPLATE.group_prompt("BIO", group, siblings))
+    assert torch.equal(baselines.shared_ending(own, cache.prompts), cache.prompts.last)
     assert torch.equal(baselines.shared_ending(own, own), own.last)
-    around = replace(SPECIMEN, frame=lambda text: f"a {text} b")
-    framed = benches.prompts(bench.lens, bench.questions, around.prompted("BIO", group, siblings))
-    plain = benches.prompts(bench.lens, bench.questions, around.plain)
+    around = replace(TOY_TEMPLATE, frame=lambda text: f"a {text} b")
+    framed = caches.prompts(cache.model, cache.questions, around.group_prompt("BIO", group, siblings))
+    plain = caches.prompts(cache.model, cache.questions, around.plain)
     assert torch.equal(
         baselines.shared_ending(framed, plain), plain.last - 1
     )  # what comes before the context is not

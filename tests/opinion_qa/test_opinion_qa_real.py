@@ -24,7 +24,7 @@ from sae_research.studies.opinion_qa import (  # noqa: E402
     study,
     subject,
 )
-from sae_research.studies.opinion_qa.prompts import ENGLISH  # noqa: E402
+from sae_research.studies.opinion_qa.prompts import ENGLISH_TEMPLATE  # noqa: E402
 from sae_research.studies.opinion_qa.settings import Settings  # noqa: E402
 from sae_research.studies.opinion_qa.shift import load_shift  # noqa: E402
 from sae_research.surveys import files  # noqa: E402
@@ -108,9 +108,9 @@ def profile():
         strengths=(0.0, 1.0), shots=(10,), shot_steps=1, features=(1,), rounds=1, unseen_attributes=False, rows=64,
         once=(
             *(f"{space} {kind}" for space in ("random", "PCA") for kind in ("multiplicative", "gated", "additive")),
-            "SAE literal", "raw coordinates multiplicative", "dense vector, free", "a vector a token",
-            "a vector a group", "two stages", "movement kept small", "last token only", "at layer_18",
-            *(f"SAE {kind}, nothing kept" for kind in ("multiplicative", "gated", "additive")),
+            "SAE literal", "raw coordinates multiplicative", "dense vector, free", "per-token vector",
+            "per-group vector", "two stages", "movement penalty", "last token only", "at layer_18",
+            *(f"SAE {kind}, no KL term" for kind in ("multiplicative", "gated", "additive")),
             *(f"at layer_{n}, {what}" for n in (18, 24) for what in ("last token only", "dense vector")),
         ),
     )  # fmt: skip
@@ -161,77 +161,77 @@ def test_a_real_subject_runs_from_reader_s_files_to_claims(private, profile, tmp
     )
     stated = claims.stated("opinion_qa")
     verdicts = {i.removeprefix("opinion_qa."): claims.judge(stated[i], measured[i]) for i in stated}
-    for planted in (
+    for load_toy_experiment in (
         "shift.negative_control",
         "shift.second_axis",
         "h4.composition",
         "h4.correlated",
     ):
-        assert verdicts[planted] == "not testable here"
+        assert verdicts[load_toy_experiment] == "not testable here"
     assert verdicts["real.gemma"] != "not testable here"
 
 
 def test_the_tuned_model_is_steered_and_told_too(private, profile):
-    lab = laboratory.opened(profile, "gemma-2-2b-it", 0)
-    asked = baselines.prompted(
-        lab.bench, lab.sae, lab.dialect, "BIO", lab.survey, lab.targets.train
+    exp = laboratory.load_experiment(profile, "gemma-2-2b-it", 0)
+    asked = baselines.group_prompt(
+        exp.cache, exp.sae, exp.template, "BIO", exp.survey, exp.targets.train
     )
-    choice = study.choose(lab, "SAE multiplicative", 0)
+    choice = methods.choose_settings(exp, "SAE multiplicative", 0)
     outcomes = [
-        study.trained(lab, "SAE multiplicative", choice.best, 0),
-        rivals.probe(lab, asked)[1],
-        *rivals.prompting_rows(lab, {"BIO": asked}),
-        *rivals.lora_rows(lab, asked, 0),
+        methods.trained(exp, "SAE multiplicative", choice.best, 0),
+        rivals.probe(exp, asked)[1],
+        *rivals.evaluate_prompting(exp, {"BIO": asked}),
+        *rivals.evaluate_lora(exp, asked, 0),
     ]
     for outcome in outcomes:
-        assert outcome.answers.shape == (5, len(lab.exam.questions), 3), outcome.name
+        assert outcome.answers.shape == (5, len(exp.eval_set.questions), 3), outcome.name
         assert np.allclose(outcome.answers.sum(-1), 1, atol=1e-5), outcome.name
-    assert study.noop(lab) == 0
-    words = lab.bench.prompts.last
+    assert methods.measure_noop(exp) == 0
+    words = exp.cache.prompts.last
     told = (
         asked.prompts[0].last - words
     )  # the note on the group comes on top of the same words and turns
     assert (told > 0).all()
-    assert (baselines.shared_ending(asked.prompts[0], lab.bench.prompts) < words).all()
+    assert (baselines.shared_ending(asked.prompts[0], exp.cache.prompts) < words).all()
 
 
 def test_waves_families_and_small_groups_are_kept_apart(private, profile):
-    lab = laboratory.opened(profile, "gemma-2-2b", 0)
+    exp = laboratory.load_experiment(profile, "gemma-2-2b", 0)
     by_family = pd.DataFrame(
-        {"family": lab.families, "split": [q.split for q in lab.survey.questions]}
+        {"family": exp.families, "split": [q.split for q in exp.survey.questions]}
     )
     assert (by_family.groupby("family")["split"].nunique() == 1).all()
     assert by_family["family"].nunique() == len(by_family) / 2  # twins
-    assert {q.split for q in lab.survey.questions if q.topic == "wave 34"} == {"test"}
-    assert lab.exam.clusters.max() + 1 == by_family.query("split == 'test'")["family"].nunique()
-    assert [len(lab.bench.texts[split]) for split in laboratory.SPLITS] == [2, 2, 2]
+    assert {q.split for q in exp.survey.questions if q.topic == "wave 34"} == {"test"}
+    assert exp.eval_set.clusters.max() + 1 == by_family.query("split == 'test'")["family"].nunique()
+    assert [len(exp.cache.texts[split]) for split in laboratory.SPLITS] == [2, 2, 2]
 
 
 def test_the_tuned_model_is_asked_in_its_chat_template_and_answers_after_the_same_words(
     private, profile
 ):
-    lab = laboratory.opened(profile, "gemma-2-2b-it", 0)
-    tokenizer, first = lab.bench.lens.tokenizer, lab.bench.prompts
+    exp = laboratory.load_experiment(profile, "gemma-2-2b-it", 0)
+    tokenizer, first = exp.cache.model.tokenizer, exp.cache.prompts
     text = tokenizer.decode(first.tokens[0, : first.last[0] + 1])
     assert text.startswith("<bos><start_of_turn>user\nQuestion:")
     assert text.endswith("<end_of_turn>\n<start_of_turn>model\nAnswer:")
     assert text.count("<bos>") == 1
-    assert lab.dialect.offering_refusal(lab.survey.questions[0], False).count(prompts.REFUSAL) == 1
-    group = lab.survey.groups[0]
-    told = lab.dialect.prompted("BIO", group, lab.survey.groups[:2])(lab.survey.questions[0], False)
+    assert exp.template.refusal_prompt(exp.survey.questions[0], False).count(prompts.REFUSAL) == 1
+    group = exp.survey.groups[0]
+    told = exp.template.group_prompt("BIO", group, exp.survey.groups[:2])(exp.survey.questions[0], False)
     assert told.index("<start_of_turn>user") < told.index("Male") < told.index("Question:")
     with pytest.raises(ResearchError, match="no chat template"):
-        prompts.in_chat(ENGLISH, catalogue.get("gemma-2-2b").load().tokenizer)
+        prompts.use_chat_template(ENGLISH_TEMPLATE, catalogue.get("gemma-2-2b").load().tokenizer)
 
 
 def test_only_the_catalogue_may_put_saes_on_another_model():
     tuned = catalogue.get("gemma-2-2b-it")
-    lens = tuned.load()
-    assert saes.check_fit(lens, tuned.sae("primary")) == lens.hook("blocks.12.hook_resid_post")
+    model = tuned.load()
+    assert saes.check_fit(model, tuned.sae("primary")) == model.hook("blocks.12.hook_resid_post")
     with pytest.raises(
         ResearchError, match="trained on the model 'gemma-2-2b', not on 'google/gemma-2-2b-it'"
     ):
-        saes.check_fit(lens, catalogue.get("gemma-2-2b").sae("primary"))
+        saes.check_fit(model, catalogue.get("gemma-2-2b").sae("primary"))
 
 
 def poll(counts, attributes):
@@ -248,17 +248,17 @@ def poll(counts, attributes):
 
 def test_groups_with_few_answers_and_those_that_then_stand_alone_are_left_out():
     many, few = [[30, 10], [10, 30]], [[30, 10], [2, 3]]
-    kept = laboratory.well_polled(poll([many, many, few, many, few], ["a", "a", "a", "b", "b"]), 20)
+    kept = laboratory.drop_small_groups(poll([many, many, few, many, few], ["a", "a", "a", "b", "b"]), 20)
     assert [g.name for g in kept.groups] == ["a0", "a1"]
     with pytest.raises(ResearchError, match="no attribute has two groups with 50 answers"):
-        laboratory.well_polled(poll([many, many], ["a", "a"]), 50)
+        laboratory.drop_small_groups(poll([many, many], ["a", "a"]), 50)
 
 
 def test_groups_that_do_not_differ_are_refused():
     draws = np.random.default_rng(0)
     same = draws.multinomial(200, [0.5, 0.5], size=(4, 30))
     with pytest.raises(ResearchError, match="split-half reliability"):
-        laboratory.examined(
+        laboratory.make_eval_set(
             poll(np.repeat(same[:1], 2, 0) // 2 * 2, ["a", "a"]), [str(i) for i in range(30)]
         )
 
@@ -266,4 +266,4 @@ def test_groups_that_do_not_differ_are_refused():
 def test_a_reader_without_the_files_is_told_what_to_do(profile, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path)
     with pytest.raises(ResearchError, match="put your own copy"):
-        laboratory.opened(profile, "gemma-2-2b", 0)
+        laboratory.load_experiment(profile, "gemma-2-2b", 0)

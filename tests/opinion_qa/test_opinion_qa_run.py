@@ -20,15 +20,15 @@ from sae_research.studies.opinion_qa import (  # noqa: E402
     study,
     subject,
 )
-from sae_research.studies.opinion_qa.evaluate import Exam  # noqa: E402
-from sae_research.studies.opinion_qa.prompts import SPECIMEN  # noqa: E402
+from sae_research.studies.opinion_qa.evaluate import EvalSet  # noqa: E402
+from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE  # noqa: E402
 from sae_research.studies.opinion_qa.settings import LoRATraining, Settings, ShiftTraining  # noqa: E402
 
 HOOK = "blocks.0.hook_resid_post"
 
 
 def test_a_subject_is_run_judged_saved_and_every_claim_measured(
-    lens, small, bench, fresh, population, tmp_path
+    model, small, cache, fresh, population, tmp_path
 ):
     dictionaries = []
     for place in (HOOK, "blocks.1.hook_resid_post"):
@@ -56,24 +56,24 @@ def test_a_subject_is_run_judged_saved_and_every_claim_measured(
         web=pair.web[cut],
     )
     names = [f"{q.topic} {q.verb}" for q in questions]
-    lab, deeper = (
+    exp, deeper = (
         replace(
-            laboratory.laboratory(settings, lens, sae, SPECIMEN, truth, names, bench.texts, 0),
+            laboratory.laboratory(settings, model, sae, TOY_TEMPLATE, truth, names, cache.texts, 0),
             fresh=fresh,
             crossed=(crossed,),
         )
         for sae in dictionaries
     )
-    assert study.noop(lab) < 1e-5
-    assert lab.l0 == pytest.approx(8)
-    assert study.arms(lab) == list(study.ARMS)
-    grid = replace(lab, settings=replace(settings, sparsities=(0.0, 1e3)))
-    choice = study.choose(grid, "SAE gated", 0)
-    assert choice.sparse.sparsity >= choice.best.sparsity
-    plan = study.planned({name: study.choose(lab, name, 0) for name in study.arms(lab)})
-    edits = {f"SAE {kind}": plan.choices[f"SAE {kind}"].loss for kind in study.ERROR_KEEPING}
+    assert methods.measure_noop(exp) < 1e-5
+    assert exp.l0 == pytest.approx(8)
+    assert methods.method_names(exp) == list(methods.METHODS)
+    grid = replace(exp, settings=replace(settings, sparsities=(0.0, 1e3)))
+    choice = methods.choose_settings(grid, "SAE gated", 0)
+    assert choice.sparse.sparsity_weight >= choice.best.sparsity_weight
+    plan = methods.make_plan({name: methods.choose_settings(exp, name, 0) for name in methods.method_names(exp)})
+    edits = {f"SAE {kind}": plan.choices[f"SAE {kind}"].loss for kind in methods.ERROR_KEEPING}
     assert plan.headline == min(edits, key=edits.get)
-    parts = [batch.run(lab, {"block1": deeper}.get, plan, seed) for seed in (0, 1)]
+    parts = [batch.run(exp, {"block1": deeper}.get, plan, seed) for seed in (0, 1)]
     names = [row.name for row in parts[0].outcomes]
     layers = parts[0].tables["layers"]
     assert layers["role"].tolist() == ["primary", "block1"]
@@ -90,7 +90,7 @@ def test_a_subject_is_run_judged_saved_and_every_claim_measured(
     assert left.query("way == 'population, attribute unseen'")["group"].nunique() == 14
     assert len(names) == len(set(names))
     for row in parts[0].outcomes:
-        assert row.answers.shape == (14, len(lab.exam.questions), 4), row.name
+        assert row.answers.shape == (14, len(exp.eval_set.questions), 4), row.name
         assert np.allclose(row.answers.sum(-1), 1, atol=1e-5), row.name
         assert np.isnan(row.moved) or 0 <= row.moved <= 1, row.name
         assert np.isnan(row.silent) or 0 <= row.silent <= row.coordinates, row.name
@@ -100,7 +100,7 @@ def test_a_subject_is_run_judged_saved_and_every_claim_measured(
     assert silent["SAE additive"] != 0
     assert silent["last token only"] == 0  # it leaves other text as it is
 
-    subject.save(parts[0], tmp_path, lab)
+    subject.save(parts[0], tmp_path, exp)
     again = subject.load(tmp_path)
     assert [o.name for o in again.outcomes] == names
     assert all(
@@ -110,7 +110,7 @@ def test_a_subject_is_run_judged_saved_and_every_claim_measured(
     assert torch.equal(again.shift.axes, parts[0].shift.axes)
     assert set(again.tables) == set(parts[0].tables)
 
-    tables = report.tables(lab.exam, parts, plan)
+    tables = report.tables(exp.eval_set, parts, plan)
     prompt = next(name for name in names if name.endswith("(best on validation)"))
     about = {"headline": plan.headline, "prompt": prompt, "noop": 0.0, "subject": "world-survey"}
     found = findings.measurements(tables, about)
@@ -125,7 +125,7 @@ def test_a_subject_is_run_judged_saved_and_every_claim_measured(
 
 def test_validation_decides_between_edits_and_ties_go_by_paired_errors():
     def choice(loss):
-        return study.Choice(ShiftTraining(), ShiftTraining(), loss, 0.0)
+        return methods.Choice(ShiftTraining(), ShiftTraining(), loss, 0.0)
 
     losses = {
         "SAE gated": 0.3,
@@ -134,11 +134,11 @@ def test_validation_decides_between_edits_and_ties_go_by_paired_errors():
         "SAE literal": 0.1,
         "PCA gated": 0.0,
     }
-    plan = study.planned({name: choice(loss) for name, loss in losses.items()})
+    plan = methods.make_plan({name: choice(loss) for name, loss in losses.items()})
     assert plan.headline == "SAE multiplicative"  # the literal edit and other spaces do not compete
-    assert study.within_one_error(np.zeros(4))
-    assert study.within_one_error(np.array([-1.0, 1.0, -1.0, 1.2]))
-    assert not study.within_one_error(np.full(4, 0.01))  # small, but the same everywhere
+    assert methods.within_one_error(np.zeros(4))
+    assert methods.within_one_error(np.array([-1.0, 1.0, -1.0, 1.2]))
+    assert not methods.within_one_error(np.full(4, 0.01))  # small, but the same everywhere
 
 
 # findings
@@ -170,42 +170,42 @@ def test_new_groups_are_compared_group_by_group_and_question_by_question():
 
 
 def test_the_quietest_attribute_is_the_one_that_truly_moves_least(small):
-    exam = Exam(small, np.arange(18))
-    true = intervals.quietest_share(exam, exam.truth[None], 0)
+    eval_set = EvalSet(small, np.arange(18))
+    true = intervals.quietest_share(eval_set, eval_set.truth[None], 0)
     assert true.value < 1e-6  # hands answer alike
     names = np.array([g.attribute for g in small.groups])
-    moved = exam.truth.copy()
-    moved[names == "hand"] = exam.truth[names == "party"][:2]
-    assert intervals.quietest_share(exam, moved[None], 0).value > 0.3
+    moved = eval_set.truth.copy()
+    moved[names == "hand"] = eval_set.truth[names == "party"][:2]
+    assert intervals.quietest_share(eval_set, moved[None], 0).value > 0.3
 
 
 def test_one_group_that_loses_is_seen(small):
-    exam = Exam(small, np.arange(18))
+    eval_set = EvalSet(small, np.arange(18))
     before = np.repeat(small.overall[None], 14, 0)
-    after = exam.truth.copy()
-    assert intervals.worst_change(exam, after[None], before[None], 0).value <= 0
+    after = eval_set.truth.copy()
+    assert intervals.worst_change(eval_set, after[None], before[None], 0).value <= 0
     after[3] = small.uniform
-    assert intervals.worst_change(exam, after[None], before[None], 0).value > 0.02
+    assert intervals.worst_change(eval_set, after[None], before[None], 0).value > 0.02
 
 
 def test_slope_and_identification_with_intervals_are_those_of_the_scores(small):
-    exam = Exam(small, np.arange(18))
-    mean = np.tensordot(small.weights, exam.truth, 1)
-    shrunk = mean + 0.5 * (exam.truth - mean)
+    eval_set = EvalSet(small, np.arange(18))
+    mean = np.tensordot(small.weights, eval_set.truth, 1)
+    shrink_targets = mean + 0.5 * (eval_set.truth - mean)
     from sae_research.studies.opinion_qa import evaluate
 
-    known = evaluate.scores(exam, shrunk, np.repeat(small.uniform[None], 14, 0))
+    known = evaluate.compute_scores(eval_set, shrink_targets, np.repeat(small.uniform[None], 14, 0))
     for name in ("slope", "identification"):
-        found = getattr(intervals, name)(exam, np.stack([shrunk, shrunk]), 0)
+        found = getattr(intervals, name)(eval_set, np.stack([shrink_targets, shrink_targets]), 0)
         assert found.value == pytest.approx(getattr(known, name))
         assert found.low <= found.value <= found.high
 
 
 def test_a_ratio_of_distances_is_exact_for_a_method_against_itself(small):
-    exam = Exam(small, np.arange(18))
+    eval_set = EvalSet(small, np.arange(18))
     uniform = np.repeat(small.uniform[None, None], 14, 1)
-    assert intervals.wd_ratio(exam, uniform, uniform, 0).low == pytest.approx(1)
-    half = (uniform + exam.truth[None]) / 2
-    found = intervals.wd_ratio(exam, half, uniform, 0)
+    assert intervals.wd_ratio(eval_set, uniform, uniform, 0).low == pytest.approx(1)
+    half = (uniform + eval_set.truth[None]) / 2
+    found = intervals.wd_ratio(eval_set, half, uniform, 0)
     assert found.value == pytest.approx(0.5)
     assert found.high == pytest.approx(0.5)

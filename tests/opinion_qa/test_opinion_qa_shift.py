@@ -15,13 +15,13 @@ from miniatures import random_sae  # noqa: E402
 
 from sae_research.errors import ResearchError  # noqa: E402
 from sae_research.studies.opinion_qa import objective  # noqa: E402
-from sae_research.studies.opinion_qa.fit import calibrate, fit  # noqa: E402
-from sae_research.studies.opinion_qa.letters import Letters, by_ordinal, single_tokens  # noqa: E402
+from sae_research.studies.opinion_qa.fit import train_calibration, train_shift  # noqa: E402
+from sae_research.studies.opinion_qa.prompts import OptionLetters, sort_by_ordinal, find_letter_tokens  # noqa: E402
 from sae_research.studies.opinion_qa.settings import ShiftTraining  # noqa: E402
 from sae_research.studies.opinion_qa.shift import (  # noqa: E402
     Shift,
-    canonical,
-    displacement,
+    canonicalize,
+    compute_displacement,
     load_shift,
     pca_basis,
     random_basis,
@@ -53,86 +53,86 @@ def test_the_upper_blocks_give_the_model_s_own_logits_on_padded_rows(architectur
     from sae_research import models
     from sae_research.model_tail import ModelTail
 
-    lens = models.load_model(save(tmp_path / "m", architecture), name="m")
+    model = models.load_model(save(tmp_path / "m", architecture), name="m")
     tokens = torch.randint(4, 60, (3, 9))
     tokens[1, 6:] = tokens[2, 4:] = 0
     last = torch.tensor([8, 5, 3])
     for hook in ("blocks.0.hook_resid_post", "blocks.3.hook_resid_post"):
-        upper = ModelTail(lens, hook)
-        found = upper.logits(upper.states(lens.residual(tokens, hook), last))
-        assert torch.allclose(found, lens.logits(tokens)[torch.arange(3), last], atol=2e-5)
+        tail = ModelTail(model, hook)
+        found = tail.logits(tail.states(model.residual(tokens, hook), last))
+        assert torch.allclose(found, model.logits(tokens)[torch.arange(3), last], atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["additive", "multiplicative", "gated"])
-def test_a_zero_shift_is_exactly_the_frozen_model(kind, lens, bench, basis):
+def test_a_zero_shift_is_exactly_the_frozen_model(kind, model, cache, basis):
     zero = shift_of(basis, kind, scale=0.0)
-    tokens = bench.prompts.tokens[:6]
-    assert torch.equal(lens.logits(tokens, {HOOK: zero.edit(basis, "old")}), lens.logits(tokens))
-    read = bench.answers(basis, kind, zero.deltas, range(18), "all")
-    assert np.abs(read.probabilities - bench.unsteered(range(18)).probabilities).max() < 1e-6
-    cost = bench.cost(basis, kind, zero.deltas, "test")
+    tokens = cache.prompts.tokens[:6]
+    assert torch.equal(model.logits(tokens, {HOOK: zero.edit(basis, "old")}), model.logits(tokens))
+    read = cache.measure_answers(basis, kind, zero.deltas, range(18), "all")
+    assert np.abs(read.probabilities - cache.measure_unsteered(range(18)).probabilities).max() < 1e-6
+    cost = cache.measure_cost(basis, kind, zero.deltas, "test")
     assert (cost.loss, cost.divergence) == (0.0, 0.0)
 
 
-def test_the_literal_edit_of_zero_is_not_the_frozen_model(bench, basis):
+def test_the_literal_edit_of_zero_is_not_the_frozen_model(cache, basis):
     zero = torch.zeros(1, basis.size)
-    x = bench.residual[:4]
-    moved = displacement(basis, "literal", x, basis.encode(x), zero)[:, 0]
+    x = cache.residual[:4]
+    moved = compute_displacement(basis, "literal", x, basis.encode(x), zero)[:, 0]
     assert torch.allclose(x + moved, basis.reconstruct(basis.encode(x)), atol=1e-4)
-    assert bench.cost(basis, "literal", zero, "test").divergence > 1e-4
+    assert cache.measure_cost(basis, "literal", zero, "test").divergence > 1e-4
 
 
 @pytest.mark.parametrize("kind", ["additive", "multiplicative", "gated"])
-def test_what_the_sae_leaves_unexplained_stays(kind, bench, basis, sae):
-    x = bench.residual[:4, 1:10]
-    codes = basis.encode(x)
+def test_what_the_sae_leaves_unexplained_stays(kind, cache, basis, sae):
+    x = cache.residual[:4, 1:10]
+    acts = basis.encode(x)
     delta = 0.3 * torch.randn(2, basis.size, generator=torch.Generator().manual_seed(5))
     new = {
-        "additive": torch.relu(codes[:, None] + delta[None, :, None]),
-        "multiplicative": codes[:, None] * delta.exp()[None, :, None],
-        "gated": codes[:, None] + (codes > 0)[:, None] * delta[None, :, None],
+        "additive": torch.relu(acts[:, None] + delta[None, :, None]),
+        "multiplicative": acts[:, None] * delta.exp()[None, :, None],
+        "gated": acts[:, None] + (acts > 0)[:, None] * delta[None, :, None],
     }[kind]
-    steered = x[:, None] + displacement(basis, kind, x, codes, delta)
-    error = x - sae.decode(codes)
+    steered = x[:, None] + compute_displacement(basis, kind, x, acts, delta)
+    error = x - sae.decode(acts)
     assert torch.allclose(steered, sae.decode(new) + error[:, None], atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["multiplicative", "gated"])
-def test_latents_that_do_not_fire_stay_silent_and_text_without_any_is_untouched(kind, bench, basis):
-    x = bench.residual[:4]
+def test_latents_that_do_not_fire_stay_silent_and_text_without_any_is_untouched(kind, cache, basis):
+    x = cache.residual[:4]
     silent = (basis.encode(x) == 0).all(0).all(0)
     assert silent.any()
     delta = torch.where(silent, 3.0, 0.0)[None]
-    assert not displacement(basis, kind, x, basis.encode(x), delta).any()
-    assert displacement(basis, "additive", x, basis.encode(x), delta).abs().max() > 0.1
+    assert not compute_displacement(basis, kind, x, basis.encode(x), delta).any()
+    assert compute_displacement(basis, "additive", x, basis.encode(x), delta).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("positions", ["answer", "question", "all"])
-def test_a_shift_acts_where_it_should_and_never_on_the_start_token(positions, lens, bench, basis):
+def test_a_shift_acts_where_it_should_and_never_on_the_start_token(positions, model, cache, basis):
     delta = shift_of(basis).deltas
     rows = torch.arange(6)
-    _, moved = bench.steered(basis, "multiplicative", delta, rows, positions)
+    _, moved = cache.apply_shift(basis, "multiplicative", delta, rows, positions)
     touched = moved.abs().sum((1, 3)) > 0
-    assert torch.equal(touched, bench.prompts.editable(positions)[rows])
+    assert torch.equal(touched, cache.prompts.editable(positions)[rows])
     assert not touched[:, 0].any()
     if positions == "answer":
         assert (touched.sum(1) == 1).all()
-    tokens = bench.prompts.tokens[:1, : int(bench.prompts.last[0]) + 1]
-    before = lens.residual(tokens, HOOK)
+    tokens = cache.prompts.tokens[:1, : int(cache.prompts.last[0]) + 1]
+    before = model.residual(tokens, HOOK)
     after = shift_of(basis, positions=positions).edit(basis, 0)(before)
     assert torch.equal(after[:, 0], before[:, 0])
 
 
-def test_the_bench_and_the_edit_for_a_lens_agree(lens, bench, basis):
+def test_the_bench_and_the_edit_for_a_lens_agree(model, cache, basis):
     shift = shift_of(basis, scale=0.3)
-    read = bench.answers(basis, shift.kind, shift.deltas, range(18), "all")
-    letters = Letters(lens.tokenizer, 4)
+    read = cache.measure_answers(basis, shift.kind, shift.deltas, range(18), "all")
+    letters = OptionLetters(model.tokenizer, 4)
     found = []
     for half in (slice(0, 18), slice(18, 36)):
-        tokens, last = bench.prompts.tokens[half], bench.prompts.last[half]
-        logits = lens.logits(tokens, {HOOK: shift.edit(basis, "old")})[torch.arange(18), last]
-        scores = by_ordinal(
-            letters.scores(logits), bench.prompts.ladder[half], bench.prompts.reverse[half]
+        tokens, last = cache.prompts.tokens[half], cache.prompts.last[half]
+        logits = model.logits(tokens, {HOOK: shift.edit(basis, "old")})[torch.arange(18), last]
+        scores = sort_by_ordinal(
+            letters.score_logits(logits), cache.prompts.n_options[half], cache.prompts.reverse[half]
         )
         found.append(scores.softmax(-1))
     assert np.abs(read.probabilities[2] - torch.stack(found).mean(0).numpy()).max() < 1e-5
@@ -140,20 +140,20 @@ def test_the_bench_and_the_edit_for_a_lens_agree(lens, bench, basis):
 
 
 @pytest.mark.parametrize("kind", ["additive", "multiplicative", "gated", "literal"])
-def test_gradients_of_the_loss_equal_finite_differences(kind, bench, basis, targets):
+def test_gradients_of_the_loss_equal_finite_differences(kind, cache, basis, targets):
     double = replace(
-        basis, encode=lambda x: basis.encode(x.float()).double(), rows=basis.rows.double()
+        basis, encode=lambda x: basis.encode(x.float()).double(), rows=basis.decoder.double()
     )
     if basis.offset is not None:
         double = replace(double, offset=basis.offset.double())
     rows = torch.arange(3)
-    x = bench.residual[rows].double()
+    x = cache.residual[rows].double()
     weights = torch.randn(
         3, 2, *x.shape[1:], dtype=torch.double, generator=torch.Generator().manual_seed(2)
     )
 
     def value(delta):
-        return (displacement(double, kind, x, double.encode(x), delta) * weights).sum()
+        return (compute_displacement(double, kind, x, double.encode(x), delta) * weights).sum()
 
     delta = 0.2 * torch.randn(
         2, basis.size, dtype=torch.double, generator=torch.Generator().manual_seed(1)
@@ -163,15 +163,15 @@ def test_gradients_of_the_loss_equal_finite_differences(kind, bench, basis, targ
     )
 
 
-def test_the_kl_gradient_points_down_hill(bench, basis, targets):
+def test_the_kl_gradient_points_down_hill(cache, basis, targets):
     answers = torch.tensor(targets.answers, dtype=torch.float32)
-    rows = bench.prompts.rows(range(6))
+    rows = cache.prompts.prompt_ids(range(6))
 
     def loss(delta):
-        x, _ = bench.steered(basis, "multiplicative", delta, rows, "all")
-        logs = bench.log_probs(x.flatten(0, 1), rows.repeat_interleave(5))
-        target = answers[:, bench.prompts.question[rows]].transpose(0, 1).flatten(0, 1)
-        return objective.forward_divergence(target, logs).mean()
+        x, _ = cache.apply_shift(basis, "multiplicative", delta, rows, "all")
+        logs = cache.log_probs(x.flatten(0, 1), rows.repeat_interleave(5))
+        target = answers[:, cache.prompts.question[rows]].transpose(0, 1).flatten(0, 1)
+        return objective.forward_kl(target, logs).mean()
 
     delta = torch.zeros(5, basis.size, requires_grad=True)
     loss(delta).backward()
@@ -186,20 +186,20 @@ def test_the_divergence_is_the_survey_s_and_ignores_missing_options(targets):
     predicted = np.where(targets.answers > 0, predicted, 0)
     predicted /= predicted.sum(-1, keepdims=True)
     logs = torch.tensor(predicted).log()
-    found = objective.forward_divergence(torch.tensor(targets.answers), logs)
+    found = objective.forward_kl(torch.tensor(targets.answers), logs)
     assert np.allclose(found.numpy(), divergence(targets.answers, predicted))
 
 
 def test_shrinking_rows_is_the_proximal_step_and_gives_exact_zeros():
     table = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    found = objective.shrink_rows(table, torch.tensor([1.0, 0.5, 1.0]))
+    found = objective.shrink_decoder_rows(table, torch.tensor([1.0, 0.5, 1.0]))
     assert torch.allclose(found[0], table[0] * 0.8)
     assert torch.equal(found[1:], torch.zeros(2, 2))
 
 
 def test_shrunk_targets_lean_on_the_population_when_groups_are_small():
     overall = torch.tensor([0.5, 0.5])
-    found = objective.shrunk(torch.tensor([[2.0, 0.0], [2000.0, 0.0]]), overall, 20.0)
+    found = objective.shrink_targets(torch.tensor([[2.0, 0.0], [2000.0, 0.0]]), overall, 20.0)
     assert torch.allclose(found, torch.tensor([[12 / 22, 10 / 22], [2010 / 2020, 10 / 2020]]))
 
 
@@ -209,20 +209,20 @@ QUICK = ShiftTraining(
 
 
 def test_a_strong_lasso_leaves_no_group_part_and_a_weak_one_is_exactly_sparse(
-    bench, basis, targets
+    cache, basis, targets
 ):
-    strong = fit(bench, basis, replace(QUICK, sparsity=1e3), targets, 0)
+    strong = train_shift(cache, basis, replace(QUICK, sparsity=1e3), targets, 0)
     assert not strong.shift.active.any()
-    weak = fit(bench, basis, replace(QUICK, sparsity=2.0, keep=0.0), targets, 0).shift
+    weak = train_shift(cache, basis, replace(QUICK, sparsity=2.0, keep=0.0), targets, 0).shift
     assert 0 < int(weak.active.sum()) < basis.size
 
 
-def test_training_lowers_the_loss_and_scores_are_centred_within_attributes(bench, basis, targets):
-    shared = calibrate(bench, basis, replace(QUICK, keep=0.0), targets, 0)
-    found = fit(bench, basis, replace(QUICK, keep=0.0, steps=40), targets, 0, shared)
+def test_training_lowers_the_loss_and_scores_are_centred_within_attributes(cache, basis, targets):
+    shared = train_calibration(cache, basis, replace(QUICK, keep=0.0), targets, 0)
+    found = train_shift(cache, basis, replace(QUICK, keep=0.0, steps=40), targets, 0, shared)
     train = targets.train
-    after = bench.answers(basis, "multiplicative", found.shift.deltas, train, "all").probabilities
-    before = bench.unsteered(train).probabilities
+    after = cache.measure_answers(basis, "multiplicative", found.shift.deltas, train, "all").probabilities
+    before = cache.measure_unsteered(train).probabilities
     assert (
         divergence(targets.answers[:, train], after).mean()
         < divergence(targets.answers[:, train], before).mean()
@@ -231,7 +231,7 @@ def test_training_lowers_the_loss_and_scores_are_centred_within_attributes(bench
     for groups in (slice(0, 2), slice(2, 5)):
         weights = torch.tensor(targets.weights[groups], dtype=torch.float32)
         assert (weights @ found.shift.scores[groups]).abs().max() < 1e-4
-    again = fit(bench, basis, replace(QUICK, keep=0.0, steps=40), targets, 0, shared)
+    again = train_shift(cache, basis, replace(QUICK, keep=0.0, steps=40), targets, 0, shared)
     assert torch.equal(found.shift.axes, again.shift.axes)
 
 
@@ -239,7 +239,7 @@ def test_a_canonical_shift_moves_the_same_with_unit_ordered_axes(basis):
     shift = shift_of(basis)
     shift.axes[:40] = 0
     weights = torch.rand(5)
-    found = canonical(shift, weights)
+    found = canonicalize(shift, weights)
     assert torch.allclose(found.deltas, shift.deltas, atol=1e-5)
     assert torch.allclose(found.axes.norm(dim=0), torch.ones(3), atol=1e-5)
     assert not found.axes[:40].any()
@@ -255,31 +255,31 @@ def test_only_the_largest_coordinates_are_kept(basis):
     assert torch.equal(shift.only(basis.size).axes, shift.axes)
 
 
-def test_saving_and_loading_is_the_identity_and_checks_the_fit(tmp_path, lens, sae, basis):
+def test_saving_and_loading_is_the_identity_and_checks_the_fit(tmp_path, model, sae, basis):
     shift = shift_of(basis)
     cards = {g: {"wd": 0.1} for g in GROUPS}
     save_shift(
-        shift, tmp_path / "shift", model=lens.name, sae="random", rows=basis.rows, cards=cards
+        shift, tmp_path / "shift", model=model.name, sae="random", rows=basis.decoder, cards=cards
     )
-    again = load_shift(tmp_path / "shift", lens, sae)
+    again = load_shift(tmp_path / "shift", model, sae)
     for name in ("shared", "axes", "scores"):
         assert torch.equal(getattr(again, name), getattr(shift, name))
     assert replace(again, shared=0, axes=0, scores=0) == replace(shift, shared=0, axes=0, scores=0)
     tokens = torch.randint(4, 60, (2, 9))
     edits = [{s.hook: s.edit(sae_basis(sae), "grey")} for s in (shift, again)]
-    assert torch.equal(*(lens.logits(tokens, edit) for edit in edits))
+    assert torch.equal(*(model.logits(tokens, edit) for edit in edits))
     with pytest.raises(ResearchError, match="has 64; load 'random'"):
-        load_shift(tmp_path / "shift", lens, random_sae("topk", width=32, latents=64, k=12))
+        load_shift(tmp_path / "shift", model, random_sae("topk", width=32, latents=64, k=12))
     with pytest.raises(
         ResearchError, match="other latents than the one of the shift; load 'random'"
     ):
-        load_shift(tmp_path / "shift", lens, random_sae("topk", width=32, latents=96, k=12, seed=5))
+        load_shift(tmp_path / "shift", model, random_sae("topk", width=32, latents=96, k=12, seed=5))
     with pytest.raises(ResearchError, match="did you mean 'red'"):
         again.delta("rad")
 
 
-def test_controls_take_the_sae_s_place_with_its_size_and_sparsity(bench):
-    block = bench.block
+def test_controls_take_the_sae_s_place_with_its_size_and_sparsity(cache):
+    block = cache.survey_residuals
     random = random_basis(block, 96, 8.0, seed=0)
     assert ((random.encode(block) > 0).sum(1) == 8).all()  # on every token, as a TopK SAE has
     assert torch.allclose(random.rows.norm(dim=1), torch.ones(96), atol=1e-5)
@@ -290,20 +290,20 @@ def test_controls_take_the_sae_s_place_with_its_size_and_sparsity(bench):
     assert torch.equal(dense.encode(block), block)
 
 
-def test_a_vector_a_token_adds_what_it_holds_for_the_token_that_is_there(bench):
-    tokens = token_basis(bench.block, bench.block_tokens)
-    names = bench.block_tokens.unique()
+def test_a_vector_a_token_adds_what_it_holds_for_the_token_that_is_there(cache):
+    tokens = token_basis(cache.survey_residuals, cache.survey_tokens)
+    names = cache.survey_tokens.unique()
     assert tokens.size == 32 * len(names)
-    codes = tokens.encode(bench.block)
-    assert (codes.sum(-1) == 32).all()
-    read = names[codes[:, ::32].argmax(-1)]
-    assert (read == bench.block_tokens).double().mean() > 0.6  # chance is one in dozens
+    acts = tokens.encode(cache.survey_residuals)
+    assert (acts.sum(-1) == 32).all()
+    read = names[acts[:, ::32].argmax(-1)]
+    assert (read == cache.survey_tokens).double().mean() > 0.6  # chance is one in dozens
     delta = torch.randn(1, tokens.size, generator=torch.Generator().manual_seed(0))
-    moved = displacement(
-        tokens, "gated", bench.block[:, None], tokens.encode(bench.block[:, None]), delta
+    moved = compute_displacement(
+        tokens, "gated", cache.survey_residuals[:, None], tokens.encode(cache.survey_residuals[:, None]), delta
     )[:, 0, 0]
     held = delta.reshape(len(names), 32)
-    assert torch.allclose(moved, held[codes[:, ::32].argmax(-1)], atol=1e-5)
+    assert torch.allclose(moved, held[acts[:, ::32].argmax(-1)], atol=1e-5)
 
 
 def test_letters_read_every_single_token_variant_and_both_orders():
@@ -314,15 +314,15 @@ def test_letters_read_every_single_token_variant_and_both_orders():
             ids = {"A": [5], " A": [6], "B": [7], " B": [8, 9], "C": [0], " C": [0]}
             return {"input_ids": ids[text]}
 
-    assert single_tokens(Words(), "A") == [5, 6]
-    assert single_tokens(Words(), "B") == [7]
+    assert find_letter_tokens(Words(), "A") == [5, 6]
+    assert find_letter_tokens(Words(), "B") == [7]
     with pytest.raises(ResearchError, match="no single token for the option letter 'C'"):
-        single_tokens(Words(), "C")
+        find_letter_tokens(Words(), "C")
     logits = torch.zeros(1, 10)
     logits[0, 6] = 3.0
-    found = Letters(Words(), 2).scores(logits)[0]
+    found = OptionLetters(Words(), 2).scores(logits)[0]
     assert found[0].item() == pytest.approx(np.log(1 + np.exp(3)), rel=1e-5)
     assert found[1].item() == 0.0
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
-    found = by_ordinal(scores, torch.tensor([3, 3]), torch.tensor([False, True]))
+    found = sort_by_ordinal(scores, torch.tensor([3, 3]), torch.tensor([False, True]))
     assert found.tolist() == [[1, 2, 3, -np.inf], [3, 2, 1, -np.inf]]

@@ -1,38 +1,67 @@
-"""What the shift has to beat, on the same data and splits (section 4)."""
+"""What a shift has to beat on the same data and splits (section 4): prompts, untrained
+directions.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from sae_research.errors import ResearchError
-from sae_research.studies.opinion_qa import objective
-from sae_research.studies.opinion_qa.bench import Bench, Prompts, prompts
-from sae_research.studies.opinion_qa.fit import Targets
-from sae_research.studies.opinion_qa.letters import Reading, averaged, by_ordinal, option_log_probs
-from sae_research.studies.opinion_qa.prompts import Dialect
+from sae_research.studies.opinion_qa.cache import CachedPrompts, Prompts, Writer, make_prompts
+from sae_research.studies.opinion_qa.experiment import Experiment
+from sae_research.studies.opinion_qa.fit import (
+    FitResult,
+    Targets,
+    forward_kl,
+    mean_kl,
+    train_calibration,
+    train_shift,
+)
+from sae_research.studies.opinion_qa.methods import NO_COST, MethodResult, evaluate_shift
+from sae_research.studies.opinion_qa.prompts import (
+    AnswerDistribution,
+    OptionLetters,
+    average_orders,
+    most_options,
+    option_log_probs,
+    refusal_share,
+    sort_by_ordinal,
+)
+from sae_research.studies.opinion_qa.settings import HUMAN_OVERALL, MEANS, UNSTEERED, ShiftTraining
 from sae_research.studies.opinion_qa.shift import Basis, Shift
-from sae_research.surveys.survey import Survey
+
+# fixed answers and letter calibration
 
 
-def groups_shuffled(targets: Targets, clusters: Sequence[str], seed: int) -> Targets:
-    """Group labels permuted within each cluster of questions: what is learnt about a group can no longer carry over."""
-    draws = np.random.default_rng(seed)
-    answers = targets.answers.copy()
-    clusters = np.asarray(clusters)
-    for name in dict.fromkeys(clusters):
-        rows = np.flatnonzero(clusters == name)
-        answers[:, rows] = targets.answers[draws.permutation(len(answers))][:, rows]
-    return replace(targets, answers=answers)
+def evaluate_fixed(exp: Experiment) -> list[MethodResult]:
+    """Uniform, no steering, and the human overall marginal (an oracle row, not a competitor)."""
+    questions = exp.eval_set.questions
+    found = exp.cache.measure_unsteered(questions)
+    tables = {
+        "uniform": exp.truth.uniform[questions],
+        UNSTEERED: found.probabilities[0],
+        HUMAN_OVERALL: exp.truth.overall[questions],
+    }
+    results = {
+        name: MethodResult(name, _for_every_group(exp, table[None]), NO_COST, 0)
+        for name, table in tables.items()
+    }
+    read = {"mass": float(found.mass.mean()), "order": float(found.order_sensitivity.mean())}
+    results[UNSTEERED] = replace(results[UNSTEERED], **read)
+    return list(results.values())
 
 
-# temperature and letter bias
+def _for_every_group(exp: Experiment, answers: np.ndarray) -> np.ndarray:
+    """The same answers [1, questions, options] for each group."""
+    return np.repeat(answers, len(exp.targets.groups), 0)
 
 
 @dataclass(frozen=True)
 class LetterCalibration:
-    """s'_k = s_k / T + b_k: one temperature and one bias a letter, the same for every question and group."""
+    """s'_k = s_k / T + b_k: one temperature and one bias per letter, the same for every question
+    and group.
+    """
 
     scale: float
     """1 / T."""
@@ -48,10 +77,12 @@ class LetterCalibration:
         return scores * self.scale + self.bias
 
 
-def calibrate_letters(
-    bench: Bench, scores: torch.Tensor, rows: torch.Tensor, target: torch.Tensor
+def fit_letter_calibration(
+    cache: CachedPrompts, scores: torch.Tensor, rows: torch.Tensor, target: torch.Tensor
 ) -> LetterCalibration:
-    """Fit temperature and letter bias to `target` [prompts, options] on letter scores of the prompts `rows`."""
+    """Fit temperature and letter bias to `target` [prompts, options] on letter scores of the
+    prompts `rows`.
+    """
     scale = torch.ones(1, device=scores.device, requires_grad=True)
     bias = torch.zeros(scores.shape[-1], device=scores.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([scale, bias], max_iter=100, line_search_fn="strong_wolfe")
@@ -59,9 +90,9 @@ def calibrate_letters(
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         logs = option_log_probs(
-            scores * scale + bias, bench.prompts.ladder[rows], bench.prompts.reverse[rows]
+            scores * scale + bias, cache.prompts.n_options[rows], cache.prompts.reverse[rows]
         )
-        loss = objective.forward_divergence(target, logs).mean() + 1e-6 * bias.square().sum()
+        loss = forward_kl(target, logs).mean() + 1e-6 * bias.square().sum()
         loss.backward()
         return loss
 
@@ -69,31 +100,100 @@ def calibrate_letters(
     return LetterCalibration(float(scale.detach()), bias.detach())
 
 
-def letter_scores(bench: Bench, residual: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+def compute_letter_scores(
+    cache: CachedPrompts, residual: torch.Tensor, last: torch.Tensor
+) -> torch.Tensor:
     """s_k at the last prompt token, [prompts, letters]."""
     with torch.no_grad():
-        parts = zip(residual.split(bench.batch), last.split(bench.batch), strict=True)
+        parts = zip(residual.split(cache.batch), last.split(cache.batch), strict=True)
         return torch.cat(
-            [bench.letters.unembedded(bench.upper, bench.upper.states(x, at)) for x, at in parts]
+            [cache.letters.score_states(cache.tail, cache.tail.states(x, at)) for x, at in parts]
         )
 
 
-def read_scores(bench: Bench, scores: torch.Tensor, rows: torch.Tensor) -> Reading:
-    """Answers [groups, questions, options] from letter scores [groups, prompts, letters], both orders averaged.
+def read_letter_scores(
+    cache: CachedPrompts, scores: torch.Tensor, rows: torch.Tensor
+) -> AnswerDistribution:
+    """Answers [groups, questions, options] from letter scores [groups, prompts, letters], both
+    orders averaged.
 
     Scores of letters say nothing of the mass of other tokens.
     """
-    ladder, reverse = bench.prompts.ladder[rows], bench.prompts.reverse[rows]
-    found = torch.stack([by_ordinal(s, ladder, reverse).softmax(-1) for s in scores])
+    n_options, reverse = cache.prompts.n_options[rows], cache.prompts.reverse[rows]
+    found = torch.stack([sort_by_ordinal(s, n_options, reverse).softmax(-1) for s in scores])
     halves = [half.double().cpu().numpy() for half in found.chunk(2, dim=1)]
-    return averaged(halves, [np.full(half.shape[:2], np.nan) for half in halves])
+    return average_orders(halves, [np.full(half.shape[:2], np.nan) for half in halves])
 
 
-# prompting
+def evaluate_calibration(exp: Experiment, training: ShiftTraining, seed: int) -> list[MethodResult]:
+    """What the population's answers alone give: Delta_0 without a group part, and letter bias."""
+    cache = exp.cache
+    questions = exp.eval_set.questions
+    shared = train_calibration(cache, exp.sae, training, exp.targets, seed)
+    found = cache.measure_answers(
+        exp.sae, training.kind, shared[None], questions, training.positions
+    )
+    cost = NO_COST
+    if training.positions == "all":
+        cost = cache.measure_cost(exp.sae, training.kind, shared[None], "test")
+    alone = MethodResult(
+        "calibration only",
+        _for_every_group(exp, found.probabilities),
+        cost,
+        int((shared != 0).sum()),
+        moved=(shared != 0).float().mean().item(),
+        mass=float(found.mass.mean()),
+        order=float(found.order_sensitivity.mean()),
+    )
+    scores = compute_letter_scores(cache, cache.residual, cache.prompts.last)
+    train = cache.prompts.prompt_ids(exp.targets.train)
+    test = cache.prompts.prompt_ids(questions)
+    overall = torch.tensor(exp.targets.overall, dtype=torch.float32, device=scores.device)
+    letters = fit_letter_calibration(
+        cache, scores[train], train, overall[cache.prompts.question[train]]
+    )
+    read = read_letter_scores(cache, letters(scores[test])[None], test)
+    bias = make_result("temperature and letter bias", read, letters.parameters)
+    return [alone, replace(bias, answers=_for_every_group(exp, bias.answers))]
+
+
+def make_result(name: str, read: AnswerDistribution, parameters: int) -> MethodResult:
+    """A method that leaves the model as it is and reads letters otherwise, or asks otherwise."""
+    return MethodResult(
+        name, read.probabilities, NO_COST, parameters, order=float(read.order_sensitivity.mean())
+    )
+
+
+@torch.no_grad()
+def measure_refusals(cache: CachedPrompts, write: Writer) -> np.ndarray:
+    """Mass of a refusal on every question when `write` offers one too, both orders averaged.
+
+    It is reported apart and never a part of the answer distribution.
+    """
+    letters = OptionLetters(cache.model.tokenizer, most_options(cache.questions) + 1)
+    offered = make_prompts(cache.model, cache.questions, write)
+    logits = torch.cat(
+        [
+            cache.tail.logits(cache.tail.states(cache.compute_residuals(tokens), last))
+            for tokens, last in zip(
+                offered.tokens.split(cache.batch), offered.last.split(cache.batch), strict=True
+            )
+        ]
+    )
+    mass = letters.score_logits(logits).softmax(-1)
+    # the last letter that is offered is the refusal's
+    n_options = offered.n_options[:, None]
+    beyond = torch.arange(mass.shape[1], device=mass.device) >= n_options
+    answered = mass.masked_fill(beyond, 0.0).sum(1).double().cpu().numpy()
+    refused = mass.gather(1, n_options)[:, 0].double().cpu().numpy()
+    return refusal_share(answered, refused).reshape(2, -1).mean(0)
+
+
+# group prompts
 
 
 @dataclass(frozen=True)
-class Prompted:
+class GroupPrompts:
     """The survey put to a member of every group in one form of words."""
 
     prompts: list[Prompts]
@@ -106,62 +206,79 @@ class Prompted:
     """Final normed state there, [groups, prompts, d]."""
     block: torch.Tensor
     """Mean residual over the survey block of each group's prompts, [groups, d]."""
-    codes: torch.Tensor
-    """Mean code over the block, [groups, M]."""
+    acts: torch.Tensor
+    """Mean activation over the block, [groups, M]."""
     fires: torch.Tensor
     """Share of the block's tokens on which each coordinate is active, [groups, M]."""
     spread: torch.Tensor
-    """Variance over prompts of a prompt's mean code over its block, mean over groups, [M]."""
+    """Variance over prompts of a prompt's mean activation over its block, mean over groups, [M]."""
     count: int
     """Prompts of each group that block means are over."""
 
 
-def prompted(
-    bench: Bench, basis: Basis, dialect: Dialect, form: str, survey: Survey, rows: Sequence[int]
-) -> Prompted:
-    """Ask every group the questions of the bench in one form; block means are over the questions `rows`.
+def run_group_prompts(exp: Experiment, form: str = "BIO") -> GroupPrompts:
+    """Ask every group the survey in one form; block means are over the training questions.
 
-    The block of a prompt is what it ends with as the prompt without a group does. A group is in all its tokens, while
-    the last one need not have heard of it yet at an early layer.
+    The block of a prompt is what it ends with as the prompt without a group does. A group is in
+    all its tokens, while the last one need not have heard of it yet at an early layer.
     """
-    asked, scores, hidden, final, block, codes, fires, spread = [], [], [], [], [], [], [], []
-    for group in survey.groups:
-        siblings = [g for g in survey.groups if g.attribute == group.attribute]
-        own = prompts(bench.lens, bench.questions, dialect.prompted(form, group, siblings))
-        residual = bench.residuals(own.tokens)
-        place = torch.arange(residual.shape[1], device=residual.device)
-        with torch.no_grad():
-            parts = zip(residual.split(bench.batch), own.last.split(bench.batch), strict=True)
-            state = torch.cat([bench.upper.states(x, at) for x, at in parts])
-            scores.append(bench.letters.unembedded(bench.upper, state))
-        asked.append(own)
-        final.append(state.float())
-        hidden.append(residual[torch.arange(len(residual)), own.last])
-        inside = (place <= own.last[:, None]) & (
-            place > (own.last - shared_ending(own, bench.prompts))[:, None]
-        )
-        train = own.rows(rows)
-        block.append(residual[train][inside[train]].mean(0))
-        parts = [_over_block(basis, residual[p], inside[p]) for p in bench.parts(train, 1)]
-        by_prompt, active = (torch.cat(part) for part in zip(*parts, strict=True))
-        codes.append(by_prompt.mean(0))
-        fires.append(active.mean(0))
-        spread.append(by_prompt.var(0))
-    tables = (torch.stack(table) for table in (scores, hidden, final, block, codes, fires))
-    return Prompted(asked, *tables, torch.stack(spread).mean(0), len(train))
+    groups = exp.survey.groups
+    found = []
+    for group in groups:
+        siblings = [g for g in groups if g.attribute == group.attribute]
+        found.append(_run_group(exp, exp.template.group_prompt(form, group, siblings)))
+    stacked = {
+        name: torch.stack([one[name] for one in found])
+        for name in ("scores", "hidden", "final", "block", "acts", "fires", "spread")
+    }
+    stacked["spread"] = stacked["spread"].mean(0)
+    count = len(exp.cache.prompts.prompt_ids(exp.targets.train))
+    return GroupPrompts([one["prompts"] for one in found], **stacked, count=count)
+
+
+def _run_group(exp: Experiment, write: Writer) -> dict:
+    """The fields of `GroupPrompts` for one group."""
+    cache = exp.cache
+    own = make_prompts(cache.model, cache.questions, write)
+    residual = cache.compute_residuals(own.tokens)
+    place = torch.arange(residual.shape[1], device=residual.device)
+    with torch.no_grad():
+        parts = zip(residual.split(cache.batch), own.last.split(cache.batch), strict=True)
+        state = torch.cat([cache.tail.states(x, last) for x, last in parts])
+        scores = cache.letters.score_states(cache.tail, state)
+    start = own.last - shared_ending(own, cache.prompts)
+    inside = (place <= own.last[:, None]) & (place > start[:, None])
+    train = own.prompt_ids(exp.targets.train)
+    parts = [_over_block(exp.sae, residual[p], inside[p]) for p in cache.microbatches(train, 1)]
+    acts, active = (torch.cat(part) for part in zip(*parts, strict=True))
+    return {
+        "prompts": own,
+        "scores": scores,
+        "hidden": residual[torch.arange(len(residual)), own.last],
+        "final": state.float(),
+        "block": residual[train][inside[train]].mean(0),
+        "acts": acts.mean(0),
+        "fires": active.mean(0),
+        "spread": acts.var(0),
+    }
 
 
 @torch.no_grad()
 def _over_block(
     basis: Basis, residual: torch.Tensor, inside: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean code over the tokens `inside` of each prompt and the share of them on which it is active, [prompts, M]."""
-    codes, count = basis.encode(residual) * inside[..., None], inside.sum(1, keepdim=True)
-    return codes.sum(1) / count, (codes != 0).sum(1) / count
+    """Mean activation over the tokens `inside`, and the share of them that is active,
+    [prompts, M].
+    """
+    acts = basis.encode(residual) * inside[..., None]
+    count = inside.sum(1, keepdim=True)
+    return acts.sum(1) / count, (acts != 0).sum(1) / count
 
 
 def shared_ending(first: Prompts, second: Prompts) -> torch.Tensor:
-    """How many tokens two ways of asking a question end alike, their start tokens left out, [prompts]."""
+    """How many tokens two ways of asking a question end alike, their start tokens left out,
+    [prompts].
+    """
     back = torch.arange(
         min(first.tokens.shape[1], second.tokens.shape[1]), device=first.tokens.device
     )
@@ -173,187 +290,153 @@ def shared_ending(first: Prompts, second: Prompts) -> torch.Tensor:
     return alike.long().cumprod(1).sum(1)
 
 
-def best_form(bench: Bench, forms: dict[str, Prompted], targets: Targets) -> str:
+def choose_form(cache: CachedPrompts, forms: dict[str, GroupPrompts], targets: Targets) -> str:
     """The form whose answers are closest to the groups' on the validation questions."""
-    rows = bench.prompts.rows(targets.validation)
+    rows = cache.prompts.prompt_ids(targets.validation)
+    truth = targets.answers[:, targets.validation]
 
-    def loss(asked: Prompted) -> float:
-        found = read_scores(bench, asked.scores[:, rows], rows).probabilities
-        logs = torch.tensor(np.log(np.maximum(found, 1e-12)))
-        truth = torch.tensor(targets.answers[:, targets.validation])
-        return objective.forward_divergence(truth, logs).mean().item()
+    def loss(form: str) -> float:
+        scores = forms[form].scores[:, rows]
+        return mean_kl(truth, read_letter_scores(cache, scores, rows).probabilities)
 
-    return min(forms, key=lambda form: loss(forms[form]))
+    return min(forms, key=loss)
+
+
+def evaluate_prompting(exp: Experiment, forms: dict[str, GroupPrompts]) -> list[MethodResult]:
+    """Each form of group prompt, alone and with letter bias fitted on the training questions."""
+    cache = exp.cache
+    test = cache.prompts.prompt_ids(exp.eval_set.questions)
+    train = cache.prompts.prompt_ids(exp.targets.train)
+    best = choose_form(cache, forms, exp.targets)
+    results = []
+    for form, prompted in forms.items():
+        name = f"prompt {form}" + (" (best on validation)" if form == best else "")
+        read = read_letter_scores(cache, prompted.scores[:, test], test)
+        results.append(make_result(name, read, 0))
+        scores = prompted.scores[:, train].flatten(0, 1)
+        answers = torch.tensor(exp.targets.answers, dtype=torch.float32, device=scores.device)
+        target = answers[:, cache.prompts.question[train]].flatten(0, 1)
+        rows = train.repeat(len(prompted.scores))
+        letters = fit_letter_calibration(cache, scores, rows, target)
+        read = read_letter_scores(cache, letters(prompted.scores[:, test]), test)
+        results.append(make_result(f"prompt {form}, calibrated letters", read, letters.parameters))
+    return results
 
 
 # untrained directions
 
-STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+COEFFICIENTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """Multiples of an untrained direction that validation chooses from; its own length says little."""
 
 
-def difference_of_means(asked: Prompted, targets: Targets) -> torch.Tensor:
+def difference_of_means(prompted: GroupPrompts, targets: Targets) -> torch.Tensor:
     """v_g = mean x(prompt of g) - mean x(prompts of its siblings), [groups, d] (CAA)."""
     attributes = np.array(targets.attributes)
     found = []
     for g, attribute in enumerate(attributes):
         others = [h for h in range(len(attributes)) if attributes[h] == attribute and h != g]
-        found.append(asked.block[g] - asked.block[others].mean(0))
+        found.append(prompted.block[g] - prompted.block[others].mean(0))
     return torch.stack(found)
 
 
-def latent_contrasts(asked: Prompted, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each latent: mean code of g less that of its siblings [groups, M], and the F statistic between groups [M]."""
-    mean, within = asked.codes, asked.spread
+def latent_contrasts(prompted: GroupPrompts, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each latent: mean activation of g minus that of its siblings [groups, M], and the F
+    statistic between groups [M].
+    """
+    mean, within = prompted.acts, prompted.spread
     attributes = np.array(targets.attributes)
     contrast, between = torch.zeros_like(mean), torch.zeros_like(within)
     for attribute in dict.fromkeys(attributes):
         group = np.flatnonzero(attributes == attribute)
         total = mean[group].sum(0)
         contrast[group] = mean[group] - (total - mean[group]) / (len(group) - 1)
-        between += asked.count * mean[group].var(0)
+        between += prompted.count * mean[group].var(0)
     statistic = torch.where(within > 1e-10, between / within.clamp(min=1e-10), 0.0)
     return contrast, statistic
 
 
-def top_features(contrast: torch.Tensor, statistic: torch.Tensor, k: int) -> torch.Tensor:
-    """Untrained shift: the contrast of the `k` latents with the largest F statistic, nothing elsewhere."""
+def select_top_latents(contrast: torch.Tensor, statistic: torch.Tensor, k: int) -> torch.Tensor:
+    """Untrained shift: the contrast of the `k` latents with the largest F statistic, nothing
+    elsewhere.
+    """
     chosen = torch.zeros_like(statistic)
     chosen[statistic.topk(min(k, len(statistic))).indices] = 1
     return contrast * chosen
 
 
-def restricted(basis: Basis, keep: torch.Tensor, name: str) -> Basis:
-    """The latents `keep` alone, as SAE-SSV steers within a screened subspace; the rest counts as unexplained."""
+def restrict_basis(basis: Basis, keep: torch.Tensor, name: str) -> Basis:
+    """The latents `keep` alone, as SAE-SSV steers within a screened subspace; the rest counts as
+    unexplained.
+    """
     return Basis(
-        name, lambda x: basis.encode(x)[..., keep], basis.rows[keep], basis.offset, basis.signed
+        name, lambda x: basis.encode(x)[..., keep], basis.decoder[keep], basis.offset, basis.signed
     )
 
 
-def untrained(
-    kind: str,
-    bench: Bench,
-    positions: str,
-    targets: Targets,
-    shared: torch.Tensor,
-    part: torch.Tensor,
-) -> Shift:
-    """A shift made of given group vectors, [groups, M]."""
-    tables = shared.cpu(), part.T.contiguous().cpu(), torch.eye(len(part))
-    return Shift(kind, bench.hook, positions, targets.groups, *tables)
+def make_untrained_shift(exp: Experiment, shared: torch.Tensor, part: torch.Tensor) -> Shift:
+    """An additive shift made of given group vectors, [groups, M]."""
+    return Shift(
+        "additive",
+        exp.cache.hook,
+        exp.settings.training.positions,
+        exp.targets.groups,
+        shared.cpu(),
+        part.T.contiguous().cpu(),
+        torch.eye(len(part)),
+    )
 
 
-def best_strength(
-    bench: Bench,
+def choose_coefficient(
+    cache: CachedPrompts,
     basis: Basis,
     shift: Shift,
     targets: Targets,
-    strengths: Sequence[float] = STRENGTHS,
+    coefficients: Sequence[float] = COEFFICIENTS,
 ) -> tuple[float, Shift]:
-    """The strength of the group part that lies closest to the groups on validation questions."""
-    truth = torch.tensor(targets.answers[:, targets.validation])
+    """The coefficient of the group part that is closest to the groups on validation questions."""
+    truth = targets.answers[:, targets.validation]
 
-    def loss(strength: float) -> float:
-        delta = shift.shared + strength * shift.scores @ shift.axes.T
-        found = bench.answers(
-            basis, shift.kind, delta, targets.validation, shift.positions
-        ).probabilities
-        return (
-            objective.forward_divergence(truth, torch.tensor(np.log(np.maximum(found, 1e-12))))
-            .mean()
-            .item()
-        )
+    def loss(coefficient: float) -> float:
+        delta = shift.shared + coefficient * shift.scores @ shift.axes.T
+        found = cache.measure_answers(basis, shift.kind, delta, targets.validation, shift.positions)
+        return mean_kl(truth, found.probabilities)
 
-    best = min(strengths, key=loss)
+    best = min(coefficients, key=loss)
     return best, replace(shift, scores=best * shift.scores)
 
 
-# linear readers of cached states
+def evaluate_untrained(
+    exp: Experiment, prompted: GroupPrompts, shared: Callable[[Basis], torch.Tensor]
+) -> list[MethodResult]:
+    """Difference of means and the SAE's most selective latents, at coefficients from validation.
 
-
-@dataclass(frozen=True)
-class Reader:
-    """Letter scores read linearly from a cached state: a multinomial probe, or new unembedding rows of the letters."""
-
-    weights: torch.Tensor
-    """[letters, d], or one such table a group."""
-    bias: torch.Tensor
-    """[letters], or one such row a group."""
-
-    @property
-    def parameters(self) -> int:
-        """Numbers trained."""
-        return self.weights.numel() + self.bias.numel()
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Scores [groups, prompts, letters] of states [groups, prompts, d]."""
-        return (
-            torch.einsum(
-                "gnd,gkd->gnk", states, self.weights.expand(len(states), *self.weights.shape[-2:])
-            )
-            + (self.bias.expand(len(states), self.bias.shape[-1])[:, None])
-        )
-
-
-def linear_reader(
-    bench: Bench,
-    states: torch.Tensor,
-    targets: Targets,
-    start: torch.Tensor | None = None,
-    by_group: bool = False,
-    ridges: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1),
-) -> tuple[Reader, float]:
-    """Fit letter rows on states [groups, prompts, d] by forward KL, pulled towards `start`; ridge by validation.
-
-    The second value is the loss on validation questions.
+    Both start from a Delta_0 that was trained on the population's answers, so that only the group
+    part is untrained.
     """
-    groups, letters = len(states), bench.letters.tokens.shape[0]
-    here = states.device
-    center = torch.zeros(letters, states.shape[-1], device=here) if start is None else start
-    scale = states.flatten(0, 1).std(0).clamp(min=1e-6)
-    answers = torch.tensor(targets.answers, dtype=torch.float32, device=here)
-    split = {name: bench.prompts.rows(getattr(targets, name)) for name in ("train", "validation")}
-
-    def loss(reader: Reader, rows: torch.Tensor) -> torch.Tensor:
-        scores = reader(states[:, rows])
-        ladder, reverse = (
-            bench.prompts.ladder[rows].repeat(groups),
-            bench.prompts.reverse[rows].repeat(groups),
-        )
-        logs = option_log_probs(scores.flatten(0, 1), ladder, reverse)
-        return objective.forward_divergence(
-            answers[:, bench.prompts.question[rows]].flatten(0, 1), logs
-        ).mean()
-
-    best, lowest = None, np.inf
-    shape = (groups,) if by_group else ()
-    for ridge in ridges:
-        change = torch.zeros(*shape, letters, states.shape[-1], device=here, requires_grad=True)
-        bias = torch.zeros(*shape, letters, device=here, requires_grad=True)
-        optimizer = torch.optim.LBFGS([change, bias], max_iter=60, line_search_fn="strong_wolfe")
-
-        def closure(change=change, bias=bias, optimizer=optimizer, ridge=ridge) -> torch.Tensor:
-            optimizer.zero_grad()
-            found = loss(Reader(center + change / scale, bias), split["train"])
-            found = found + ridge * letters * change.square().mean()
-            found.backward()
-            return found
-
-        optimizer.step(closure)
-        reader = Reader((center + change / scale).detach(), bias.detach())
-        with torch.no_grad():
-            found = loss(reader, split["validation"]).item()
-        if found < lowest:
-            best, lowest = reader, found
-    if best is None:
-        raise ResearchError(
-            "the linear reader did not converge at any ridge; check the cached states."
-        )
-    return best, lowest
+    contrast, statistic = latent_contrasts(prompted, exp.targets)
+    parts = {
+        MEANS: (exp.basis("dense", 0), difference_of_means(prompted, exp.targets)),
+        "top 20 SAE latents, calibrated": (exp.sae, select_top_latents(contrast, statistic, 20)),
+    }
+    results = []
+    for name, (basis, part) in parts.items():
+        shift = make_untrained_shift(exp, shared(basis), part)
+        coefficient, best = choose_coefficient(exp.cache, basis, shift, exp.targets)
+        judged = evaluate_shift(exp, name, basis, FitResult(best, float("nan"), ()))
+        results.append(replace(judged, coefficient=coefficient))
+    return results
 
 
-def unembedding_of_letters(bench: Bench) -> torch.Tensor:
-    """The model's own unembedding rows of the letters, [letters, d], averaged over token variants."""
-    rows = bench.upper.unembedding.T[bench.letters.tokens]
-    real = bench.letters.real[..., None].to(rows)
-    return (rows * real).sum(1) / real.sum(1)
+def evaluate_screened_latents(
+    exp: Experiment, prompted: GroupPrompts, training: ShiftTraining, seed: int, k: int = 128
+) -> MethodResult:
+    """SAE-SSV: a trained additive shift within the `k` latents that tell prompted groups apart
+    best.
+    """
+    _, statistic = latent_contrasts(prompted, exp.targets)
+    keep = statistic.topk(min(k, exp.sae.size)).indices
+    basis = restrict_basis(exp.sae, keep, "screened latents")
+    own = replace(training, kind="additive", rank=None)
+    found = train_shift(exp.cache, basis, own, exp.targets, seed)
+    result = evaluate_shift(exp, "screened SAE latents (SAE-SSV)", basis, found)
+    return replace(result, moved=result.moved * len(keep) / exp.sae.size)

@@ -1,28 +1,98 @@
-"""Training a shift: Delta_0 on the population's answers, then U and c on the groups', or all at once (section 3.4)."""
+"""Training a shift (3.4, 3.5): Delta_0 on the population's answers, then U and c on the groups'.
 
-from collections.abc import Iterator
+The loss has three terms: divergence from the group, movement of the residual, sparsity.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from sae_research.errors import ResearchError
-from sae_research.studies.opinion_qa import objective
-from sae_research.studies.opinion_qa.bench import Bench
+from sae_research.studies.opinion_qa.cache import CachedPrompts
 from sae_research.studies.opinion_qa.settings import ShiftTraining
-from sae_research.studies.opinion_qa.shift import Basis, Shift, canonical, displacement
+from sae_research.studies.opinion_qa.shift import Basis, Shift, canonicalize, compute_displacement
+
+# terms of the loss
+
+
+def shrink_targets(counts: torch.Tensor, overall: torch.Tensor, weight: float) -> torch.Tensor:
+    """pi~ = (counts + a overall) / (n + a): small groups lean on the population, so that noise is
+    not learnt.
+    """
+    return (counts + weight * overall) / (counts.sum(-1, keepdim=True) + weight)
+
+
+def forward_kl(target: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """KL(pi || P_theta) in nats; one number a row."""
+    logs = torch.where(
+        target > 0, target.clamp(min=1e-30).log() - log_probs.masked_fill(target == 0, 0.0), 0.0
+    )
+    return (target * logs).sum(-1)
+
+
+def mean_kl(truth: np.ndarray, answers: np.ndarray) -> float:
+    """Mean KL(pi || P) of answers, by which every grid search on validation questions chooses."""
+    logs = torch.tensor(np.log(np.maximum(answers, 1e-12)))
+    return forward_kl(torch.tensor(truth), logs).mean().item()
+
+
+def relative_movement(moved: torch.Tensor, variance: torch.Tensor, count: int) -> torch.Tensor:
+    """L_rec = E ||x' - x||^2 / E ||x - mean x||^2 over `count` edited tokens: `reconstruction` if
+    errors stay.
+    """
+    return moved.square().sum() / count / variance
+
+
+def off_task_kl(base: torch.Tensor, new: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
+    """KL(P_base || P_steered) per token of other text, from logits."""
+    base, new = base.log_softmax(-1), new.log_softmax(-1)
+    return (base.exp() * (base - new)).sum(-1)[content].mean()
+
+
+def lasso_weights(basis: Basis, kind: str, block: torch.Tensor, cap: float = 10.0) -> torch.Tensor:
+    """omega_j = ||W_dec,j|| / sd(f_j), capped at `cap` times its median and scaled to mean 1.
+
+    It is dear to move a latent far outside its natural range. A multiplicative shift is already
+    in units of the latent's own activation, so there every latent weighs the same; one that
+    never fires on the survey weighs `cap`.
+    """
+    with torch.no_grad():
+        acts = basis.encode(block)
+    spread = acts.std(0)
+    silent = spread < 1e-8
+    if kind == "multiplicative":
+        weights = torch.ones_like(spread)
+    else:
+        weights = basis.decoder.norm(dim=-1) / spread.clamp(min=1e-8)
+        middle = weights[~silent].median()
+        weights = (weights / middle).clamp(max=cap)
+        weights = weights / weights[~silent].mean()
+    return weights.masked_fill(silent, cap)
+
+
+def shrink_decoder_rows(table: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
+    """Proximal step of sum_j amount_j ||row_j||: a row loses `amount` of its length, down to
+    exactly zero.
+    """
+    size = table.norm(dim=-1, keepdim=True)
+    return table * (1 - amount[:, None] / size.clamp(min=1e-12)).clamp(min=0)
+
+
+# training
 
 
 @dataclass(frozen=True)
-class Fit:
+class FitResult:
     """A trained shift and how the training went."""
 
     shift: Shift
-    """The shift at its best look."""
+    """The shift at its best evaluation."""
     validation: float
-    """Objective on validation questions and documents at that look: KL + lam_keep KL of other text."""
-    looks: tuple[float, ...]
-    """The objective at each look of the second stage."""
+    """Objective on validation questions and documents there: KL + weighted KL of other text."""
+    evaluations: tuple[float, ...]
+    """The objective at each evaluation of the second stage."""
 
 
 @dataclass(frozen=True)
@@ -53,246 +123,306 @@ class Targets:
         )
 
 
-class _Stage:
+class _Training:
     """One run of proximal Adam on the tables that make up the shifts of some targets."""
 
     def __init__(
         self,
-        bench: Bench,
+        cache: CachedPrompts,
         basis: Basis,
         training: ShiftTraining,
         targets: Targets,
         answers: np.ndarray,
         seed: int,
     ):
-        self.bench, self.basis, self.training = bench, basis, training
-        self.device = bench.residual.device
+        self.cache = cache
+        self.basis = basis
+        self.training = training
+        self.device = cache.residual.device
         self.answers = torch.tensor(answers, dtype=torch.float32, device=self.device)
-        self.rows = bench.prompts.rows(targets.train)
-        self.validation = bench.prompts.rows(targets.validation)
+        self.train_ids = cache.prompts.prompt_ids(targets.train)
+        self.validation_ids = cache.prompts.prompt_ids(targets.validation)
         self.random = torch.Generator().manual_seed(seed)
-        block = bench.block
-        self.variance = (block - block.mean(0)).square().sum(-1).mean()
+        x = cache.survey_residuals
+        self.variance = (x - x.mean(0)).square().sum(-1).mean()
+
+    # terms
 
     def loss(
         self, deltas: torch.Tensor, rows: torch.Tensor, who: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean forward KL over prompts and groups (all, or those whose shifts these are), and the relative movement."""
-        x, moved = self.bench.steered(
-            self.basis, self.training.kind, deltas, rows, self.training.positions
-        )
-        logs = self.bench.log_probs(x.flatten(0, 1), rows.repeat_interleave(len(deltas)))
+        """Mean forward KL over prompts and groups, and the relative movement of the residual.
+
+        `deltas` are the shifts of all groups, or of the groups `who`.
+        """
+        t = self.training
+        x, moved = self.cache.apply_shift(self.basis, t.kind, deltas, rows, t.positions)
+        logs = self.cache.log_probs(x.flatten(0, 1), rows.repeat_interleave(len(deltas)))
         answers = self.answers if who is None else self.answers[who]
-        target = answers[:, self.bench.prompts.question[rows]].transpose(0, 1).flatten(0, 1)
-        count = int(self.bench.prompts.editable(self.training.positions)[rows].sum()) * len(deltas)
+        target = answers[:, self.cache.prompts.question[rows]].transpose(0, 1).flatten(0, 1)
+        count = int(self.cache.prompts.editable(t.positions)[rows].sum()) * len(deltas)
         return (
-            objective.forward_divergence(target, logs).mean(),
-            objective.relative_movement(moved, self.variance, count),
+            forward_kl(target, logs).mean(),
+            relative_movement(moved, self.variance, count),
         )
 
-    def keep(self, deltas: torch.Tensor, split: str, docs: torch.Tensor) -> torch.Tensor:
+    def text_kl(self, deltas: torch.Tensor, split: str, docs: torch.Tensor) -> torch.Tensor:
         """KL(base || steered) on documents under each shift."""
-        x, content = self.bench.text_residual[split][docs], self.bench.text_content[split][docs]
-        moved = (
-            displacement(self.basis, self.training.kind, x, self.basis.encode(x), deltas)
-            * content[:, None, :, None]
+        x = self.cache.text_residual[split][docs]
+        content = self.cache.text_content[split][docs]
+        moved = compute_displacement(
+            self.basis, self.training.kind, x, self.basis.encode(x), deltas
         )
+        moved = moved * content[:, None, :, None]
         with torch.no_grad():
-            base = self.bench.text_logits(split, docs)
-        steered = self.bench.upper.logits(
-            self.bench.upper.states((x[:, None] + moved).flatten(0, 1))
-        )
-        groups = len(deltas)
-        return objective.kept(
-            base.repeat_interleave(groups, 0), steered, content.repeat_interleave(groups, 0)
-        )
+            base = self.cache.text_logits(split, docs)
+        tail = self.cache.tail
+        steered = tail.logits(tail.states((x[:, None] + moved).flatten(0, 1)))
+        n = len(deltas)
+        return off_task_kl(base.repeat_interleave(n, 0), steered, content.repeat_interleave(n, 0))
 
-    def terms(
+    def survey_terms(
         self, deltas: torch.Tensor, rows: torch.Tensor, who: torch.Tensor | None = None
     ) -> Iterator[torch.Tensor]:
-        """KL and movement in parts of `rows` that fit into memory; their sum is the loss of all."""
-        tokens = self.bench.prompts.editable(self.training.positions).sum(1)
-        for part in self.bench.parts(rows, len(deltas) if who is None else len(who)):
+        """KL and movement in microbatches of `rows`; their sum is the loss of all."""
+        tokens = self.cache.prompts.editable(self.training.positions).sum(1)
+        for part in self.cache.microbatches(rows, len(deltas) if who is None else len(who)):
             loss, movement = self.loss(deltas if who is None else deltas[who], part, who)
             share = tokens[part].sum() / tokens[rows].sum()
-            yield loss * len(part) / len(rows) + self.training.movement * movement * share
+            yield loss * len(part) / len(rows) + self.training.movement_weight * movement * share
 
-    def kept(
-        self, deltas: torch.Tensor, some: torch.Tensor, split: str, docs: torch.Tensor
+    def text_terms(
+        self, deltas: torch.Tensor, who: torch.Tensor, split: str, docs: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        """lam_keep KL of other text under the shifts `some`, likewise in parts of `docs`."""
-        content = self.bench.text_content[split]
-        for part in self.bench.parts(docs, len(some)):
+        """Weighted KL of other text under the shifts `who`, likewise in microbatches of `docs`."""
+        content = self.cache.text_content[split]
+        for part in self.cache.microbatches(docs, len(who)):
             share = content[part].sum() / content[docs].sum()
-            yield self.training.keep * self.keep(deltas[some], split, part) * share
+            yield self.training.kl_weight * self.text_kl(deltas[who], split, part) * share
+
+    @property
+    def has_text_term(self) -> bool:
+        """Whether other text is ever touched: a shift of the survey block leaves it as it is."""
+        return self.training.kl_weight > 0 and self.training.positions == "all"
 
     @torch.no_grad()
-    def look(self, deltas: torch.Tensor) -> float:
+    def evaluate(self, deltas: torch.Tensor) -> float:
         """The objective on validation questions and documents."""
         found = sum(
             self.loss(deltas, rows)[0].item() * len(rows)
-            for rows in self.bench.parts(self.validation, len(deltas))
-        ) / len(self.validation)
-        if self.keeps:
-            docs = torch.arange(min(16, len(self.bench.texts["validation"])))
+            for rows in self.cache.microbatches(self.validation_ids, len(deltas))
+        ) / len(self.validation_ids)
+        if self.has_text_term:
+            docs = torch.arange(min(16, len(self.cache.texts["validation"])))
             some = torch.arange(0, len(deltas), max(1, len(deltas) // 4))
-            found += sum(term.item() for term in self.kept(deltas, some, "validation", docs))
+            terms = self.text_terms(deltas, some, "validation", docs)
+            found += sum(term.item() for term in terms)
         return found
 
-    @property
-    def keeps(self) -> bool:
-        """Whether other text is ever touched: a shift of the survey block alone leaves it as it is."""
-        return self.training.keep > 0 and self.training.positions == "all"
+    # steps
+
+    def backward(self, deltas: torch.Tensor, rows: torch.Tensor, step: int) -> None:
+        """Gradients of one step, microbatch by microbatch; they meet in a leaf of all deltas."""
+        t = self.training
+        leaf = deltas.detach().requires_grad_()
+        who = None
+        if t.n_groups < len(deltas):
+            who = torch.randperm(len(deltas), generator=self.random)[: t.n_groups]
+        total = 0.0
+        for term in self.survey_terms(leaf, rows, who):
+            term.backward()
+            total += term.item()
+        if self.has_text_term:
+            n_texts = len(self.cache.texts["train"])
+            docs = torch.randint(n_texts, (t.n_documents,), generator=self.random)
+            some = torch.randperm(len(deltas), generator=self.random)[: t.n_kl_groups]
+            for term in self.text_terms(leaf, some, "train", docs):
+                term.backward()
+                total += term.item()
+        if not np.isfinite(total):
+            raise ResearchError(
+                f"the loss of the {t.kind} shift is not finite at step {step}; lower `lr`."
+            )
+        deltas.backward(leaf.grad)
+
+    def batches(self, steps: int) -> Iterator[torch.Tensor]:
+        """Prompts of each step: a new seeded shuffle whenever too few are left."""
+        order = torch.empty(0, dtype=torch.long)
+        for _ in range(steps):
+            if len(order) < self.training.batch_size:
+                shuffled = torch.randperm(len(self.train_ids), generator=self.random)
+                order = self.train_ids[shuffled]
+            yield order[: self.training.batch_size]
+            order = order[self.training.batch_size :]
 
     def run(
-        self, tables: list[dict], deltas, steps: int, sparse: torch.Tensor, amount: torch.Tensor
+        self,
+        tables: list[dict],
+        make_deltas: Callable[[], torch.Tensor],
+        steps: int,
+        sparse: torch.Tensor,
+        lasso: torch.Tensor,
     ) -> list[float]:
-        """Proximal Adam with a cosine to zero; leaves the tables at their best look and returns all looks."""
+        """Proximal Adam with a cosine to zero; keeps the tables of the best evaluation.
+
+        `sparse` is the table whose rows the group lasso shrinks, by `lasso`. Returns all
+        evaluations.
+        """
         t = self.training
         optimizer = torch.optim.Adam(tables)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda s: 0.5 * (1 + np.cos(np.pi * s / steps))
         )
         parameters = [p for table in tables for p in table["params"]]
-        looks, best, order = [], None, torch.empty(0, dtype=torch.long)
-        for step in range(steps):
-            if len(order) < t.batch:
-                order = self.rows[torch.randperm(len(self.rows), generator=self.random)]
-            rows, order = order[: t.batch], order[t.batch :]
-            now = deltas()
-            leaf, loss, who = (
-                now.detach().requires_grad_(),
-                0.0,
-                None,
-            )  # gradients of all parts meet in the leaf
-            if t.groups < len(now):
-                who = torch.randperm(len(now), generator=self.random)[: t.groups]
-            for term in self.terms(leaf, rows, who):
-                term.backward()
-                loss += term.item()
-            if self.keeps:
-                docs = torch.randint(
-                    len(self.bench.texts["train"]), (t.documents,), generator=self.random
-                )
-                some = torch.randperm(len(now), generator=self.random)[: t.kept_groups]
-                for term in self.kept(leaf, some, "train", docs):
-                    term.backward()
-                    loss += term.item()
-            if not np.isfinite(loss):
-                raise ResearchError(
-                    f"the loss of the {t.kind} shift is not finite at step {step}; lower `rate`."
-                )
+        evaluations: list[float] = []
+        best = None
+        for step, rows in enumerate(self.batches(steps)):
             optimizer.zero_grad()
-            now.backward(leaf.grad)
+            self.backward(make_deltas(), rows, step)
             optimizer.step()
-            if t.sparsity:
+            if t.sparsity_weight:
+                amount = schedule.get_last_lr()[0] * t.sparsity_weight * lasso
                 with torch.no_grad():
-                    sparse.copy_(
-                        objective.shrink_rows(
-                            sparse, schedule.get_last_lr()[0] * t.sparsity * amount
-                        )
-                    )
+                    sparse.copy_(shrink_decoder_rows(sparse, amount))
             schedule.step()
-            if (step + 1) % t.look == 0 or step + 1 == steps:
-                looks.append(self.look(deltas().detach()))
-                if looks[-1] <= min(looks):
+            if (step + 1) % t.eval_every == 0 or step + 1 == steps:
+                evaluations.append(self.evaluate(make_deltas().detach()))
+                if evaluations[-1] <= min(evaluations):
                     best = [p.detach().clone() for p in parameters]
         with torch.no_grad():
             for parameter, value in zip(parameters, best, strict=True):
                 parameter.copy_(value)
-        return looks
+        return evaluations
 
 
-def fit(
-    bench: Bench,
+@dataclass
+class _Tables:
+    """The tables that training moves, and the shifts that they make up.
+
+    With `joint` calibration, Delta_0 is U c_0 (or a free column of its own) and trained with U.
+    """
+
+    shared: torch.Tensor
+    """Delta_0 where it was trained before, else zero, [M]."""
+    axes: torch.Tensor
+    """U, [M, r]; of free vectors one column per group, led by the shared one if that is joint."""
+    scores: torch.Tensor
+    """c before centring, [groups, r]."""
+    middle: torch.Tensor
+    """c_0, [1, r]."""
+    centring: torch.Tensor
+    """Takes the mean of each attribute out of the scores, [groups, groups]."""
+    free: bool
+    """Whether every group has a vector of its own."""
+    joint: bool
+    """Whether Delta_0 is trained with the rest."""
+
+    def mixture(self) -> torch.Tensor:
+        """What each group takes of each column of U: c_0 + c_g."""
+        if self.free and self.joint:
+            return torch.cat([torch.ones_like(self.centring[:, :1]), self.centring], 1)
+        return self.middle + self.centring @ self.scores
+
+    def deltas(self) -> torch.Tensor:
+        """Delta_g of every group."""
+        return self.shared + self.mixture() @ self.axes.T
+
+    def parameters(self, training: ShiftTraining) -> list[dict]:
+        """Parameter groups of the optimizer."""
+        found = [{"params": [self.axes], "lr": training.lr}]
+        if not self.free:
+            lr = training.lr * training.score_lr_mult
+            found.append({"params": [self.scores], "lr": lr})
+            if self.joint:
+                found.append({"params": [self.middle], "lr": lr})
+        return found
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Delta_0, U and c."""
+        axes = self.axes.detach()
+        shared = self.shared
+        if self.joint and self.free:
+            shared = axes[:, 0]
+            axes = axes[:, 1:]
+        elif self.joint:
+            shared = (self.middle.detach() @ axes.T)[0]
+        return shared.cpu(), axes.cpu(), (self.centring @ self.scores).detach().cpu()
+
+
+def train_shift(
+    cache: CachedPrompts,
     basis: Basis,
     training: ShiftTraining,
     targets: Targets,
     seed: int,
     shared: torch.Tensor | None = None,
-) -> Fit:
+) -> FitResult:
     """Train a shift; `shared` is a Delta_0 that was trained before (it depends on no group)."""
     if shared is None:
-        free = training.calibration == "first"
-        shared = (
-            calibrate(bench, basis, training, targets, seed) if free else torch.zeros(basis.size)
-        )
-    stage = _Stage(bench, basis, training, targets, targets.answers, seed)
-    here, groups = stage.device, len(targets.groups)
-    shared, centring, everyone = (
-        shared.to(here),
-        targets.centring().to(here),
-        torch.eye(groups, device=here),
+        shared = torch.zeros(basis.size)
+        if training.calibration == "first":
+            shared = train_calibration(cache, basis, training, targets, seed)
+    run = _Training(cache, basis, training, targets, targets.answers, seed)
+    lasso = lasso_weights(basis, training.kind, cache.survey_residuals)
+    tables = _make_tables(run, shared.to(run.device), targets)
+    evaluations = run.run(
+        tables.parameters(training), tables.deltas, training.steps, tables.axes, lasso
     )
-    weights = torch.tensor(targets.weights, dtype=torch.float32, device=here)
-    amount, joint = (
-        objective.lasso_weights(basis, training.kind, bench.block),
-        training.calibration == "axes",
-    )
-    middle = torch.zeros(1, training.rank or groups, device=here)
+    found = Shift(training.kind, cache.hook, training.positions, targets.groups, *tables.finish())
+    found = canonicalize(found, torch.tensor(targets.weights))
+    return FitResult(found, min(evaluations), tuple(evaluations))
+
+
+def _make_tables(run: _Training, shared: torch.Tensor, targets: Targets) -> _Tables:
+    training = run.training
+    device = run.device
+    n = len(targets.groups)
+    joint = training.calibration == "axes"
+    centring = targets.centring().to(device)
+    everyone = torch.eye(n, device=device)
+    middle = torch.zeros(1, training.rank or n, device=device)
     if training.rank is None:
-        axes = torch.zeros(basis.size, groups + joint, device=here, requires_grad=True)
-        scores = everyone
-        tables = [{"params": [axes], "lr": training.rate}]
-    else:
-        axes, scores = _start(stage, shared, everyone if joint else centring, training.rank, groups)
-        rate = training.rate * training.score_rate
-        tables = [{"params": [axes], "lr": training.rate}, {"params": [scores], "lr": rate}]
-        if joint:
-            middle = (weights @ scores.detach() / weights.sum())[None].requires_grad_()
-            tables.append({"params": [middle], "lr": rate})
-
-    def mixture() -> torch.Tensor:
-        """What each group takes of each column of U: c_0 + c_g; of free vectors, the shared one and its own."""
-        if training.rank is None and joint:
-            return torch.cat([torch.ones_like(centring[:, :1]), centring], 1)
-        return middle + centring @ scores
-
-    looks = stage.run(tables, lambda: shared + mixture() @ axes.T, training.steps, axes, amount)
-    axes = axes.detach()
+        axes = torch.zeros(len(shared), n + joint, device=device, requires_grad=True)
+        return _Tables(shared, axes, everyone, middle, centring, True, joint)
+    axes, scores = _start(run, shared, everyone if joint else centring, training.rank, n)
     if joint:
-        own = axes[:, 1:] if training.rank is None else axes
-        shared = axes[:, 0] if training.rank is None else (middle.detach() @ axes.T)[0]
-        axes = own
-    tables = (table.cpu() for table in (shared, axes, (centring @ scores).detach()))
-    found = Shift(training.kind, bench.hook, training.positions, targets.groups, *tables)
-    return Fit(canonical(found, torch.tensor(targets.weights)), min(looks), tuple(looks))
+        weights = torch.tensor(targets.weights, dtype=torch.float32, device=device)
+        middle = (weights @ scores.detach() / weights.sum())[None].requires_grad_()
+    return _Tables(shared, axes, scores, middle, centring, False, joint)
 
 
 def _start(
-    stage: _Stage, shared: torch.Tensor, centring: torch.Tensor, rank: int, groups: int
+    run: _Training, shared: torch.Tensor, centring: torch.Tensor, rank: int, n_groups: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """U and c at the leading directions of the groups' first gradient: where the loss falls fastest from Delta_0."""
-    free = torch.zeros(groups, len(shared), device=stage.device, requires_grad=True)
-    some = stage.rows[
-        torch.randperm(len(stage.rows), generator=stage.random)[: 4 * stage.training.batch]
-    ]
-    for rows in some.split(stage.training.batch):
-        for part in stage.bench.parts(rows, groups):
-            (stage.loss(shared + centring @ free, part)[0] * len(part)).backward()
+    """U and c at the leading directions of the groups' first gradient.
+
+    There the loss falls fastest from Delta_0.
+    """
+    batch_size = run.training.batch_size
+    free = torch.zeros(n_groups, len(shared), device=run.device, requires_grad=True)
+    order = torch.randperm(len(run.train_ids), generator=run.random)
+    for rows in run.train_ids[order[: 4 * batch_size]].split(batch_size):
+        for part in run.cache.microbatches(rows, n_groups):
+            (run.loss(shared + centring @ free, part)[0] * len(part)).backward()
     left, values, right = torch.linalg.svd(-centring @ free.grad, full_matrices=False)
     if rank > len(values):
         raise ResearchError(
-            f"rank {rank} exceeds what {groups} groups and {len(shared)} coordinates allow; lower it."
+            f"rank {rank} exceeds what {n_groups} groups and {len(shared)} coordinates allow; "
+            "lower it."
         )
     size = values[:rank] / values[0].clamp(min=1e-12)
-    scores = left[:, :rank] * groups**0.5 * size
+    scores = left[:, :rank] * n_groups**0.5 * size
     return (right[:rank].T * 0.3).requires_grad_(), scores.requires_grad_()
 
 
-def calibrate(
-    bench: Bench, basis: Basis, training: ShiftTraining, targets: Targets, seed: int
+def train_calibration(
+    cache: CachedPrompts, basis: Basis, training: ShiftTraining, targets: Targets, seed: int
 ) -> torch.Tensor:
     """Delta_0, [M]: one shift for everybody, trained on the population's answers."""
-    larger = replace(training, batch=4 * training.batch)
-    stage = _Stage(bench, basis, larger, targets, targets.overall[None], seed)
-    shared = torch.zeros(basis.size, 1, device=stage.device, requires_grad=True)
-    amount = objective.lasso_weights(basis, training.kind, bench.block)
-    stage.run(
-        [{"params": [shared], "lr": training.rate}],
-        lambda: shared.T,
-        training.calibration_steps,
-        shared,
-        amount,
-    )
+    larger = replace(training, batch_size=4 * training.batch_size)
+    run = _Training(cache, basis, larger, targets, targets.overall[None], seed)
+    shared = torch.zeros(basis.size, 1, device=run.device, requires_grad=True)
+    lasso = lasso_weights(basis, training.kind, cache.survey_residuals)
+    tables = [{"params": [shared], "lr": training.lr}]
+    run.run(tables, lambda: shared.T, training.calibration_steps, shared, lasso)
     return shared.detach()[:, 0].cpu()

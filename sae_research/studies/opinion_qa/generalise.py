@@ -1,20 +1,28 @@
-"""Groups that the shift was not trained on: intersections, few answers, none at all (sections 3.6 and 3.7)."""
+"""Groups that the shift was not trained on: intersections, few answers, none (3.6 and 3.7)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import torch
 
-from sae_research.studies.opinion_qa import objective
-from sae_research.studies.opinion_qa.bench import Bench
-from sae_research.studies.opinion_qa.fit import Targets
+from sae_research.studies.opinion_qa.baselines import GroupPrompts
+from sae_research.studies.opinion_qa.cache import CachedPrompts
+from sae_research.studies.opinion_qa.experiment import Experiment, make_targets
+from sae_research.studies.opinion_qa.fit import Targets, forward_kl, mean_kl, train_shift
+from sae_research.studies.opinion_qa.settings import ShiftTraining
 from sae_research.studies.opinion_qa.shift import Basis, Shift
-from sae_research.surveys.survey import Group
+from sae_research.surveys import crossings
+from sae_research.surveys.survey import Group, Survey
+
+# intersections of two attributes
 
 
-def composed(shift: Shift, groups: Sequence[Group], kappa: float = 1.0) -> torch.Tensor:
-    """Delta = Delta_0 + kappa U (c_g1 + c_g2 + ...) of every intersection g1|g2|..., [intersections, M]."""
+def compose_shifts(shift: Shift, groups: Sequence[Group], kappa: float = 1.0) -> torch.Tensor:
+    """Delta = Delta_0 + kappa U (c_g1 + c_g2 + ...) of every intersection g1|g2|...,
+    [intersections, M].
+    """
     parts = [
         sum(shift.scores[shift.groups.index(name)] for name in group.name.split("|"))
         for group in groups
@@ -22,13 +30,15 @@ def composed(shift: Shift, groups: Sequence[Group], kappa: float = 1.0) -> torch
     return shift.shared + kappa * torch.stack(parts) @ shift.axes.T
 
 
-def margin(shift: Shift, groups: Sequence[Group], place: int) -> torch.Tensor:
-    """The shift of one margin of every intersection: the `place`-th part of its name, [intersections, M]."""
+def margin_deltas(shift: Shift, groups: Sequence[Group], place: int) -> torch.Tensor:
+    """The shift of one margin of every intersection: the `place`-th part of its name,
+    [intersections, M].
+    """
     return torch.stack([shift.delta(group.name.split("|")[place]) for group in groups])
 
 
-def best_kappa(
-    bench: Bench,
+def choose_kappa(
+    cache: CachedPrompts,
     basis: Basis,
     shift: Shift,
     groups: Sequence[Group],
@@ -36,31 +46,103 @@ def best_kappa(
     questions: np.ndarray,
     kappas: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2),
 ) -> float:
-    """The shrinkage with which compositions, mixed by their shares, give the answers of their margins back.
+    """The shrinkage with which compositions, mixed by their shares, give their margins' answers
+    back.
 
-    `answers` are those of the shift's own groups to `questions`: nothing is known of an intersection but its share.
+    `answers` are those of the shift's own groups: of an intersection only its share is known.
     """
-    mixture, truth = _margins(shift, groups), torch.tensor(answers)
-    kept = mixture.sum(1) > 0
+    mixture = _margins(shift, groups)
+    known = mixture.sum(1) > 0
 
     def loss(kappa: float) -> float:
-        delta = composed(shift, groups, kappa)
-        found = bench.answers(basis, shift.kind, delta, questions, shift.positions).probabilities
-        mixed = torch.tensor(np.einsum("gi,iqk->gqk", mixture[kept], found))
-        return objective.forward_divergence(truth[kept], mixed.clamp(min=1e-12).log()).mean().item()
+        delta = compose_shifts(shift, groups, kappa)
+        found = cache.measure_answers(basis, shift.kind, delta, questions, shift.positions)
+        mixed = np.einsum("gi,iqk->gqk", mixture[known], found.probabilities)
+        return mean_kl(answers[known], mixed)
 
     return min(kappas, key=loss)
 
 
 def _margins(shift: Shift, groups: Sequence[Group]) -> np.ndarray:
-    """Share of each intersection within each of the shift's groups, [groups, intersections]; zero where it is none."""
+    """Share of each intersection within each of the shift's groups, [groups, intersections]; zero
+    where it is none.
+    """
     found = np.array(
         [[g.share if name in g.name.split("|") else 0.0 for g in groups] for name in shift.groups]
     )
     return found / np.maximum(found.sum(1, keepdims=True), 1e-12)
 
 
-def without(targets: Targets, left_out: Sequence[int]) -> Targets:
+def measure_composition(
+    exp: Experiment, shift: Shift, best: ShiftTraining, seed: int
+) -> pd.DataFrame:
+    """WD to each pair of attributes' intersections by cluster of questions.
+
+    Compared are the composed shift, its margins and the population. kappa comes from the margins'
+    answers to validation questions. Two columns know more: people's own margins added up, and a
+    shift trained on a poll of the intersections themselves (first seed).
+    """
+    rows = []
+    for survey in exp.intersections:
+        answers, kappa = _answer_intersections(exp, shift, best, survey, seed)
+        truth = survey.distributions[:, exp.eval_set.questions]
+        wd = {name: exp.eval_set.distance(a, truth).mean(0) for name, a in answers.items()}
+        table = pd.DataFrame(wd).groupby(exp.eval_set.clusters).mean()
+        about = {"pair": survey.groups[0].attribute, "kappa": kappa}
+        rows.append(table.rename_axis("cluster").reset_index().assign(**about))
+    if not rows:
+        return pd.DataFrame(columns=["cluster", "pair", "kappa"])
+    return pd.concat(rows, ignore_index=True)
+
+
+def _answer_intersections(
+    exp: Experiment, shift: Shift, best: ShiftTraining, survey: Survey, seed: int
+) -> tuple[dict[str, np.ndarray], float]:
+    """Answers of every way to the intersections of `survey`, and the kappa that was chosen."""
+    groups = survey.groups
+    validation = exp.targets.validation
+    known = exp.targets.answers[:, validation]
+    kappa = choose_kappa(exp.cache, exp.sae, shift, groups, known, validation)
+    deltas = {
+        "composed": compose_shifts(shift, groups),
+        "composed, shrunk": compose_shifts(shift, groups, kappa),
+        "margin 1": margin_deltas(shift, groups, 0),
+        "margin 2": margin_deltas(shift, groups, 1),
+        "shared part": shift.shared[None],
+    }
+    if seed == 0:
+        poll = survey.sampled(exp.settings.respondents, seed)
+        targets = make_targets(poll, exp.settings.shrinkage)
+        trained = train_shift(exp.cache, exp.sae, best, targets, seed).shift
+        deltas["trained on them"] = trained.deltas
+    answers = {name: answer_test(exp, shift, delta) for name, delta in deltas.items()}
+    answers["mean of margins"] = (answers["margin 1"] + answers["margin 2"]) / 2
+    answers["population"] = exp.truth.overall[exp.eval_set.questions][None]
+    answers["people's margins, added"] = _add_margins(exp, groups)
+    return answers, kappa
+
+
+def answer_test(exp: Experiment, shift: Shift, deltas: torch.Tensor) -> np.ndarray:
+    """Answers to the test questions under `deltas`, applied as `shift` is."""
+    return exp.cache.measure_answers(
+        exp.sae, shift.kind, deltas, exp.eval_set.questions, shift.positions
+    ).probabilities
+
+
+def _add_margins(exp: Experiment, groups: Sequence[Group]) -> np.ndarray:
+    """What people of both groups would answer if log-probabilities of margins added up."""
+    names = [g.name for g in exp.truth.groups]
+    first, second = (
+        exp.eval_set.truth[[names.index(g.name.split("|")[i]) for g in groups]] for i in (0, 1)
+    )
+    overall = exp.truth.overall[exp.eval_set.questions]
+    return crossings.added(first, second, overall, exp.eval_set.mask)
+
+
+# groups left out of training
+
+
+def drop_groups(targets: Targets, left_out: Sequence[int]) -> Targets:
     """The targets without some groups."""
     keep = [g for g in range(len(targets.groups)) if g not in set(left_out)]
     return replace(
@@ -72,8 +154,8 @@ def without(targets: Targets, left_out: Sequence[int]) -> Targets:
     )
 
 
-def few_shot(
-    bench: Bench,
+def fit_few_shot(
+    cache: CachedPrompts,
     basis: Basis,
     shift: Shift,
     answers: np.ndarray,
@@ -82,35 +164,38 @@ def few_shot(
     ridge: float = 0.01,
     free: bool = False,
     steps: int,
-    rate: float = 0.1,
-    batch: int = 24,
+    lr: float = 0.1,
+    batch_size: int = 24,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Shifts [groups, M] of new groups from their `answers` [groups, questions, options] to a few questions.
+    """Shifts [groups, M] of new groups from `answers` [groups, questions, options] to few
+    questions.
 
-    U stays frozen and only the r numbers c_new are fitted, with a ridge towards the population in units of the known
-    groups' scores; `free` fits a whole vector instead.
+    U stays frozen and only the r numbers c_new are fitted, with a ridge towards the population
+    in units of the known groups' scores; `free` fits a whole vector instead.
     """
-    rows = bench.prompts.rows(questions)
-    here = bench.residual.device
-    truth = torch.tensor(answers, dtype=torch.float32, device=here)
-    axes = (
-        torch.eye(basis.size) * shift.axes.abs().max() if free else shift.axes * shift.scores.std(0)
-    )
-    axes, shared = axes.to(here), shift.shared.to(here)
-    scores = torch.zeros(len(answers), axes.shape[1], device=here, requires_grad=True)
-    optimizer = torch.optim.Adam([scores], lr=rate)
+    rows = cache.prompts.prompt_ids(questions)
+    device = cache.residual.device
+    truth = torch.tensor(answers, dtype=torch.float32, device=device)
+    axes = shift.axes * shift.scores.std(0)
+    if free:
+        axes = torch.eye(basis.size) * shift.axes.abs().max()
+    axes = axes.to(device)
+    shared = shift.shared.to(device)
+    scores = torch.zeros(len(answers), axes.shape[1], device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([scores], lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     random = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        drawn = rows[torch.randperm(len(rows), generator=random)[:batch]]
+        drawn = rows[torch.randperm(len(rows), generator=random)[:batch_size]]
         optimizer.zero_grad()
         (ridge * scores.square().sum() / len(questions) / len(answers)).backward()
-        for part in bench.parts(drawn, len(answers)):
-            x, _ = bench.steered(basis, shift.kind, shared + scores @ axes.T, part, shift.positions)
-            logs = bench.log_probs(x.flatten(0, 1), part.repeat_interleave(len(answers)))
-            target = truth[:, bench.prompts.question[part]].transpose(0, 1).flatten(0, 1)
-            (objective.forward_divergence(target, logs).mean() * len(part) / len(drawn)).backward()
+        for part in cache.microbatches(drawn, len(answers)):
+            deltas = shared + scores @ axes.T
+            x, _ = cache.apply_shift(basis, shift.kind, deltas, part, shift.positions)
+            logs = cache.log_probs(x.flatten(0, 1), part.repeat_interleave(len(answers)))
+            target = truth[:, cache.prompts.question[part]].transpose(0, 1).flatten(0, 1)
+            (forward_kl(target, logs).mean() * len(part) / len(drawn)).backward()
         optimizer.step()
         schedule.step()
     return (shared + scores @ axes.T).detach().cpu()
@@ -119,55 +204,122 @@ def few_shot(
 RIDGES = (0.0, 1e-3, 1e-2, 1e-1)
 
 
-def best_ridge(
-    bench: Bench,
+def choose_ridge(
+    cache: CachedPrompts,
     basis: Basis,
     shift: Shift,
     answers: np.ndarray,
     questions: np.ndarray,
     validation: np.ndarray,
-    *,
-    free: bool,
-    steps: int,
-    seed: int,
+    **fitting: object,
 ) -> float:
-    """The ridge with which groups that the shift knows, placed anew from `questions`, answer `validation` ones best.
+    """The ridge with which known groups, placed anew from `questions`, answer `validation` best.
 
-    So a way is tuned without another answer of the new group, and each way gets a ridge of its own.
+    So a way is tuned without another answer of the new group, and each way has a ridge of its own.
     """
-    truth = torch.tensor(answers[:, validation])
 
     def loss(ridge: float) -> float:
-        delta = few_shot(
-            bench, basis, shift, answers, questions, ridge=ridge, free=free, steps=steps, seed=seed
-        )
-        found = bench.answers(basis, shift.kind, delta, validation, shift.positions).probabilities
-        return (
-            objective.forward_divergence(truth, torch.tensor(np.log(np.maximum(found, 1e-12))))
-            .mean()
-            .item()
-        )
+        delta = fit_few_shot(cache, basis, shift, answers, questions, ridge=ridge, **fitting)
+        found = cache.measure_answers(basis, shift.kind, delta, validation, shift.positions)
+        return mean_kl(answers[:, validation], found.probabilities)
 
     return min(RIDGES, key=loss)
 
 
-def held_out(targets: Targets, turn: int = 0) -> list[int]:
-    """Groups to keep for later: the last one of every attribute that has more than two, or the one `turn` before it."""
+def held_out_groups(targets: Targets, turn: int = 0) -> list[int]:
+    """Groups to leave out: of every attribute with more than two, the last but `turn`."""
     names = np.array(targets.attributes)
     places = [np.flatnonzero(names == attribute) for attribute in dict.fromkeys(targets.attributes)]
     return [int(place[-1 - turn]) for place in places if len(place) > max(2, turn)]
 
 
-def from_states(
+def predict_from_states(
     shift: Shift, known: torch.Tensor, new: torch.Tensor, ridge: float = 0.1
 ) -> torch.Tensor:
-    """Shifts [new groups, M] without any answers: c_g regressed on the model's own state for the group.
+    """Shifts [new groups, M] without any answers: c_g regressed on the model's state for the group.
 
-    States are the mean residuals over each group's prompts; `known`, [groups, d], are those of the shift's groups.
+    States are mean residuals over each group's prompts; `known`, [groups, d], are those of the
+    shift's groups.
     """
-    known, new = known.cpu(), new.cpu()
-    centre, c = known.mean(0), shift.scores - shift.scores.mean(0)
-    scale = (known - centre).norm(dim=1).mean()
-    x, own = (known - centre) / scale, (new - centre) / scale
+    known = known.cpu()
+    center = known.mean(0)
+    scale = (known - center).norm(dim=1).mean()
+    x = (known - center) / scale
+    own = (new.cpu() - center) / scale
+    c = shift.scores - shift.scores.mean(0)
     fitted = own @ x.T @ torch.linalg.solve(x @ x.T + ridge * torch.eye(len(x)), c)
     return shift.shared + (shift.scores.mean(0) + fitted) @ shift.axes.T
+
+
+def measure_new_groups(
+    exp: Experiment, best: ShiftTraining, prompted: GroupPrompts | None, seed: int
+) -> pd.DataFrame:
+    """Groups left out of training: U frozen and c_new from few questions, against other ways.
+
+    The others are whole vectors, the population's shift, and a regression on the group's prompts.
+    One group of each attribute is left out at a time, or a whole attribute, whose axis may then be
+    missing (first seed). Rows are mean distances by group and cluster of questions; every seed
+    draws other questions.
+    """
+    order = np.random.default_rng(seed).permutation(exp.targets.train)
+    turns = [("", held_out_groups(exp.targets, t)) for t in range(exp.settings.n_holdout_rounds)]
+    if exp.settings.unseen_attributes and seed == 0:
+        names = np.array(exp.targets.attributes)
+        turns += [
+            (", attribute unseen", np.flatnonzero(names == attribute).tolist())
+            for attribute in dict.fromkeys(names)
+        ]
+    rows = []
+    ridges: dict[tuple[str, int], float] = {}
+    for suffix, left_out in turns:
+        if not left_out:
+            continue
+        shift, ways = _place_groups(exp, best, prompted, left_out, order, ridges, seed)
+        for (way, n_questions), deltas in ways.items():
+            table = _distances(exp, answer_test(exp, shift, deltas), left_out)
+            ridge = ridges.get((way, n_questions), np.nan)
+            rows.append(table.assign(way=way + suffix, n_questions=n_questions, ridge=ridge))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _place_groups(
+    exp: Experiment,
+    best: ShiftTraining,
+    prompted: GroupPrompts | None,
+    left_out: list[int],
+    order: np.ndarray,
+    ridges: dict[tuple[str, int], float],
+    seed: int,
+) -> tuple[Shift, dict[tuple[str, int], torch.Tensor]]:
+    """A shift trained without some groups, and their deltas in every way; fills `ridges` on the
+    way.
+    """
+    targets = exp.targets
+    # groups that the first turn knows stand in for new ones, so that its ridges serve all turns
+    stand_ins = held_out_groups(targets, 1)
+    shift = train_shift(exp.cache, exp.sae, best, drop_groups(targets, left_out), seed).shift
+    ways = {("population", 0): shift.shared.expand(len(left_out), -1)}
+    if prompted is not None:
+        known = [g for g in range(len(targets.groups)) if g not in set(left_out)]
+        states = prompted.block
+        ways["from the prompt", 0] = predict_from_states(shift, states[known], states[left_out])
+    for n in (n for n in exp.settings.few_shot_sizes if n <= len(order)):
+        for way, free in (("scores, U frozen", False), ("whole vector", True)):
+            fitting = {"free": free, "steps": exp.settings.few_shot_steps, "seed": seed}
+            case = (exp.cache, exp.sae, shift)
+            if (way, n) not in ridges:
+                ridges[way, n] = choose_ridge(
+                    *case, targets.answers[stand_ins], order[:n], targets.validation, **fitting
+                )
+            ways[way, n] = fit_few_shot(
+                *case, targets.answers[left_out], order[:n], ridge=ridges[way, n], **fitting
+            )
+    return shift, ways
+
+
+def _distances(exp: Experiment, answers: np.ndarray, groups: list[int]) -> pd.DataFrame:
+    """Mean WD of some groups by cluster of questions, one row each."""
+    wd = exp.eval_set.distance(answers, exp.eval_set.truth[groups])
+    names = [exp.targets.groups[g] for g in groups]
+    table = pd.DataFrame(wd.T, columns=names).groupby(exp.eval_set.clusters).mean()
+    return table.rename_axis("cluster").reset_index().melt("cluster", None, "group", "wd")

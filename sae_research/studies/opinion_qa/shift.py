@@ -1,11 +1,11 @@
-"""The shift: what is added to the codes of a dictionary, one sparse vector a group, Delta_g = Delta_0 + U c_g.
+"""The shift: what is added to latent activations, one vector per group, Delta_g = Delta_0 + U c_g.
 
-x' = x + W_dec^T (f' - f) with f = enc(x): the part of x that the dictionary does not explain stays, so a zero shift is
-exactly the frozen model. Only the `literal` edit of the abstract drops it (section 3.3).
+x' = x + W_dec^T (f' - f) with f = enc(x): the part of x that the dictionary does not explain
+stays, so a zero shift is exactly the frozen model. Only the `literal` edit of the abstract
+drops it (section 3.3).
 """
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
     from sae_research.models import Edit, LanguageModel
+    from sae_research.studies.opinion_qa.settings import ShiftTraining
+    from sae_research.surveys.survey import Question, Survey
 
 EDITS = ("additive", "multiplicative", "gated", "literal")
 POSITIONS = ("answer", "question", "all")
@@ -33,7 +35,7 @@ class Basis:
     """What to call it: the SAE, or the control that takes its place."""
     encode: Callable[[torch.Tensor], torch.Tensor]
     """f = enc(x), [..., d] to [..., M]."""
-    rows: torch.Tensor
+    decoder: torch.Tensor
     """W_dec, [M, d]."""
     offset: torch.Tensor | None = None
     """b of x_hat = W_dec^T f + b; only the literal edit reads it."""
@@ -43,11 +45,11 @@ class Basis:
     @property
     def size(self) -> int:
         """M, the number of coordinates."""
-        return len(self.rows)
+        return len(self.decoder)
 
-    def reconstruct(self, codes: torch.Tensor) -> torch.Tensor:
+    def reconstruct(self, acts: torch.Tensor) -> torch.Tensor:
         """x_hat = W_dec^T f + b."""
-        found = codes @ self.rows
+        found = acts @ self.decoder
         return found if self.offset is None else found + self.offset
 
 
@@ -69,7 +71,9 @@ def sae_basis(sae: "SAE", name: str = "SAE") -> Basis:
 
 
 def random_basis(residuals: torch.Tensor, size: int, l0: float, seed: int) -> Basis:
-    """As many random unit rows as the SAE has latents; as many of the largest as its L0 are active on every token."""
+    """As many random unit rows as the SAE has latents; as many of the largest as its L0 are active
+    on every token.
+    """
     random = torch.Generator().manual_seed(seed)
     rows = torch.randn(size, residuals.shape[-1], generator=random).to(residuals)
     rows = rows / rows.norm(dim=-1, keepdim=True)
@@ -84,7 +88,9 @@ def random_basis(residuals: torch.Tensor, size: int, l0: float, seed: int) -> Ba
 
 
 def pca_basis(residuals: torch.Tensor) -> Basis:
-    """Principal components, each split by sign into two non-negative codes as an SAE's latents are: error-free."""
+    """Principal components, each split by sign into two non-negative codes as an SAE's latents
+    are: error-free.
+    """
     mean = residuals.mean(0)
     components = torch.linalg.svd(residuals - mean, full_matrices=False).Vh
     rows = torch.cat([components, -components])
@@ -92,7 +98,8 @@ def pca_basis(residuals: torch.Tensor) -> Basis:
 
 
 def token_basis(residuals: torch.Tensor, tokens: torch.Tensor) -> Basis:
-    """A vector of its own for every token of the survey: all that gating by token can do, without an SAE.
+    """A vector of its own for every token of the survey: all that gating by token can do, without
+    an SAE.
 
     Which token a residual belongs to is read off it: the nearest of the tokens' means.
     """
@@ -108,7 +115,7 @@ def token_basis(residuals: torch.Tensor, tokens: torch.Tensor) -> Basis:
         hot = torch.nn.functional.one_hot(near, len(names)).to(x)
         return hot.repeat_interleave(width, -1).unflatten(0, x.shape[:-1])
 
-    return Basis("a vector a token", encode, torch.eye(width).to(residuals).repeat(len(names), 1))
+    return Basis("per-token vector", encode, torch.eye(width).to(residuals).repeat(len(names), 1))
 
 
 def residual_basis(width: int, device: str = "cpu") -> Basis:
@@ -116,27 +123,29 @@ def residual_basis(width: int, device: str = "cpu") -> Basis:
     return Basis("dense", lambda x: x, torch.eye(width, device=device), None, signed=True)
 
 
-def displacement(
-    basis: Basis, kind: str, x: torch.Tensor, codes: torch.Tensor, delta: torch.Tensor
+def compute_displacement(
+    basis: Basis, kind: str, x: torch.Tensor, acts: torch.Tensor, delta: torch.Tensor
 ) -> torch.Tensor:
-    """x' - x for residuals [rows, positions, d] under every shift of [shifts, M], as [rows, shifts, positions, d].
+    """x' - x for residuals [rows, positions, d] under every shift of [shifts, M], as [rows,
+    shifts, positions, d].
 
-    additive f' = relu(f + Delta), multiplicative f' = f exp(Delta), gated f' = f + 1[f > 0] Delta, and literal
-    x' = W_dec^T (f + Delta) + b. The second and third are linear in f, so each shift becomes one matrix [M, d].
+    additive f' = relu(f + Delta), multiplicative f' = f exp(Delta), gated f' = f + 1[f > 0]
+    Delta, and literal x' = W_dec^T (f + Delta) + b. The second and third are linear in f, so
+    each shift becomes one matrix [M, d].
     """
-    delta = delta.to(basis.rows.device)
+    delta = delta.to(basis.decoder.device)
     if kind == "multiplicative":
-        return torch.einsum("btm,smd->bstd", codes, torch.expm1(delta)[..., None] * basis.rows)
+        return torch.einsum("btm,smd->bstd", acts, torch.expm1(delta)[..., None] * basis.decoder)
     if kind == "gated":
-        return torch.einsum("btm,smd->bstd", (codes != 0).to(codes), delta[..., None] * basis.rows)
+        return torch.einsum("btm,smd->bstd", (acts != 0).to(acts), delta[..., None] * basis.decoder)
     if kind == "literal":
-        return (basis.reconstruct(codes) - x)[:, None] + (delta @ basis.rows)[None, :, None]
+        return (basis.reconstruct(acts) - x)[:, None] + (delta @ basis.decoder)[None, :, None]
     if kind != "additive":
         raise unknown("edit", kind, EDITS, "a shift")
     if basis.signed:
-        return (delta @ basis.rows)[None, :, None].expand(len(x), -1, x.shape[1], -1)
-    moved = torch.relu(codes[:, None] + delta[None, :, None]) - codes[:, None]
-    return moved @ basis.rows
+        return (delta @ basis.decoder)[None, :, None].expand(len(x), -1, x.shape[1], -1)
+    moved = torch.relu(acts[:, None] + delta[None, :, None]) - acts[:, None]
+    return moved @ basis.decoder
 
 
 @dataclass(frozen=True)
@@ -184,34 +193,38 @@ class Shift:
         """Which coordinates any group moves, [M]."""
         return (self.shared != 0) | (self.axes != 0).any(1)
 
-    def delta(self, group: str | int, strength: float = 1.0) -> torch.Tensor:
-        """Delta_0 + strength U c_g of one group."""
+    def delta(self, group: str | int, coefficient: float = 1.0) -> torch.Tensor:
+        """Delta_0 + coefficient U c_g of one group."""
         if isinstance(group, str):
             if group not in self.groups:
                 raise unknown("group", group, self.groups, "this shift")
             group = self.groups.index(group)
-        return self.shared + strength * self.scores[group] @ self.axes.T
+        return self.shared + coefficient * self.scores[group] @ self.axes.T
 
     def only(self, m: int) -> "Shift":
-        """The same with the group part of all but the `m` coordinates where it is largest set to zero."""
+        """The same with the group part of all but the `m` coordinates where it is largest set to
+        zero.
+        """
         size = (self.scores @ self.axes.T).norm(dim=0)
         kept = torch.zeros_like(size)
         kept[size.topk(min(m, len(size))).indices] = 1
         return replace(self, axes=self.axes * kept[:, None])
 
     def edit(
-        self, basis: Basis, group: str | int, *, last: bool | None = None, strength: float = 1.0
+        self, basis: Basis, group: str | int, *, last: bool | None = None, coefficient: float = 1.0
     ) -> "Edit":
-        """The edit of one group for `LanguageModel.logits(tokens, {shift.hook: edit})`; `strength` scales the group part.
+        """The edit of one group for `LanguageModel.logits(tokens, {shift.hook: edit})`;
+        `coefficient` scales the group part.
 
-        Tokens must be survey prompts for a shift of `question` tokens: it acts on all but the start token of a row.
+        Tokens must be survey prompts for a shift of `question` tokens: it acts on all but the
+        start token of a row.
         """
-        delta = self.delta(group, strength)[None]
+        delta = self.delta(group, coefficient)[None]
         last = self.positions == "answer" if last is None else last
 
         def apply(residual: torch.Tensor) -> torch.Tensor:
             x = residual.float()
-            moved = displacement(basis, self.kind, x, basis.encode(x), delta)[:, 0]
+            moved = compute_displacement(basis, self.kind, x, basis.encode(x), delta)[:, 0]
             place = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
             place[: -1 if last else 1] = False
             return residual + torch.where(place[:, None], moved, 0.0).to(residual)
@@ -219,8 +232,10 @@ class Shift:
         return apply
 
 
-def canonical(shift: Shift, weights: torch.Tensor) -> Shift:
-    """The same deltas with unit columns of U, orthogonal, in order of the variance that they explain between groups."""
+def canonicalize(shift: Shift, weights: torch.Tensor) -> Shift:
+    """The same deltas with unit columns of U, orthogonal, in order of the variance that they
+    explain between groups.
+    """
     scale = weights.to(shift.scores).sqrt()[:, None]
     basis, triangle = torch.linalg.qr(shift.axes)
     _, _, turned = torch.linalg.svd(scale * (shift.scores @ triangle.T), full_matrices=False)
@@ -230,59 +245,151 @@ def canonical(shift: Shift, weights: torch.Tensor) -> Shift:
     return replace(shift, axes=axes, scores=shift.scores @ triangle.T @ turned.T)
 
 
-def save_shift(
-    shift: Shift, folder: Path, *, model: str, sae: str, rows: torch.Tensor, cards: dict[str, dict]
-) -> None:
-    """Write the shift, what it fits (`rows` is the decoder of its SAE) and a card a group, whole or not at all."""
+# saved shifts
+
+
+@dataclass(frozen=True)
+class FittedShift:
+    """A trained shift together with the model and the SAE that it steers.
+
+    >>> shift = load_shift("path/to/shift", model, sae)
+    >>> shift.answer("Is the tax right?", "red", options=("no", "yes"))
+    >>> model.generate("I think", 20, edits=shift.edits("red"))
+    """
+
+    shift: Shift
+    """The numbers."""
+    model: "LanguageModel"
+    """The model."""
+    sae: "SAE"
+    """The SAE whose latents are shifted."""
+    template: str = "english"
+    """The words in which questions are put, by their name in `prompts.TEMPLATES`."""
+
+    def edits(self, group: str | int, coefficient: float = 1.0) -> "dict[str, Edit]":
+        """The edit of one group by hook; `coefficient` scales what tells it from the others."""
+        edit = self.shift.edit(sae_basis(self.sae), group, coefficient=coefficient)
+        return {self.shift.hook: edit}
+
+    def answer(
+        self,
+        question: "str | Question",
+        group: str | int,
+        options: Sequence[str] = (),
+        coefficient: float = 1.0,
+    ) -> dict[str, float]:
+        """Probability of each option, listed in both orders and averaged.
+
+        `question` is a survey's `Question`, or a text with its `options` in ordinal order.
+        """
+        from sae_research.studies.opinion_qa.prompts import answer_question
+
+        edits = self.edits(group, coefficient)
+        return answer_question(self.model, self.template, question, options, edits)
+
+
+def save_shift(fitted: FittedShift, folder: Path, cards: dict[str, dict] | None = None) -> None:
+    """Write a shift, what it fits and a card for each group, whole or not at all."""
+    shift = fitted.shift
     fits = {
-        "model": model,
-        "sae": sae,
+        "model": fitted.model.name,
+        "model_weights": fitted.model.fingerprint,
+        "sae": fitted.sae.cfg.metadata.hook_name or shift.hook,
+        "sae_weights": _sae_fingerprint(fitted.sae),
         "hook": shift.hook,
         "edit": shift.kind,
         "positions": shift.positions,
+        "template": fitted.template,
     }
-    fits["decoder"] = _print(rows)
+    groups = [{"name": name, **(cards or {}).get(name, {})} for name in shift.groups]
     with store.writing(Path(folder)) as partial:
         tensors = {"shared": shift.shared, "axes": shift.axes, "scores": shift.scores}
-        store.write_tensors(partial / _WEIGHTS, tensors, fits)
-        store.write_json(
-            partial / _CARDS,
-            {"fits": fits, "groups": [{"name": g, **cards[g]} for g in shift.groups]},
-        )
+        store.write_tensors(partial / _WEIGHTS, tensors)
+        store.write_json(partial / _CARDS, {"fits": fits, "groups": groups})
 
 
-def load_shift(
-    folder: Path, lens: "LanguageModel | None" = None, sae: "SAE | None" = None
-) -> Shift:
-    """A saved shift, checked against the model and SAE that it is to steer.
+def read_shift(folder: Path) -> tuple[Shift, dict]:
+    """A saved shift, and what it fits."""
+    folder = store.verified(Path(folder), "save the shift again with `save_shift`.")
+    book = dict(store.read_json(folder / _CARDS))
+    fits = book["fits"]
+    names = tuple(card["name"] for card in book["groups"])
+    tensors = store.read_tensors(folder / _WEIGHTS)
+    return Shift(fits["edit"], fits["hook"], fits["positions"], names, **tensors), fits
 
-    Three lines steer any compatible model: `shift = load_shift(folder, lens, sae)`,
-    `edit = shift.edit(sae_basis(sae), "red")`, `lens.logits(tokens, {shift.hook: edit})`.
+
+def load_shift(folder: "Path | str", model: "LanguageModel", sae: "SAE") -> FittedShift:
+    """A saved shift for a model and an SAE, both recognised by their weights, not by their
+    names.
     """
-    folder = store.verified(Path(folder))
-    tensors, book = store.read_tensors(folder / _WEIGHTS), store.read_json(folder / _CARDS)
-    fits, names = book["fits"], tuple(card["name"] for card in book["groups"])
-    shift = Shift(fits["edit"], fits["hook"], fits["positions"], names, **tensors)
-    if lens is not None:
-        if lens.name != fits["model"]:
-            raise ResearchError(
-                f"this shift steers '{fits['model']}', not '{lens.name}'; load that model."
-            )
-        lens.hook(shift.hook)
-    if sae is not None:
-        if sae.cfg.d_sae != len(shift.shared):
-            raise ResearchError(
-                f"this shift moves {len(shift.shared)} latents but the SAE has {sae.cfg.d_sae}; load '{fits['sae']}'."
-            )
-        if _print(sae_basis(sae).rows) != fits["decoder"]:
-            raise ResearchError(
-                f"this SAE has other latents than the one of the shift; load '{fits['sae']}'."
-            )
-    return shift
+    shift, fits = read_shift(Path(folder).expanduser())
+    if model.fingerprint != fits["model_weights"]:
+        raise ResearchError(
+            f"this shift steers '{fits['model']}', and the weights of '{model.name}' are others; "
+            "load that model."
+        )
+    model.hook(shift.hook)
+    if sae.cfg.d_sae != len(shift.shared):
+        raise ResearchError(
+            f"this shift moves {len(shift.shared)} latents but the SAE has {sae.cfg.d_sae}; "
+            f"load the SAE at '{fits['sae']}' that it was trained with."
+        )
+    if _sae_fingerprint(sae) != fits["sae_weights"]:
+        raise ResearchError(
+            "this SAE has other latents than the one of the shift; load the SAE at "
+            f"'{fits['sae']}' that it was trained with."
+        )
+    return FittedShift(shift, model, sae, fits["template"])
 
 
-def _print(rows: torch.Tensor) -> str:
-    """What tells one decoder from another of its size."""
-    return hashlib.sha256(rows.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[
-        :16
-    ]
+def _sae_fingerprint(sae: "SAE") -> str:
+    """A hash of the SAE's weights, the same in every number format that holds bfloat16."""
+    weights = sae.state_dict().items()
+    return store.tensor_fingerprint({name: w.to(torch.bfloat16) for name, w in weights})
+
+
+def fit_shift(
+    model: "LanguageModel",
+    sae: "SAE",
+    survey: "Survey",
+    texts: "Sequence[str] | None" = None,
+    *,
+    training: "ShiftTraining | None" = None,
+    template: str = "english",
+    shrinkage: float = 20.0,
+    max_rows_per_forward: int = 48,
+    seed: int = 0,
+) -> FittedShift:
+    """Train a shift for every group of a survey of your own, with your own model and SAE.
+
+    The survey needs a train and a validation split (`survey.split(seed)` makes them). On `texts`,
+    by default text that the model writes itself, the shift is kept from changing other behaviour.
+    """
+    from sae_research.saes import check_fit, warn_if_wrong
+    from sae_research.studies.opinion_qa.cache import CachedPrompts
+    from sae_research.studies.opinion_qa.experiment import make_targets, split_passages
+    from sae_research.studies.opinion_qa.fit import train_shift
+    from sae_research.studies.opinion_qa.prompts import find_template
+    from sae_research.studies.opinion_qa.settings import ShiftTraining
+
+    for split in ("train", "validation"):
+        if not len(survey.rows(split)):
+            raise ResearchError(
+                f"no question of the survey is in the {split} split; "
+                "make splits with `survey.split(seed)`."
+            )
+    warn_if_wrong(model, sae)
+    if survey.counts is None:
+        survey = survey.sampled(1000, seed)
+    if texts is None:
+        third = len(model.sample) // 3
+        parts = dict(zip(("train", "validation", "test"), model.sample.split(third), strict=False))
+    else:
+        parts = split_passages(model, texts, 64)
+    training = training or ShiftTraining()
+    write = find_template(template, model.tokenizer).plain
+    hook = check_fit(model, sae)
+    cache = CachedPrompts(model, hook, survey.questions, write, parts, max_rows_per_forward)
+    targets = make_targets(survey, shrinkage)
+    found = train_shift(cache, sae_basis(sae), training, targets, seed)
+    return FittedShift(found.shift, model, sae, template)

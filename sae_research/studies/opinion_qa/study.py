@@ -1,245 +1,423 @@
-"""Trained shifts: the space they act in, settings chosen on validation questions alone, judgement on test questions."""
+"""Study 1 as the runner needs it: settings are chosen per method, then one task per model and seed.
 
-from dataclasses import dataclass, replace
+What no seed changes, and looks at one shift, belong to the first seed.
+"""
 
-import numpy as np
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
 import torch
 
-from sae_research.studies.opinion_qa import baselines
-from sae_research.studies.opinion_qa.bench import Cost
-from sae_research.studies.opinion_qa.fit import Fit, fit
-from sae_research.studies.opinion_qa.laboratory import Laboratory
-from sae_research.studies.opinion_qa.settings import ShiftTraining
-from sae_research.studies.opinion_qa.shift import Basis, Shift
-
-ERROR_KEEPING = ("gated", "multiplicative", "additive")
-"""Edits that leave what the SAE does not explain as it is."""
-
-
-@torch.no_grad()
-def noop(lab: Laboratory, prompts: int = 32) -> float:
-    """Largest change of any logit under a shift of zero, over the edits that keep the error term."""
-    bench, zero = lab.bench, torch.zeros(1, lab.sae.size)
-    rows = bench.prompts.rows(lab.exam.questions)[:prompts]
-
-    def logits(residual: torch.Tensor) -> torch.Tensor:
-        return bench.upper.logits(bench.upper.states(residual, bench.prompts.last[rows]))
-
-    plain = logits(bench.residual[rows])
-    steered = [bench.steered(lab.sae, kind, zero, rows, "all")[0][:, 0] for kind in ERROR_KEEPING]
-    return max(float((logits(x) - plain).abs().max()) for x in steered)
-
-
-NOT_MEASURED = float("nan")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one method achieves."""
-
-    name: str
-    """The method."""
-    answers: np.ndarray
-    """Answers of every group to the test questions, [groups, questions, options]."""
-    cost: Cost
-    """What it does to other text when it is always on."""
-    parameters: int
-    """Numbers trained, zeros not counted."""
-    moved: float = NOT_MEASURED
-    """Share of coordinates that any group moves."""
-    mass: float = NOT_MEASURED
-    """Mean probability of the letters among all tokens."""
-    order: float = NOT_MEASURED
-    """Mean total variation between the two option orders."""
-    coordinates: float = NOT_MEASURED
-    """Coordinates that any group moves."""
-    silent: float = NOT_MEASURED
-    """Those of them that never fire on the survey: moving one adds the same vector to every text (section 10)."""
-    size: float = NOT_MEASURED
-    """Mean length of what the shift adds, as a share of the residual's, on tokens of the survey."""
-    strength: float = NOT_MEASURED
-    """The multiple of an untrained direction that validation chose."""
-    fit: Fit | None = None
-    """The trained shift."""
+from sae_research import catalogue, paths
+from sae_research.config import Profile
+from sae_research.studies.opinion_qa import (
+    baselines,
+    evaluate,
+    findings,
+    generalise,
+    meaning,
+    methods,
+    readers,
+)
+from sae_research.studies.opinion_qa.cache import OffTaskCost
+from sae_research.studies.opinion_qa.experiment import (
+    OPINION_QA,
+    Experiment,
+    load_experiment,
+    load_shift_sae,
+)
+from sae_research.studies.opinion_qa.fit import train_calibration, train_shift
+from sae_research.studies.opinion_qa.methods import Choice, MethodResult, Plan
+from sae_research.studies.opinion_qa.settings import (
+    DENSE,
+    LAST_TOKEN,
+    NO_KL,
+    SPARSEST,
+    ShiftTraining,
+)
+from sae_research.studies.opinion_qa.shift import Basis, FittedShift, Shift, save_shift
+from sae_research.studies.runner import Result, Task
+from sae_research.surveys.files import writable
 
 
-NO_COST, UNKNOWN_COST = Cost(0.0, 0.0), Cost(NOT_MEASURED, NOT_MEASURED)
+def data_files(task: Task, profile: Profile) -> list[Path]:
+    """The reader's own OpinionQA, for real models."""
+    if catalogue.get(task["model"]).embedded:
+        return []
+    writable(paths.scratch(profile.name, "opinion_qa"), "OpinionQA")
+    return sorted(path for path in OPINION_QA.rglob("*") if path.is_file())
 
 
-def shifted(lab: Laboratory, name: str, basis: Basis, found: Fit) -> Outcome:
-    """Judge a trained shift on the test questions and test documents."""
-    shift = found.shift
-    reading = lab.bench.answers(
-        basis, shift.kind, shift.deltas, lab.exam.questions, shift.positions
-    )
-    cost = NO_COST
-    if shift.positions == "all":
-        cost = lab.bench.cost(basis, shift.kind, shift.deltas, "test")
-    return Outcome(
-        name,
-        reading.probabilities,
-        cost,
-        shift.parameters,
-        float(shift.active.float().mean()),
-        float(reading.mass.mean()),
-        float(reading.order_sensitivity.mean()),
-        int(shift.active.sum()),
-        int((shift.active & ~fires(lab, basis)).sum()),
-        size(lab, basis, found.shift),
-        fit=found,
-    )
+# phase 1: settings from validation questions
 
 
-@torch.no_grad()
-def fires(lab: Laboratory, basis: Basis) -> torch.Tensor:
-    """Which coordinates are ever active on the survey, [M]."""
-    return (basis.encode(lab.bench.block) != 0).any(0).cpu()
-
-
-@torch.no_grad()
-def size(lab: Laboratory, basis: Basis, shift: Shift, prompts: int = 32) -> float:
-    """Mean ||x' - x|| / ||x|| over groups and survey tokens of some test prompts."""
-    rows = lab.bench.prompts.rows(lab.exam.questions)[:prompts]
+def choice_tasks(profile: Profile) -> list[Task]:
+    """One task per model and method; the first one per model describes it too."""
     found = []
-    for part in lab.bench.parts(rows, len(shift.groups)):
-        _, moved = lab.bench.steered(basis, shift.kind, shift.deltas, part, shift.positions)
-        share = moved.norm(dim=-1) / lab.bench.residual[part].norm(dim=-1)[:, None]
-        inside = lab.bench.prompts.editable(shift.positions)[part][:, None].expand_as(share)
-        found.append(share[inside])
-    return float(torch.cat(found).mean())
+    for name in profile.opinion_qa.models:
+        names = methods.method_names(load_experiment(profile, name, 0))
+        found += [{"model": name, "method": method} for method in names]
+    return found
 
 
-DENSE, FREE = "dense vector, low rank", "dense vector, free"
-TOKENS, RAW = "a vector a token", "raw coordinates multiplicative"
-ARMS: dict[str, tuple[str, dict]] = {
-    "SAE multiplicative": ("SAE", {"kind": "multiplicative"}),
-    "SAE gated": ("SAE", {"kind": "gated"}),
-    "SAE additive": ("SAE", {"kind": "additive"}),
-    "random multiplicative": ("random", {"kind": "multiplicative"}),
-    "random gated": ("random", {"kind": "gated"}),
-    "random additive": ("random", {"kind": "additive"}),
-    "PCA multiplicative": ("PCA", {"kind": "multiplicative"}),
-    "PCA gated": ("PCA", {"kind": "gated"}),
-    "PCA additive": ("PCA", {"kind": "additive"}),
-    RAW: ("dense", {"kind": "multiplicative"}),
-    DENSE: ("dense", {"kind": "additive"}),
-    FREE: ("dense", {"kind": "additive", "rank": None}),
-    TOKENS: ("tokens", {"kind": "gated"}),
-    "SAE literal": ("SAE", {"kind": "literal"}),
-}
-"""Trained shifts: the space they act in and how they depart from the settings; all choose keep and sparsity alike."""
-
-SPARSE, UNKEPT, SHUFFLED = "sparsest within one s.e.", "nothing kept", "shuffled groups"
-VARIANTS: dict[str, dict] = {
-    UNKEPT: {"keep": 0.0},
-    "movement kept small": {"keep": 0.0, "movement": 1.0},
-    "two stages": {"calibration": "first"},
-    "a vector a group": {"rank": None},
-}
-"""How further arms depart from the headline."""
-
-_LARGEST = 16_384
-"""Coordinates above which no vector a token is trained."""
+def choose(task: Task, profile: Profile) -> Result:
+    """KL and sparsity weight of one method."""
+    exp = load_experiment(profile, task["model"], 0)
+    facts = asdict(methods.choose_settings(exp, task["method"], 0))
+    if task["method"] == next(iter(methods.METHODS)):
+        facts["about"] = describe(exp, task["model"])
+    return Result(facts=facts)
 
 
-def arms(lab: Laboratory) -> list[str]:
-    """The arms that this subject can have: a vector a token needs a small vocabulary."""
-    tokens = len(lab.bench.block_tokens.unique()) * lab.bench.lens.d_model
-    return [name for name in ARMS if name != TOKENS or tokens <= _LARGEST]
+def describe(exp: Experiment, name: str) -> dict:
+    """What a reader should know of model, survey and SAE before any result."""
+    eval_set = exp.eval_set
+    unsteered = exp.cache.measure_unsteered(eval_set.questions).probabilities[0]
+    topics = [eval_set.survey.questions[i].topic for i in eval_set.questions]
+    refusal = None
+    if exp.template.refusing is not None:
+        refusal = float(baselines.measure_refusals(exp.cache, exp.template.refusal_prompt).mean())
+    return {
+        "model": name,
+        "sae": exp.settings.sae,
+        "groups": len(exp.targets.groups),
+        "training_questions": len(exp.targets.train),
+        "validation_questions": len(exp.targets.validation),
+        "test_questions": len(eval_set.questions),
+        "clusters": len(set(eval_set.clusters.tolist())),
+        "reliability": eval_set.reliability,
+        "sampling_noise": eval_set.noise,
+        "latents": exp.sae.size,
+        "l0": exp.l0,
+        "explained": exp.explained,
+        "width": exp.cache.model.d_model,
+        "noop": methods.measure_noop(exp),
+        "consistency": evaluate.consistency(eval_set, unsteered, topics),
+        "refusal": refusal,
+    }
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What validation says of one arm."""
-
-    best: ShiftTraining
-    """The harmless setting with the lowest KL."""
-    sparse: ShiftTraining
-    """The sparsest one whose KL is within one standard error of that, clusters of questions paired (section 3.5)."""
-    loss: float
-    """That lowest KL."""
-    harm: float
-    """What the best setting costs other validation text, in nats."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What validation has decided before any test question is read."""
-
-    headline: str
-    """The edit in SAE space with the lowest validation KL."""
-    choices: dict[str, Choice]
-    """Every arm's settings."""
-
-    @property
-    def best(self) -> ShiftTraining:
-        """The headline's settings."""
-        return self.choices[self.headline].best
+def read_plans(choices: list[Result]) -> dict[str, Plan]:
+    """The plan of each model from the results of phase 1."""
+    by_model: dict[str, dict[str, Choice]] = {}
+    for result in choices:
+        facts = dict(result.facts)
+        facts.pop("about", None)
+        best = ShiftTraining(**facts.pop("best"))
+        sparse = ShiftTraining(**facts.pop("sparse"))
+        own = by_model.setdefault(result.task["model"], {})
+        own[result.task["method"]] = Choice(best, sparse, **facts)
+    return {name: methods.make_plan(found) for name, found in by_model.items()}
 
 
-def planned(choices: dict[str, Choice]) -> Plan:
-    """The plan that follows from the choices: harmless edits that keep the error term compete for the headline."""
-    edits = [f"SAE {kind}" for kind in ERROR_KEEPING]
-    return Plan(min(edits, key=lambda name: choices[name].loss), choices)
+# phase 2: everything about one model and seed
 
 
-def choose(lab: Laboratory, name: str, seed: int) -> Choice:
-    """lam_keep and lam_sp of an arm from validation questions and documents alone."""
-    s, (space, changes) = lab.settings, ARMS[name]
-    basis, tried = lab.basis(space, seed), []
-    for keep in s.keeps:
-        for sparsity in s.sparsities:
-            training = replace(s.training, keep=keep, sparsity=sparsity, **changes)
-            found = fit(lab.bench, basis, training, lab.targets, seed)
-            harm = 0.0
-            if training.positions == "all":
-                harm = lab.bench.cost(basis, training.kind, found.shift.deltas, "validation").loss
-            moved = int(found.shift.active.sum())
-            tried.append(_Tried(training, harm, validation_loss(lab, basis, found), moved))
-    harmless = [t for t in tried if t.harm <= s.harm] or [min(tried, key=lambda t: t.harm)]
-    best = min(harmless, key=lambda t: t.loss.mean())
-    close = [t for t in harmless if t is best or within_one_error(t.loss - best.loss)]
-    sparse = min(close, key=lambda t: (t.moved, t.loss.mean()))
-    return Choice(best.training, sparse.training, float(best.loss.mean()), float(best.harm))
+def seed_tasks(profile: Profile, choices: list[Result]) -> list[Task]:
+    """One task per model and seed, with the plan of the model."""
+    about = {r.task["model"]: r.facts["about"] for r in choices if "about" in r.facts}
+    return [
+        {"model": name, "seed": seed, "about": about[name], "plan": asdict(plan)}
+        for name, plan in read_plans(choices).items()
+        for seed in range(profile.runtime.seeds)
+    ]
 
 
-@dataclass(frozen=True)
-class _Tried:
-    """One setting that was tried."""
-
-    training: ShiftTraining
-    harm: float
-    loss: np.ndarray
-    moved: int
+def _plan(task: Task) -> Plan:
+    choices = {
+        name: Choice(ShiftTraining(**c["best"]), ShiftTraining(**c["sparse"]), c["loss"], c["harm"])
+        for name, c in task["plan"]["choices"].items()
+    }
+    return Plan(task["plan"]["headline"], choices)
 
 
-def within_one_error(gaps: np.ndarray) -> bool:
-    """Whether the mean of gaps, paired by cluster of questions, is at most its standard error."""
-    return bool(gaps.mean() <= gaps.std(ddof=1) / len(gaps) ** 0.5)
+def run(task: Task, profile: Profile) -> Result:
+    """Train and judge every method of one model with one seed."""
+    name = task["model"]
+    seed = task["seed"]
+    plan = _plan(task)
+    exp = load_experiment(profile, name, seed)
+    layers = [role for role in exp.settings.layers if role in catalogue.get(name).roles()]
+    deeper = {role: load_experiment(profile, name, seed, role) for role in layers}
+    results, tables, shift = measure_seed(exp, deeper, plan, seed)
+    tables["results"], tensors = _pack(results)
+    template = "toy"
+    if not catalogue.get(name).embedded:
+        template = "english chat" if catalogue.get(name).chat else "english"
+    fitted = FittedShift(shift, exp.cache.model, load_shift_sae(profile, name), template)
+    saved = _read_saved(fitted, make_cards(shift, exp))
+    return Result(
+        tables, {}, {**tensors, "shift.deltas": shift.deltas, "shift.part": _part(shift)}, saved
+    )
 
 
-def validation_loss(lab: Laboratory, basis: Basis, found: Fit) -> np.ndarray:
-    """Mean KL of each cluster of validation questions."""
-    from sae_research.stats import cluster_means
-    from sae_research.surveys.survey import divergence
+def measure_seed(
+    exp: Experiment, deeper: dict[str, Experiment], plan: Plan, seed: int
+) -> tuple[list[MethodResult], dict[str, pd.DataFrame], Shift]:
+    """Results of every method, what follows from the headline shift, and that shift.
 
-    shift, rows = found.shift, lab.targets.validation
-    answers = lab.bench.answers(
-        basis, shift.kind, shift.deltas, rows, shift.positions
-    ).probabilities
-    loss = divergence(lab.targets.answers[:, rows], answers).mean(0)
-    return cluster_means(loss, [lab.families[i] for i in rows])
+    `deeper` are experiments at the SAEs of other layers.
+    """
+    first = seed == 0
+    best = plan.best
+    results = [*_evaluate_methods(exp, plan, seed)]
+    shift = {r.name: r for r in results}[plan.headline].fit.shift
+    prompted = baselines.run_group_prompts(exp) if first else None
+    by_layer, layers = _evaluate_layers(exp, deeper, plan, prompted, seed)
+    results += [methods.train_shuffled(exp, best, seed), *by_layer]
+    tables = {
+        "composition": generalise.measure_composition(exp, shift, best, seed),
+        "axes": meaning.measure_axes(exp, shift, seed),
+        "new_groups": generalise.measure_new_groups(exp, best, prompted, seed),
+    }
+    if first:
+        results += [*_evaluate_baselines(exp, best, prompted, seed)]
+        results += [*_evaluate_ranks(exp, best, seed)]
+        tables |= {
+            "layers": layers,
+            "dose": _measure_doses(exp, {r.name: r for r in results}),
+            "off_target": _measure_off_target(exp, shift),
+            "off_topic": _measure_off_topic(exp, shift),
+            **meaning.describe_shift(exp, shift, prompted),
+        }
+    return results, tables, shift
 
 
-def trained(
-    lab: Laboratory, name: str, training: ShiftTraining, seed: int, space: str = "SAE"
-) -> Outcome:
-    """Train a shift with settings that were chosen before, and judge it."""
-    basis = lab.basis(space, seed)
-    return shifted(lab, name, basis, fit(lab.bench, basis, training, lab.targets, seed))
+def _skipped(exp: Experiment, name: str, seed: int) -> bool:
+    """Whether a method is for the first seed alone."""
+    return seed > 0 and name in exp.settings.first_seed_only
 
 
-def shuffled(lab: Laboratory, training: ShiftTraining, seed: int) -> Outcome:
-    """The headline shift trained on groups that were permuted within each cluster of questions."""
-    targets = baselines.groups_shuffled(lab.targets, lab.families, seed)
-    return shifted(lab, SHUFFLED, lab.sae, fit(lab.bench, lab.sae, training, targets, seed))
+def _evaluate_methods(exp: Experiment, plan: Plan, seed: int) -> Iterator[MethodResult]:
+    """Every method with its chosen settings, and how the headline changes with one of them."""
+    for name, choice in plan.choices.items():
+        if not _skipped(exp, name, seed):
+            space, _ = methods.METHODS[name]
+            yield methods.train_method(exp, name, choice.best, seed, space)
+    variants = {SPARSEST: plan.choices[plan.headline].sparse}
+    variants |= {name: replace(plan.best, **changes) for name, changes in methods.VARIANTS.items()}
+    for kind in methods.ERROR_KEEPING:
+        name = f"SAE {kind}"
+        if name != plan.headline:
+            variants[f"{name}, {NO_KL}"] = replace(plan.choices[name].best, kl_weight=0.0)
+    for name, training in variants.items():
+        if not _skipped(exp, name, seed):
+            yield methods.train_method(exp, name, training, seed)
+
+
+def _evaluate_layers(
+    exp: Experiment,
+    deeper: dict[str, Experiment],
+    plan: Plan,
+    prompted: baselines.GroupPrompts | None,
+    seed: int,
+) -> tuple[list[MethodResult], pd.DataFrame]:
+    """The headline edit at other layers and on the last token alone, and a dense vector there.
+
+    No SAE limits the dense vector. The table says where each layer lies, how well its SAE explains
+    the survey's residuals, and the names of its methods (H1, H2). On the first seed, the probe
+    reads the layer that validation prefers.
+    """
+    trainings = {
+        "all": plan.best,
+        "answer": replace(plan.best, positions="answer"),
+        "dense": plan.choices[DENSE].best,
+    }
+    results, layers, probes = [], [], []
+    for role, here in {exp.settings.sae: exp, **deeper}.items():
+        at_sae = here is exp
+        names = {
+            "all": plan.headline if at_sae else f"at {role}",
+            "answer": LAST_TOKEN if at_sae else f"at {role}, {LAST_TOKEN}",
+            "dense": DENSE if at_sae else f"at {role}, dense vector",
+        }
+        # at the study's own SAE, the other two are among the methods already
+        wanted = [
+            place
+            for place in (("answer",) if at_sae else names)
+            if not _skipped(exp, names[place], seed)
+        ]
+        if not wanted:
+            continue
+        for place in wanted:
+            basis = here.basis("dense" if place == "dense" else "SAE", seed)
+            fit = train_shift(here.cache, basis, trainings[place], here.targets, seed)
+            results.append(methods.evaluate_shift(here, names[place], basis, fit))
+        if prompted is not None:
+            own = prompted if at_sae else baselines.run_group_prompts(here)
+            probes.append(readers.evaluate_probe(here, own))
+        blocks = here.cache.model.depth(here.cache.hook)
+        about = {"role": role, "blocks": blocks, "explained": here.explained, "l0": here.l0}
+        layers.append({**about, **names})
+    if probes:
+        results.append(min(probes, key=lambda probe: probe[0])[1])
+    return results, pd.DataFrame(layers)
+
+
+def _evaluate_baselines(
+    exp: Experiment, best: ShiftTraining, prompted: baselines.GroupPrompts, seed: int
+) -> Iterator[MethodResult]:
+    calibration = replace(best, calibration="first", sparsity_weight=0.0)
+    forms = {
+        form: prompted if form == "BIO" else baselines.run_group_prompts(exp, form)
+        for form in ("BIO", *(f for f in exp.template.contexts if f != "BIO"))
+    }
+    yield from baselines.evaluate_fixed(exp)
+    yield from baselines.evaluate_calibration(exp, calibration, seed)
+    yield from baselines.evaluate_prompting(exp, forms)
+    yield from readers.evaluate_unembeddings(exp, prompted)
+
+    def train_shared(basis: Basis) -> torch.Tensor:
+        additive = replace(calibration, kind="additive")
+        return train_calibration(exp.cache, basis, additive, exp.targets, seed)
+
+    yield from baselines.evaluate_untrained(exp, prompted, train_shared)
+    yield baselines.evaluate_screened_latents(exp, prompted, best, seed)
+    if exp.load_fresh is not None:
+        yield from readers.evaluate_lora(exp, prompted, seed)
+
+
+def _evaluate_ranks(exp: Experiment, best: ShiftTraining, seed: int) -> Iterator[MethodResult]:
+    for rank in exp.settings.ranks:
+        yield methods.train_method(exp, f"rank {rank}", replace(best, rank=rank), seed)
+
+
+def _measure_doses(exp: Experiment, results: dict[str, MethodResult]) -> pd.DataFrame:
+    """WD, rho_dev and off-task cost of every trained shift, the whole of it scaled."""
+    unsteered = results["no steering"].answers
+    rows = []
+    for name in [name for name in methods.METHODS if name in results]:
+        basis = exp.basis(methods.METHODS[name][0], 0)
+        shift = results[name].fit.shift
+        for coefficient in exp.settings.coefficients:
+            deltas = coefficient * shift.deltas
+            found = exp.cache.measure_answers(
+                basis, shift.kind, deltas, exp.eval_set.questions, shift.positions
+            )
+            score = evaluate.compute_scores(exp.eval_set, found.probabilities, unsteered)
+            cost = exp.cache.measure_cost(basis, shift.kind, deltas, "test").loss
+            rows.append(
+                {
+                    "method": name,
+                    "coefficient": coefficient,
+                    "wd": score.wd,
+                    "rho_dev": score.rho_dev,
+                    "cost": cost,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _measure_off_target(exp: Experiment, shift: Shift) -> pd.DataFrame:
+    """Change in WD to every group when each group's shift replaces calibration."""
+    answers = generalise.answer_test(exp, shift, shift.deltas)
+    calibrated = generalise.answer_test(exp, shift, shift.shared[None])[0]
+    names = list(shift.groups)
+    table = pd.DataFrame(
+        evaluate.off_target(exp.eval_set, answers, calibrated), index=names, columns=names
+    )
+    own = evaluate.on_target(exp.eval_set, answers, calibrated)
+    return table.assign(on_target=own).rename_axis("shift").reset_index()
+
+
+def _measure_off_topic(exp: Experiment, shift: Shift) -> pd.DataFrame:
+    """Change in WD to its own group when a shift replaces calibration, by topic."""
+    eval_set = exp.eval_set
+    answers = generalise.answer_test(exp, shift, shift.deltas)
+    calibrated = generalise.answer_test(exp, shift, shift.shared[None])
+    before = eval_set.distance(calibrated, eval_set.truth)
+    change = eval_set.distance(answers, eval_set.truth) - before
+    topics = [eval_set.survey.questions[i].topic for i in eval_set.questions]
+    table = pd.DataFrame(change.T, columns=list(shift.groups))
+    return table.groupby(topics, sort=False).mean().rename_axis("topic").reset_index()
+
+
+# results on disk
+
+
+_PLAIN = [f.name for f in fields(MethodResult) if f.name not in ("answers", "cost", "fit")]
+
+
+def _pack(results: list[MethodResult]) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+    """The numbers of all methods as a table, their answers as tensors."""
+    rows = [
+        {name: getattr(r, name) for name in _PLAIN}
+        | {"loss": r.cost.loss, "divergence": r.cost.divergence}
+        for r in results
+    ]
+    return pd.DataFrame(rows), {f"answers.{r.name}": torch.tensor(r.answers) for r in results}
+
+
+def unpack(result: Result) -> list[MethodResult]:
+    """The methods of one seed as `_pack` wrote them."""
+    return [
+        MethodResult(
+            answers=result.tensors[f"answers.{row['name']}"].numpy(),
+            cost=OffTaskCost(row.pop("loss"), row.pop("divergence")),
+            **row,
+        )
+        for row in result.tables["results"].to_dict("records")
+    ]
+
+
+def _part(shift: Shift) -> torch.Tensor:
+    """The group part of a shift, [groups, M]."""
+    return shift.scores @ shift.axes.T
+
+
+def _read_saved(fitted: FittedShift, cards: dict[str, dict]) -> dict[str, bytes]:
+    """The files of a saved shift."""
+    with TemporaryDirectory() as folder:
+        save_shift(fitted, Path(folder) / "shift", cards)
+        files = sorted((Path(folder) / "shift").iterdir())
+        return {f"shift/{path.name}": path.read_bytes() for path in files}
+
+
+def make_cards(shift: Shift, exp: Experiment, top: int = 5) -> dict[str, dict]:
+    """What to know of each group's shift: scores, distance before and after, main latents."""
+    eval_set = exp.eval_set
+    before = exp.cache.measure_unsteered(eval_set.questions)
+    after = exp.cache.measure_answers(
+        exp.sae, shift.kind, shift.deltas, eval_set.questions, shift.positions
+    )
+    wd = [eval_set.distance(p.probabilities, eval_set.truth).mean(1) for p in (before, after)]
+    latents = meaning.find_main_latents(exp.cache, exp.sae, shift, top)
+    return {
+        name: {
+            "scores": [round(x, 6) for x in shift.scores[g].tolist()],
+            "latents_moved": int((shift.deltas[g] != 0).sum()),
+            "wd_before": round(float(wd[0][g]), 5),
+            "wd_after": round(float(wd[1][g]), 5),
+            "main_latents": latents[g],
+        }
+        for g, name in enumerate(shift.groups)
+    }
+
+
+PHASES = ((choice_tasks, choose), (seed_tasks, run))
+
+
+def summarise(results: list[Result], profile: Profile) -> dict[str, Result]:
+    """The published tables, facts and first shift of each model."""
+    published = {}
+    for name in profile.opinion_qa.models:
+        own = [r for r in results if r.task["model"] == name]
+        exp = load_experiment(profile, name, 0)
+        seeds = {r.task["seed"]: unpack(r) for r in own}
+        plan = _plan(own[0].task)
+        tables = findings.make_tables(exp.eval_set, seeds, plan)
+        tables |= findings.join_seeds(own)
+        parts = [r.tensors["shift.part"] for r in own]
+        overlap, cosine = meaning.measure_stability(parts)
+        prompt = next(r.name for r in seeds[0] if r.name.endswith("(best on validation)"))
+        facts = own[0].task["about"] | {
+            "headline": plan.headline,
+            "prompt": prompt,
+            "jaccard": overlap,
+            "cosine": cosine,
+        }
+        published[name] = Result(tables, facts, files=own[0].files)
+    return published

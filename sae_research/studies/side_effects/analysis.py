@@ -1,19 +1,20 @@
-"""The tables that the figures and claims rest on, from the feature tables of one or more dictionaries."""
+"""The tables that figures and claims rest on, from the feature table of one SAE."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sae_research import stats
-from sae_research.studies.side_effects import models, predictors, screening, study
+from sae_research.studies.side_effects import prediction, predictors, screening
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
-    from sae_lens import SAE
 
+    from sae_research.studies.side_effects.screen import Screen
     from sae_research.studies.side_effects.settings import Settings
+
+    Tables = dict[str, pd.DataFrame]
 
 HEADLINES = ("C", "C_per_E", "S_abs", "S_loo", "S")
 """The labels of the two axes: spread and stability."""
@@ -23,237 +24,197 @@ FORECASTERS = {
     "S_abs": ("S_abs^jacobian", "output_score"),
     "E": ("E^jacobian", "output_score"),
 }
-"""What forecasts each label; the output score steers one prompt a feature, the others none."""
+"""What forecasts each label; the output score steers one prompt per feature, the others none."""
+TOP_KS = (5, 10, 15, 20, 30, 40, 50)
 
 
-def rule(settings: "Settings") -> screening.Rule:
-    """The screening rule of the settings."""
-    return screening.Rule(
-        pool=settings.held_out,
-        matched=settings.matched,
-        group=settings.group,
-        formula=settings.clean_score,
-        selector=settings.selector,
-        frozen=settings.protocol == "replication",
-    )
-
-
-def univariate(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "pd.DataFrame":
-    """Every predictor against both axes, and against the count given effect, natural activation and frequency."""
+def make_tables(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "Tables":
+    """Everything that follows from one feature table."""
     import pandas as pd
 
-    raw = models.univariate(frame, HEADLINES, seed=seed, draws=settings.draws).assign(
-        control="none"
-    )
-    controls = models.NUISANCES
-    partial = models.univariate(frame, ("C",), controls=controls, seed=seed, draws=settings.draws)
-    return pd.concat(
-        [raw, partial.assign(control="effect, activation, frequency")], ignore_index=True
-    )
+    draws = settings.n_bootstrap
+    return {
+        "univariate": _correlate_predictors(frame, draws, seed),
+        **_predict(frame, settings, seed),
+        **_screen_held_out(frame, settings, seed),
+        "forecasts": score_forecasts(frame, draws, seed),
+        "sensitivity": _vary_measurement(frame, settings, seed),
+        "dose_change": pd.DataFrame([_compare_doses(frame, settings, seed)]),
+        "reliability": prediction.measure_reliability(
+            frame,
+            ("C/4", "C/2", "C", "C_per_E", "E", "S_abs", "S", "S_loo", "KL"),
+            seed=seed,
+            draws=draws,
+        ),
+    }
 
 
-def prediction(frame: "pd.DataFrame", settings: "Settings", seed: int) -> dict[str, "pd.DataFrame"]:
-    """Scores of the ten sets, raw and residualised, gains over both baselines, boosted trees, controls and nulls.
+def _correlate_predictors(frame: "pd.DataFrame", draws: int, seed: int) -> "pd.DataFrame":
+    """Every predictor against both axes, and against the count given the nuisances."""
+    import pandas as pd
+
+    given = {"seed": seed, "draws": draws}
+    raw = prediction.correlate_predictors(frame, HEADLINES, **given)
+    partial = prediction.correlate_predictors(frame, ("C",), controls=prediction.NUISANCES, **given)
+    words = "effect, activation, frequency"
+    return pd.concat([raw.assign(control="none"), partial.assign(control=words)], ignore_index=True)
+
+
+def _predict(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "Tables":
+    """Scores of the ten sets, raw and residualised, gains over baselines, controls and nulls.
 
     `as_published` removes nuisances from stability with a fit that sees held-out labels.
     """
     import pandas as pd
 
-    raw = models.score_table(frame, HEADLINES, seed=seed, draws=settings.draws).assign(
-        residualised=False
-    )
-    left = models.score_table(
-        frame, HEADLINES, seed=seed, draws=settings.draws, nuisances=models.NUISANCES
-    ).assign(residualised=True)
-    targets = tuple(dict.fromkeys((*HEADLINES, *models.TARGETS)))
-    gains = models.gains(frame, targets, seed=seed, draws=settings.draws)
-    random = models.gains(frame, ("C@random", "S_abs@random"), seed=seed, draws=settings.draws)
+    given = {"seed": seed, "draws": settings.n_bootstrap}
+    raw = prediction.score_sets(frame, HEADLINES, **given)
+    left = prediction.score_sets(frame, HEADLINES, nuisances=prediction.NUISANCES, **given)
+    sets = [raw.assign(residualised=False), left.assign(residualised=True)]
+    over_frequency = [
+        prediction.compare_sets(frame, ("C", "S_abs"), name, ("freq_only",), **given).assign(
+            set=name
+        )
+        for name in predictors.SETS
+        if name != "freq_only"
+    ]
+    targets = tuple(dict.fromkeys((*HEADLINES, *prediction.TARGETS)))
     null = {
-        t: models.permuted(frame, t, seed=seed, draws=settings.permutations) for t in ("C", "S_abs")
+        target: prediction.score_permuted(frame, target, seed=seed, draws=settings.n_permutations)
+        for target in ("C", "S_abs")
     }
     return {
-        "sets": pd.concat([raw, left], ignore_index=True),
-        "gains": gains,
-        "gains_random": random,
-        "leaders": models.leaders(frame, "C", seed=seed),
-        "as_published": models.score_table(
+        "sets": pd.concat(sets, ignore_index=True),
+        "set_gains": pd.concat(over_frequency, ignore_index=True),
+        "gains": prediction.compare_sets(frame, targets, **given),
+        "gains_random": prediction.compare_sets(frame, ("C@random", "S_abs@random"), **given),
+        "random": prediction.compare_with_random(frame, ("C", "S_abs", "S_loo"), **given),
+        "leaders": prediction.find_leaders(frame, "C", seed=seed),
+        "as_published": prediction.score_sets(
             frame,
             ("S_abs", "S"),
-            seed=seed,
-            draws=settings.draws,
-            nuisances=models.AUTHOR_NUISANCES,
+            nuisances=prediction.AUTHOR_NUISANCES,
             everywhere=True,
+            **given,
         ),
-        "boosted": models.boosted(frame, ("C", "S_abs"), seed=seed, draws=settings.draws),
+        "boosted": prediction.compare_boosted_trees(frame, ("C", "S_abs"), **given),
         "null": pd.DataFrame(null),
     }
 
 
-def held_out_screening(
-    frame: "pd.DataFrame", settings: "Settings", seed: int
-) -> dict[str, "pd.DataFrame"]:
+def _screen_held_out(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "Tables":
     """Payoff over many splits, the same with permuted training labels, and the top-k curve."""
     import pandas as pd
 
-    how, first = rule(settings), 1000 * seed
-    real = screening.repeated(frame, how, settings.splits, first).assign(labels="real")
-    shuffled = screening.repeated(frame, how, settings.splits, first, permute=True).assign(
-        labels="permuted"
-    )
-    ks = (5, 10, 15, 20, 30, 40, 50)
+    n = settings.n_splits
+    first = 1000 * seed
+    real = screening.repeat_splits(frame, settings, n, first)
+    permuted = screening.repeat_splits(frame, settings, n, first, permute=True)
+    both = [real.assign(labels="real"), permuted.assign(labels="permuted")]
     return {
-        "splits": pd.concat([real, shuffled], ignore_index=True),
-        "top_k": screening.top_k(frame, how, ks, min(settings.splits, 100), first),
+        "splits": pd.concat(both, ignore_index=True),
+        "top_k": screening.measure_top_k(frame, settings, TOP_KS, min(n, 100), first),
     }
 
 
-def confirmation(
-    found: study.Screened, downstream: "SAE", fresh: "torch.Tensor", settings: "Settings", seed: int
-) -> dict[str, "pd.DataFrame"]:
-    """One frozen split: train on the measured labels, choose, steer the held-out on fresh contexts, compare the groups.
+def confirm_on_fresh(
+    screen: "Screen", fresh: "torch.Tensor", settings: "Settings", seed: int
+) -> "Tables":
+    """One frozen split: train on the measured labels, choose, steer the held-out features on fresh
+    contexts, compare the groups.
 
-    The null chooses with permuted training labels, many times, from the same held-out features and fresh labels.
+    The null chooses with permuted training labels, many times, from the same held-out features and
+    fresh labels.
     """
     import pandas as pd
 
-    how, first = rule(settings), 1000 * seed
-    groups = screening.split(found.frame, how, first)
-    measured = study.fresh_labels(found, downstream, fresh, groups.held_out)
-    place = {row: i for i, row in enumerate(groups.held_out)}
+    first = 1000 * seed
+    frame = screen.frame
+    split = screening.split_features(frame, settings, first)
+    measured = screen.label_on(fresh, split.held_out)
+    place = {row: i for i, row in enumerate(split.held_out)}
     spread = measured.std(ddof=0) + 1e-12
 
-    def members(chosen: screening.Split) -> dict[str, np.ndarray]:
-        named = {"clean": chosen.clean, "messy": chosen.messy, "random": chosen.random}
-        return {name: np.array([place[row] for row in rows]) for name, rows in named.items()}
+    def place_groups(chosen: screening.Split) -> dict[str, np.ndarray]:
+        groups = chosen.groups().items()
+        return {name: np.array([place[row] for row in rows]) for name, rows in groups}
 
-    table = screening.compare_groups(measured, members(groups), seed=seed, draws=settings.draws)
+    table = screening.compare_groups(
+        measured, place_groups(split), seed=seed, draws=settings.n_bootstrap
+    )
     standardised = table["difference"] / spread[table["metric"]].to_numpy()
     null = []
-    for i in range(settings.permutations):
-        chosen = members(screening.split(found.frame, how, first, permuted=i))
-        gap = (
-            measured.iloc[chosen["clean"]].mean() - measured.iloc[chosen["messy"]].mean()
-        ) / spread
-        null.append({"permutation": i, **gap[list(screening.METRICS)]})
+    for i in range(settings.n_permutations):
+        chosen = place_groups(screening.split_features(frame, settings, first, permutation=i))
+        gap = measured.iloc[chosen["clean"]].mean() - measured.iloc[chosen["messy"]].mean()
+        null.append({"permutation": i, **(gap / spread)[list(screening.METRICS)]})
+    grade = screening.grade_payoff(table)
     return {
-        "confirmation": table.assign(standardised=standardised, verdict=screening.verdict(table)),
+        "confirmation": table.assign(standardised=standardised, grade=grade),
         "confirmation_null": pd.DataFrame(null),
     }
 
 
-def forecasts(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "pd.DataFrame":
-    """Each forecaster against its label, beside the paper's full set and both together; gains are over the full set."""
+def score_forecasts(frame: "pd.DataFrame", draws: int, seed: int) -> "pd.DataFrame":
+    """Each forecaster against its label, beside the paper's full set and both together.
+
+    Gains are over the full set.
+    """
     import pandas as pd
 
+    splits = prediction.make_folds(len(frame), seed)
+    full = predictors.SETS[prediction.FULL_SET]
     rows = []
     for target, names in FORECASTERS.items():
+        y = frame[target].to_numpy(float)
         free = tuple(name for name in names if name != "output_score")
-        sets = {"full_no_magnitude": predictors.SETS["full_no_magnitude"]}
-        sets["full_no_magnitude + forecasts"] = (*sets["full_no_magnitude"], *free)
-        splits, y = models.folds(len(frame), seed), frame[target].to_numpy(float)
-        by_ridge = {
-            name: models.cross_predict(frame[list(columns)].to_numpy(float), y[:, None], splits)[1][
-                :, 0
-            ]
-            for name, columns in sets.items()
-        }
-        own = {name: frame[name].to_numpy(float) for name in names}
-        for name, x in (by_ridge | own).items():
-            rho = models.interval_of(x, y, seed, settings.draws)
-            row = {
-                "target": target,
-                "forecaster": name,
-                "rho": rho.value,
-                "low": rho.low,
-                "high": rho.high,
-                "n": rho.n,
-            }
-            if name != "full_no_magnitude" and np.ptp(x) > 0:
-                full = by_ridge["full_no_magnitude"]
-                gain = stats.spearman_difference(x, full, y, seed=seed, draws=settings.draws)
+        scores = {}
+        for name, columns in ((prediction.FULL_SET, full), ("both", (*full, *free))):
+            X = frame[list(columns)].to_numpy(float)
+            scores[name] = prediction.cross_predict(X, y[:, None], splits)[1][:, 0]
+        baseline = scores[prediction.FULL_SET]
+        scores |= {name: frame[name].to_numpy(float) for name in names}
+        for name, x in scores.items():
+            rho = prediction.spearman(x, y, seed, draws)
+            row = {"target": target, "forecaster": name, **prediction.as_row(rho)}
+            if name != prediction.FULL_SET and np.ptp(x) > 0:
+                gain = stats.spearman_difference(x, baseline, y, seed=seed, draws=draws)
                 row |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def sensitivity(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "pd.DataFrame":
-    """Crowding against count and count per effect: at every dose, threshold, panel size, and for random directions."""
+def _vary_measurement(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "pd.DataFrame":
+    """Crowding against count and count per effect: at every dose, threshold and panel size, and
+    for random directions.
+    """
     import pandas as pd
 
-    cases = [
-        ("dose", f"{m:g}", "" if m == 1 else f"@{m:g}") for m in sorted({1.0, *settings.doses})
-    ]
-    cases += [("threshold", "1", "")] + [
-        ("threshold", f"{t:g}", f"@tau{t:g}") for t in sorted(settings.taus)
-    ]
-    cases += [
-        ("panel", c.removeprefix("C@panel"), c[1:])
-        for c in frame.columns
-        if c.startswith("C@panel")
-    ]
+    doses = sorted({1.0, *settings.dose_multiples})
+    cases = [("dose", f"{m:g}", "" if m == 1 else f"@{m:g}") for m in doses]
+    cases += [("threshold", "1", "")]
+    cases += [("threshold", f"{t:g}", f"@tau{t:g}") for t in sorted(settings.tau_multiples)]
+    panels = [name for name in frame.columns if name.startswith("C@panel")]
+    cases += [("panel", name.removeprefix("C@panel"), name[1:]) for name in panels]
     cases += [("direction", "SAE", ""), ("direction", "random", "@random")]
-    x, rows = frame["crowding"].to_numpy(float), []
+    x = frame["crowding"].to_numpy(float)
+    rows = []
     for kind, value, suffix in cases:
         for label in ("C", "C_per_E"):
-            name = label + suffix
-            if name not in frame:
+            if label + suffix not in frame:
                 continue
-            y = frame[name].to_numpy(float)
-            rho = models.interval_of(x, y, seed, settings.draws)
-            row = {
-                "kind": kind,
-                "value": value,
-                "label": label,
-                "rho": rho.value,
-                "low": rho.low,
-                "high": rho.high,
-            }
-            rows.append(row | {"n": rho.n, "median": float(np.median(y))})
+            y = frame[label + suffix].to_numpy(float)
+            rho = prediction.spearman(x, y, seed, settings.n_bootstrap)
+            row = {"kind": kind, "value": value, "label": label, **prediction.as_row(rho)}
+            rows.append(row | {"median": float(np.median(y))})
     return pd.DataFrame(rows)
 
 
-def dose_change(frame: "pd.DataFrame", settings: "Settings", seed: int) -> stats.Interval:
-    """rho(crowding, C/E) at the highest dose less that at the lowest, on the same resampled features."""
+def _compare_doses(frame: "pd.DataFrame", settings: "Settings", seed: int) -> dict[str, float]:
+    """rho(crowding, C/E) at the highest dose minus that at the lowest, on the same resamples."""
+    doses = sorted({1.0, *settings.dose_multiples})
+    names = ["C_per_E" if m == 1 else f"C_per_E@{m:g}" for m in (doses[0], doses[-1])]
+    low, high = (frame[name].to_numpy(float) for name in names)
     x = frame["crowding"].to_numpy(float)
-    doses = sorted({1.0, *settings.doses})
-    low, high = (
-        frame["C_per_E" if m == 1 else f"C_per_E@{m:g}"].to_numpy(float)
-        for m in (doses[0], doses[-1])
-    )
-    return stats.spearman_difference(high, low, x, seed=seed, draws=settings.draws)
-
-
-def tables(frame: "pd.DataFrame", settings: "Settings", seed: int) -> dict[str, "pd.DataFrame"]:
-    """Everything that follows from one feature table."""
-    import pandas as pd
-
-    change = dose_change(frame, settings, seed)
-    return {
-        "univariate": univariate(frame, settings, seed),
-        **prediction(frame, settings, seed),
-        **held_out_screening(frame, settings, seed),
-        "forecasts": forecasts(frame, settings, seed),
-        "sensitivity": sensitivity(frame, settings, seed),
-        "dose_change": pd.DataFrame(
-            [{"rho": change.value, "low": change.low, "high": change.high, "n": change.n}]
-        ),
-        "reliability": models.reliability(
-            frame,
-            ("C/4", "C/2", "C", "C_per_E", "E", "S_abs", "S", "S_loo", "KL"),
-            seed=seed,
-            draws=settings.draws,
-        ),
-    }
-
-
-def gathered(parts: Sequence[tuple[dict, dict[str, "pd.DataFrame"]]]) -> dict[str, "pd.DataFrame"]:
-    """The tables of many dictionaries under one another, each row with the keys of its dictionary."""
-    import pandas as pd
-
-    names = dict.fromkeys(name for _, part in parts for name in part)
-    return {
-        name: pd.concat(
-            [part[name].assign(**key) for key, part in parts if name in part], ignore_index=True
-        )
-        for name in names
-    }
+    change = stats.spearman_difference(high, low, x, seed=seed, draws=settings.n_bootstrap)
+    return prediction.as_row(change)

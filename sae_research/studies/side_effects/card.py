@@ -1,328 +1,254 @@
-"""Screen the features of any SAE of any model: a ranked table with intervals, and a card for each feature."""
+"""The card of one feature: what it responds to, what steering it does, and what was forecast."""
 
-import html
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from sae_research import store
 from sae_research.errors import ResearchError
-from sae_research.studies.side_effects import corpus as corpora
-from sae_research.studies.side_effects import models, pool, predictors, screening, study
+from sae_research.studies.side_effects import predictors, screening
+from sae_research.studies.side_effects.card_page import DOSED, format_number, make_page
+from sae_research.studies.side_effects.screen import FORECASTS, LABELS, Screen
 
 if TYPE_CHECKING:
     import pandas as pd
-    from sae_lens import SAE
 
-    from sae_research.models import LanguageModel
-    from sae_research.studies.side_effects.settings import Settings
+    from sae_research.studies.side_effects.ranking import Ranking
 
-FORECAST = ("S_abs", "C", "E", "C_per_E", "clean")
-COVERAGE = 0.9
-
-
-@dataclass
-class Screening:
-    """What `screen` found."""
-
-    table: "pd.DataFrame"
-    """Every eligible feature, cleanest forecast first: forecasts with 90 % intervals, labels where it was steered."""
-    quality: dict[str, float]
-    """Out-of-fold Spearman of each forecast: how far the ranking can be trusted."""
-    screened: study.Screened
-    """The features that were steered, with everything measured on them."""
-    predictors: "pd.DataFrame"
-    """Predictors of every eligible feature."""
-    lens: "LanguageModel"
-    """The model."""
-    sae: "SAE"
-    """The dictionary."""
-    downstream: "SAE"
-    """Where side effects were counted."""
+MEANINGS = {
+    "S_abs": "stability of the effect across contexts, 0 to 1",
+    "C": "downstream latents that move",
+    "E": "size of the change of the logits",
+    "C_per_E": "moved latents per unit of effect",
+    "clean": "z(stability) minus z(spread)",
+}
+VERDICTS = {
+    "clean": "the whole forecast interval lies above the median feature",
+    "messy": "the whole forecast interval lies below the median feature",
+    "undecided": "the forecast interval holds the median feature",
+}
+N_SHOWN = 8
+_NOT_TEXT = re.compile(r"<0x[0-9A-F]{2}>|[\[<].*(unused|reserved|extra_id|special).*[\]>]", re.I)
 
 
-def screen(
-    model: "LanguageModel",
-    sae: "SAE",
-    corpus: "Sequence[str] | torch.Tensor",
-    downstream: "SAE | None" = None,
-    settings: "Settings | None" = None,
-    *,
-    seed: int = 0,
-) -> Screening:
-    """Steer a sample of the features of `sae`, learn what predicts its labels, and forecast every other feature.
+@dataclass(repr=False)
+class FeatureCard:
+    """Everything known about one feature; shows itself in a notebook."""
 
-    `corpus` is a list of texts or ready contexts [n, T]. Without a `downstream` dictionary side effects are counted in
-    `sae` itself, at its own hook, where they show crowding but not what the blocks above make of it.
-    """
-    from sae_research.studies.side_effects.settings import Settings
+    content: dict[str, Any]
+    """Plain numbers and texts, as `to_json` writes them."""
 
-    settings = settings or Settings(protocol="replication")
-    downstream = downstream if downstream is not None else sae
-    study.hooks_of(model, sae, downstream)
-    if isinstance(corpus, torch.Tensor):
-        tokens = corpus
-    else:
-        tokens = corpora.of_texts(model, list(corpus), settings.contexts, settings, seed)
-    settings = replace(settings, contexts=len(tokens))
-    found = study.screen_dictionary(model, sae, downstream, tokens, settings, seed=seed)
-    labelled = found.frame.assign(clean=_clean(found.frame, settings))
-    every = pool.eligible(found.pool, settings.band)
-    activations = pool.reader(sae, every)(found.pool.last)
-    known = predictors.table(
-        sae, found.pool, every, activations, found.W, settings.protocol, settings.panel
-    )
-    table, quality = _forecast(labelled, known, settings.selector, seed)
-    return Screening(table, quality, found, known, model, sae, downstream)
+    def __repr__(self) -> str:
+        c = self.content
+        return f"FeatureCard({c['title']}: {c['prediction']}, rank {c['rank']})"
 
+    def _repr_html_(self) -> str:
+        return self.to_html(whole_page=False)
 
-def _clean(frame: "pd.DataFrame", settings: "Settings") -> np.ndarray:
-    S, C, E = (frame[name].to_numpy(float) for name in ("S_abs", "C", "E"))
-    return screening.clean_score(S, C, E, settings.clean_score)
+    def to_json(self) -> str:
+        """The content as JSON."""
+        return json.dumps(self.content, indent=1, ensure_ascii=False)
 
+    def to_html(self, whole_page: bool = True) -> str:
+        """One self-contained page: no script, no file beside it."""
+        return make_page(self.content, whole_page)
 
-def _forecast(
-    labelled: "pd.DataFrame", known: "pd.DataFrame", selector: str, seed: int
-) -> tuple["pd.DataFrame", dict[str, float]]:
-    """Forecasts for every feature; intervals hold the share COVERAGE of the out-of-fold errors."""
-    X, Y = models.columns_of(labelled, selector), labelled[list(FORECAST)].to_numpy(float)
-    truth, held_out = models.cross_predict(X, Y, models.folds(len(labelled), seed))
-    width = np.quantile(np.abs(truth - held_out), COVERAGE, axis=0)
-    predicted = models.Ridge(X, Y)(models.columns_of(known, selector))
-    table = known[[]].copy()
-    for i, name in enumerate(FORECAST):
-        table[name], table[f"{name} low"], table[f"{name} high"] = (
-            predicted[:, i] + w for w in (0, -width[i], width[i])
-        )
-        table[f"{name} measured"] = labelled[name]
-    table.insert(0, "rank", table["clean"].rank(ascending=False).astype(int))
-    quality = {
-        n: models.rank_correlation(truth[:, i], held_out[:, i]) for i, n in enumerate(FORECAST)
-    }
-    return table.sort_values("rank", kind="stable"), quality
+    def to_markdown(self) -> str:
+        """The main tables as Markdown."""
+        import pandas as pd
 
-
-def card(found: Screening, feature: int, settings: "Settings", nearest: int = 8) -> dict:
-    """Everything known about one feature: predictors, forecasts, labels at every dose, neighbours, what moves, verdict.
-
-    A feature that was not in the steered sample is steered now.
-    """
-    if feature not in found.table.index:
-        study.features_of(found.sae, [feature])
-        raise ResearchError(
-            f"feature {feature} is not eligible: it fires too rarely or too often at the final token."
-        )
-    if feature in found.screened.frame.index:
-        one = found.screened
-    else:
-        fixed = replace(settings, contexts=len(found.screened.pool.tokens))
-        given = {
-            "panel": found.screened.panel,
-            "tau": found.screened.facts["tau"],
-            "c": found.screened.facts["c"],
-        }
-        tokens = found.screened.pool.tokens
-        one = study.screen_dictionary(
-            found.lens, found.sae, found.downstream, tokens, fixed, features=[feature], **given
-        )
-    row, place = one.frame.loc[feature], one.frame.index.get_loc(feature)
-    known, forecast = found.predictors.loc[feature], found.table.loc[feature]
-    percentile = (found.predictors < known).mean()
-    near = predictors.neighbours(found.sae.W_dec.float(), feature, nearest)
-    doses = sorted({1.0, *settings.doses})
-    curve = [
-        {"dose": m}
-        | {
-            name: float(row[name if m == 1 else f"{name}@{m:g}"])
-            for name in ("C", "E", "C_per_E", "S_abs")
-        }
-        for m in doses
-    ]
-    return {
-        "model": found.lens.name,
-        "hook": found.sae.cfg.metadata.hook_name,
-        "feature": int(feature),
-        "rank": f"{int(forecast['rank'])} of {len(found.table)}",
-        "verdict": _verdict(found, forecast),
-        "trust": {name: round(value, 3) for name, value in found.quality.items()},
-        "forecast": {
-            name: {
-                end: float(forecast[f"{name} {end}".removesuffix(" value")])
-                for end in ("value", "low", "high")
+        c = self.content
+        labels = [
+            {
+                "label": row["label"],
+                "forecast": format_number(row["value"]),
+                "90 % interval": f"{format_number(row['low'])} to {format_number(row['high'])}",
+                "measured": format_number(row["measured"]),
+                "random direction": format_number(row["random"]),
             }
-            for name in FORECAST
-        },
-        "linear_forecast": {name: float(row[name]) for name in study.FORECASTS},
-        "measured": {name: float(row[name]) for name in study.LABELS},
-        "random_direction": {
-            name: float(row[f"{name}@random"]) for name in ("C", "E", "C_per_E", "S_abs")
-        },
+            for row in c["labels"]
+        ]
+        contexts = [
+            f"- {format_number(row['activation'])}: {row['before']}**{row['token']}**{row['after']}"
+            for row in c["top_contexts"]
+        ]
+        doses = pd.DataFrame(c["doses"]).map(format_number)
+        return "\n\n".join(
+            [
+                f"# {c['title']}",
+                f"{c['prediction']}: {c['reason']} (rank {c['rank']})",
+                *c["notes"],
+                pd.DataFrame(labels).to_markdown(index=False, disable_numparse=True),
+                doses.to_markdown(index=False, disable_numparse=True),
+                "\n".join(contexts),
+            ]
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the card by the ending of `path`: .html, .md or .json; returns the path."""
+        path = Path(path)
+        writers = {".html": self.to_html, ".md": self.to_markdown, ".json": self.to_json}
+        if path.suffix not in writers:
+            raise ResearchError(f"a card is saved as .html, .md or .json, not as '{path.name}'.")
+        store.write_text(path, writers[path.suffix]() + "\n")
+        return path
+
+
+def make_card(ranking: "Ranking", latent: int, one: Screen) -> FeatureCard:
+    """The card of a latent that `one` has steered."""
+    row = one.frame.loc[latent]
+    place = one.frame.index.get_loc(latent)
+    forecast = ranking.table.loc[latent]
+    known = ranking.predictors.loc[latent]
+    percentile = (ranking.predictors < known).mean()
+    model = one.engine.model
+    near = predictors.find_neighbours(one.sae.W_dec.float(), latent, N_SHOWN)
+    rising, falling = _find_moved_tokens(one, place)
+    others = {name: row[name] for name in (*LABELS, *FORECASTS) if name not in MEANINGS}
+    content = {
+        "title": f"Feature {latent} of {model.name} at {one.sae.cfg.metadata.hook_name}",
+        "latent": int(latent),
+        "rank": f"{int(forecast['rank'])} of {len(ranking.table)}",
+        "prediction": str(forecast["prediction"]),
+        "reason": VERDICTS[forecast["prediction"]],
+        "notes": list(ranking.notes),
+        "trust": {name: round(value, 3) for name, value in ranking.quality.items()},
+        "top_contexts": _show_top_contexts(ranking, latent),
+        "labels": _list_labels(ranking, row, forecast),
+        "doses": _list_doses(one, row, latent),
+        "rising_tokens": rising,
+        "falling_tokens": falling,
+        "moved_latents": _find_moved_latents(one, place),
+        "neighbours": [{"latent": i, "cosine": cosine} for i, cosine in near],
         "predictors": {
-            name: {"value": float(known[name]), "percentile": float(percentile[name])}
+            name: {"value": float(known[name]), "percentile": 100 * float(percentile[name])}
             for name in predictors.ALL
         },
-        "neighbours": [{"feature": i, "cosine": cosine} for i, cosine in near],
-        "moved_latents": _moved_latents(one, place, nearest),
-        "moved_tokens": _moved_tokens(found.lens, one, place, nearest),
-        "dose_curve": curve,
-        "facts": {name: float(value) for name, value in found.screened.facts.items()},
+        "other_labels": {name: float(value) for name, value in others.items()},
+        "facts": ranking.screen.collect_facts(),
     }
+    return FeatureCard(store.rounded(content, 6))
 
 
-def _verdict(found: Screening, forecast: "pd.Series") -> str:
-    """Clean or messy if the whole forecast interval of the clean score lies on one side of the median feature."""
-    middle = float(found.table["clean"].median())
-    if forecast["clean low"] > middle:
-        return "clean: the whole forecast lies above the median feature"
-    if forecast["clean high"] < middle:
-        return "messy: the whole forecast lies below the median feature"
-    side = "clean" if forecast["clean"] > middle else "messy"
-    return f"undecided: the forecast leans {side}, but its interval holds the median feature"
+def _list_labels(ranking: "Ranking", row: "pd.Series", forecast: "pd.Series") -> list[dict]:
+    """Forecast, interval, measurement and random direction of each forecast label."""
+    import pandas as pd
 
-
-def _moved_latents(one: study.Screened, place: int, k: int) -> list[dict]:
-    shift = one.measured.shift[place]
-    top = shift.abs().topk(min(k, len(shift))).indices
-    return [{"latent": int(one.panel[i]), "mean_change": float(shift[i])} for i in top]
-
-
-def _moved_tokens(lens: "LanguageModel", one: study.Screened, place: int, k: int) -> list[dict]:
-    """Tokens whose mean logit changes most, up and down."""
-    after, m = one.measured.steered[place], one.measured
-    before = m.clean[m.row_of[m.contexts[place]]]
-    change = (one.engine.logits(after) - one.engine.logits(before)).mean(0)
-    top = torch.cat(
-        [change.topk(min(k, len(change))).indices, (-change).topk(min(k, len(change))).indices]
-    )
+    sample = ranking.screen.frame
+    names = ["S_abs", "C", "E"]
+    random = {name: row[f"{name}@random"] for name in (*names, "C_per_E")}
+    # standardised by the steered sample, as the forecast is
+    extended = pd.concat([sample[names], pd.DataFrame([row[names], pd.Series(random)[names]])])
+    seen = slice(0, len(sample))
+    formula = ranking.screen.settings.clean_score
+    clean, clean_random = screening.compute_clean_score(extended, formula, seen)[-2:]
+    measured = {**row, "clean": clean}
+    random["clean"] = clean_random
     return [
-        {"token": lens.tokenizer.decode([int(i)]), "mean_logit_change": float(change[i])}
-        for i in top
+        {
+            "label": name,
+            "meaning": meaning,
+            "value": float(forecast[name]),
+            "low": float(forecast[f"{name} low"]),
+            "high": float(forecast[f"{name} high"]),
+            "measured": float(measured[name]),
+            "random": float(random[name]),
+        }
+        for name, meaning in MEANINGS.items()
     ]
 
 
-def save(content: dict, folder: Path) -> tuple[Path, Path]:
-    """Write a card as JSON and as one self-contained HTML page."""
-    name = f"feature_{content['feature']}"
-    store.write_json(folder / f"{name}.json", content)
-    store.write_text(folder / f"{name}.html", page(content))
-    return folder / f"{name}.json", folder / f"{name}.html"
+def _list_doses(one: Screen, row: "pd.Series", latent: int) -> list[dict]:
+    """Labels at every dose, with its size in units that mean something elsewhere."""
+    largest = float(one.pool.sums.largest[latent])
+    norm = float(row["decoder_norm"]) / one.residual_norm
+    return [
+        {
+            "dose": m,
+            "coefficient": m * one.dose,
+            "max_activations": m * one.dose / max(largest, 1e-12),
+            "percent_of_residual_norm": 100 * m * one.dose * norm,
+            **{name: float(row[name if m == 1 else f"{name}@{m:g}"]) for name in DOSED},
+        }
+        for m in sorted({1.0, *one.settings.dose_multiples})
+    ]
 
 
-_STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}
-h1{font-size:1.5rem;margin:0}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}.verdict{font-size:1.1rem;margin:.3rem 0 1rem}
-table{border-collapse:collapse;margin:.3rem 0}td,th{padding:.15rem .8rem .15rem 0;text-align:left;font-variant-numeric:
-tabular-nums}th{font-weight:600;border-bottom:1px solid #bbb}.note{color:#666}
-.two{display:flex;flex-wrap:wrap;gap:2.5rem}
-"""
-
-
-def page(content: dict) -> str:
-    """The card as HTML with everything inside: no script, no file beside it."""
-    title = f"Feature {content['feature']} of {content['model']} at {content['hook']}"
-    measured, random = content["measured"], content["random_direction"]
-    forecast = [
-        (
-            name,
-            _number(f["value"]),
-            f"{f['low']:.3g} to {f['high']:.3g}",
-            *(_number(x.get(name)) for x in (measured, random)),
+def _show_top_contexts(ranking: "Ranking", latent: int, before: int = 16, after: int = 6) -> list:
+    """The contexts in which the latent is most active, with the token that activates it."""
+    column = ranking.predictors.index.get_loc(latent)
+    tokenizer = ranking.screen.engine.model.tokenizer
+    shown = []
+    for value, context, position in zip(
+        *(x[:, column].tolist() for x in ranking.top_contexts), strict=True
+    ):
+        if value <= 0:
+            continue
+        start = max(1, position - before)  # BOS is not shown
+        ids = ranking.screen.tokens[context, start : position + after + 1].tolist()
+        # decoded as a whole and cut afterwards, so that no space between tokens is lost
+        n = position - start
+        head, through, whole = (decode(tokenizer, ids[:end]) for end in (n, n + 1, len(ids)))
+        shown.append(
+            {
+                "activation": value,
+                "before": head,
+                "token": through[len(head) :],
+                "after": whole[len(through) :],
+            }
         )
-        for name, f in content["forecast"].items()
-    ]
-    trust = ", ".join(f"{name} {value:.2f}" for name, value in content["trust"].items())
-    others = [
-        (k, _number(v))
-        for k, v in (measured | content["linear_forecast"]).items()
-        if k not in content["forecast"]
-    ]
-    parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p class=verdict>{html.escape(content['verdict'])} (rank {html.escape(content['rank'])})</p>",
-        "<h2>Forecast before steering, and what steering did</h2>",
-        _table(("label", "forecast", "90 % interval", "measured", "random direction"), forecast),
-        f"<p class=note>C: downstream latents moved, E: change of the logits, S: its stability, clean: z(|S|) less "
-        f"z(spread). Out-of-fold rank correlation of these forecasts: {html.escape(trust)}.</p>",
-        "<h2>Dose</h2>",
-        _chart(content["dose_curve"]),
-        "<div class=two><div><h2>Nearest decoder rows</h2>",
-        _table(
-            ("feature", "cosine"),
-            [(n["feature"], f"{n['cosine']:.3f}") for n in content["neighbours"]],
-        ),
-        "</div><div><h2>Downstream latents that move most</h2>",
-        _table(
-            ("latent", "mean change"),
-            [(n["latent"], f"{n['mean_change']:+.3g}") for n in content["moved_latents"]],
-        ),
-        "</div><div><h2>Tokens that move most</h2>",
-        _table(
-            ("token", "logit"),
-            [(repr(n["token"]), f"{n['mean_logit_change']:+.3g}") for n in content["moved_tokens"]],
-        ),
-        "</div></div><div class=two><div><h2>Predictors</h2>",
-        _table(
-            ("predictor", "value", "percentile"),
-            [
-                (name, _number(p["value"]), f"{100 * p['percentile']:.0f}")
-                for name, p in content["predictors"].items()
-            ],
-        ),
-        "</div><div><h2>Other labels and linear forecasts</h2>",
-        _table(("label", "value"), others),
-        "<h2>Run</h2>",
-        _table(
-            ("fact", "value"), [(name, _number(value)) for name, value in content["facts"].items()]
-        ),
-        "</div></div>",
-    ]
-    body = "\n".join(parts)
-    data = json.dumps(content, sort_keys=True).replace("<", "\\u003c")
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>\n"
-        f"{body}\n<script type=application/json id=card>{data}</script></html>\n"
+    return shown
+
+
+def _find_moved_latents(one: Screen, place: int) -> list[dict]:
+    shift = one.effects.shift[place]
+    top = shift.abs().topk(min(N_SHOWN, len(shift))).indices
+    return [{"latent": int(one.panel[i]), "change": float(shift[i])} for i in top]
+
+
+def _find_moved_tokens(one: Screen, place: int) -> tuple[list[dict], list[dict]]:
+    """Tokens whose log-probability rises and falls most on average.
+
+    Tokens that are no text are left out, and so are those that move exactly as another one does:
+    a vocabulary's unused entries.
+    """
+    tokenizer = one.engine.model.tokenizer
+    before, after = one.effects.states(place)
+    change = one.engine.logits(after).log_softmax(-1) - one.engine.logits(before).log_softmax(-1)
+    change = change.mean(0).double().cpu()
+    _, inverse, counts = torch.unique(
+        (change * 1e5).round(), return_inverse=True, return_counts=True
     )
+    alone = counts[inverse] == 1
+    found: tuple[list[dict], list[dict]] = ([], [])
+    for sign, tokens in zip((1, -1), found, strict=True):
+        for i in (sign * change).argsort(descending=True).tolist():
+            if len(tokens) == N_SHOWN or sign * change[i] <= 0:
+                break
+            if alone[i] and is_text(tokenizer, i):
+                word = decode(tokenizer, [i]).replace(" ", "␣")
+                tokens.append({"token": word, "change": float(change[i])})
+    return found
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+def decode(tokenizer, ids: Sequence[int]) -> str:
+    """The text of some tokens, with the leading space that SentencePiece decoders drop."""
+    if not len(ids):
+        return ""
+    text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    first = tokenizer.convert_ids_to_tokens(int(ids[0])) or ""
+    return f" {text}" if first.startswith("▁") and not text.startswith(" ") else text
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    def line(cells: Sequence[object], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
-
-    return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
-
-
-def _chart(curve: list[dict]) -> str:
-    """Count, effect and count per effect over the dose, each relative to its largest value."""
-    width, height, left, top = 460, 200, 40, 12
-    colours = {"C": "#0072B2", "E": "#D55E00", "C_per_E": "#009E73", "S_abs": "#CC79A7"}
-    doses = np.log2([point["dose"] for point in curve])
-    x = left + (doses - doses.min()) / max(float(np.ptp(doses)), 1e-9) * (width - left - 90)
-    lines = []
-    for name, colour in colours.items():
-        values = np.array([point[name] for point in curve])
-        y = top + (1 - values / max(float(values.max()), 1e-12)) * (height - top - 30)
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-        lines.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        )
-        label = f"{name} (max {values.max():.3g})"
-        lines.append(
-            f'<text x="{x[-1] + 6:.0f}" y="{y[-1] + 4:.0f}" font-size="11" fill="{colour}">{label}</text>'
-        )
-    for place, point in zip(x, curve, strict=True):
-        lines.append(
-            f'<text x="{place:.0f}" y="{height - 8}" font-size="11" text-anchor="middle">{point["dose"]:g}x</text>'
-        )
-    frame = f'viewBox="0 0 {width + 60} {height}" width="{width + 60}" role="img" aria-label="labels over the dose"'
-    base = height - 26
-    axis = f'<line x1="{left}" y1="{base}" x2="{width - 90}" y2="{base}" stroke="#999"/>'
-    return f"<svg {frame}>{axis}{''.join(lines)}</svg>"
+def is_text(tokenizer, token: int) -> bool:
+    """Whether a token is something that a text may hold, not a control, byte or unused entry."""
+    piece = tokenizer.convert_ids_to_tokens(token) or ""
+    text = decode(tokenizer, [token])
+    if token in tokenizer.all_special_ids or _NOT_TEXT.fullmatch(piece):
+        return False
+    return bool(text.strip()) and text.isprintable() and "\ufffd" not in text

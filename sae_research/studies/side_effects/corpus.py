@@ -1,4 +1,7 @@
-"""Where contexts come from, and which dictionaries of a subject take part (published code: data preparation)."""
+"""Where contexts come from, and which SAEs of a model take part (published code: data preparation).
+
+Contexts are rows of tokens of one length without padding, BOS first; the last token is steered.
+"""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,136 +20,149 @@ if TYPE_CHECKING:
     from sae_research.studies.side_effects.settings import Settings
 
 WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
-SHORTEST = {"author": 100, "replication": 200}
-"""Characters below which a text is dropped."""
-TEXTS = 8000
+MIN_CHARACTERS = {"author": 100, "replication": 200}
+"""Texts shorter than this are dropped."""
+MAX_TEXTS = 8000
 FRESH_SEED = 123
-PUBLISHED = {
+PUBLISHED_DEPARTURES = {
     "gpt2-small": {"selector": "geometry_only"},
-    "pythia-70m": {"matched": (0.05, 0.95), "group": 30, "band": (0.001, 0.5)},
-    "gemma-2-2b": {"matched": (0.05, 0.95), "group": 25, "band": (0.001, 0.5), "fresh": 256},
+    "pythia-70m": {
+        "effect_quantiles": (0.05, 0.95),
+        "group_size": 30,
+        "frequency_band": (0.001, 0.5),
+    },
+    "gemma-2-2b": {
+        "effect_quantiles": (0.05, 0.95),
+        "group_size": 25,
+        "frequency_band": (0.001, 0.5),
+        "n_fresh_contexts": 256,
+    },
     "llama-3.1-8b": {
-        "held_out": 0.3,
-        "group": 25,
-        "band": (0.005, 0.5),
-        "fresh": 256,
-        "panel": 1024,
+        "holdout_fraction": 0.3,
+        "group_size": 25,
+        "frequency_band": (0.005, 0.5),
+        "n_fresh_contexts": 256,
+        "n_downstream_latents": 1024,
         "clean_score": "log_of_ratio",
     },
 }
-"""Where the published scripts of a model differ from those of GPT-2, under the author's protocol."""
+"""How a model's published script differs from that of GPT-2, under the author's protocol."""
 
 
-def as_published(subject: "ModelSpec", settings: "Settings") -> "Settings":
-    """The settings with what the published script of this model does differently; the replication treats all alike."""
-    own = PUBLISHED.get(subject.name, {})
-    if settings.protocol == "author":
-        return replace(settings, **own)
-    return replace(settings, **{name: value for name, value in own.items() if name == "panel"})
+def apply_departures(spec: "ModelSpec", settings: "Settings") -> "Settings":
+    """The settings with what this model's published script does differently."""
+    own = PUBLISHED_DEPARTURES.get(spec.name, {})
+    if settings.protocol != "author":  # the replication treats all models alike but for memory
+        own = {name: value for name, value in own.items() if name == "n_downstream_latents"}
+    return replace(settings, **own)
 
 
-def dictionaries(
-    subject: "ModelSpec", settings: "Settings"
+def choose_saes(
+    spec: "ModelSpec", settings: "Settings"
 ) -> tuple[dict[str, tuple["ModelSpec", str]], str]:
-    """The primaries of a subject by name, each with its owner and role there, and the role of the downstream one.
+    """The primary SAEs of a model by name, each as (owner, role), and the downstream SAE's role.
 
-    A role `other/role` is a dictionary that the catalogue lists under another name of the same model.
+    A role `other/role` is an SAE that the catalogue lists under another name of the same model.
     """
-    own, primaries = subject.roles(), {}
-    for name in settings.primaries:
-        owner, _, role = name.rpartition("/")
-        other = catalogue.get(owner) if owner else subject
-        if other.model == subject.model and role in (other.roles() if owner else own):
-            primaries[name] = (other, role)
-    downstream = next((role for role in settings.downstream if role in own), None)
-    if not primaries or downstream is None:
+    own = spec.roles()
+    primary_saes = {}
+    for name in settings.primary_saes:
+        owner_name, _, role = name.rpartition("/")
+        owner = catalogue.get(owner_name) if owner_name else spec
+        if owner.model == spec.model and role in owner.roles():
+            primary_saes[name] = (owner, role)
+    downstream = next((role for role in settings.downstream_saes if role in own), None)
+    if not primary_saes or downstream is None:
         raise ResearchError(
-            f"{subject.name} has the SAEs {', '.join(own)}, but none of the primaries {', '.join(settings.primaries)} "
-            f"with a downstream one of {', '.join(settings.downstream)}; correct both lists in params.yaml."
+            f"{spec.name} has the SAEs {', '.join(own)}, but none of the primary_saes "
+            f"{', '.join(settings.primary_saes)} with one of the downstream_saes "
+            f"{', '.join(settings.downstream_saes)}; correct both lists in params.yaml."
         )
-    return primaries, downstream
+    return primary_saes, downstream
 
 
-def load(subject: "ModelSpec", role: str, lens: "LanguageModel") -> "SAE":
-    """A dictionary in float32, whatever the model runs in: thresholds and bfloat16 rounding do not mix."""
-    return subject.sae(role, device=lens.device, dtype="float32")
+def load_sae(spec: "ModelSpec", role: str, model: "LanguageModel") -> "SAE":
+    """An SAE in float32 whatever the model runs in: thresholds and bfloat16 rounding do not mix."""
+    return spec.sae(role, device=model.device, dtype="float32")
 
 
-def contexts(
-    subject: "ModelSpec",
-    lens: "LanguageModel",
+def make_contexts(
+    spec: "ModelSpec",
+    model: "LanguageModel",
     settings: "Settings",
     *,
     fresh: bool = False,
     seed: int = 0,
 ) -> torch.Tensor:
-    """[contexts, T] tokens without padding, BOS first; `fresh` ones come from other text, another `seed` draws anew."""
-    n, seed = (settings.fresh, FRESH_SEED + seed) if fresh else (settings.contexts, seed)
-    if subject.embedded:
-        return _specimen(subject.model, lens, n, settings.length, seed)
-    return of_texts(lens, _wikitext(fresh, settings.protocol), n, settings, seed)
-
-
-def of_texts(
-    lens: "LanguageModel", texts: list[str], n: int, settings: "Settings", seed: int
-) -> torch.Tensor:
-    """Contexts of given texts: cut from one shuffled stream (author), or the beginning of each text (replication)."""
-    if settings.protocol == "author":
-        order = np.random.default_rng(seed).permutation(len(texts))
-        rows = lens.packed([texts[i] for i in order], settings.length)
-    else:
-        order = (
-            np.random.default_rng(seed).permutation(len(texts))
-            if seed not in (0, FRESH_SEED)
-            else range(len(texts))
-        )
-        rows = lens.tokens([texts[i] for i in order], settings.length)
-        rows = rows[rows[:, -1] != lens.pad]  # a shorter text would end in padding
-    if len(rows) < n:
+    """Contexts [n, T]; `fresh` ones come from other text, another `seed` draws anew."""
+    n = settings.n_fresh_contexts if fresh else settings.n_contexts
+    seed = FRESH_SEED + seed if fresh else seed
+    if spec.embedded:
+        return _make_toy_contexts(spec.model, model, n, settings.context_length, seed)
+    texts = _load_wikitext(fresh, settings.protocol)
+    contexts = cut_texts(model, texts, settings, seed)
+    if len(contexts) < n:
         raise ResearchError(
-            f"the corpus gives {len(rows)} contexts of {settings.length} tokens, fewer than the {n} asked for; give "
-            "more text or ask for fewer or shorter contexts."
+            f"the corpus gives {len(contexts)} contexts of {settings.context_length} tokens, fewer "
+            f"than the {n} asked for; ask for fewer or shorter contexts."
         )
-    return rows[:n]
+    return contexts[:n]
 
 
-def _wikitext(fresh: bool, protocol: str) -> list[str]:
-    """Distinct long lines of WikiText-103: the first 2 % of the training text, or the validation text."""
+def cut_texts(
+    model: "LanguageModel", texts: list[str], settings: "Settings", seed: int
+) -> torch.Tensor:
+    """All contexts of some texts: cut from one shuffled stream (author's protocol), or the
+    beginning of each text (replication).
+    """
+    # the replication shuffles texts only where a seed of its own was asked for
+    shuffled = settings.protocol == "author" or seed not in (0, FRESH_SEED)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(texts)) if shuffled else range(len(texts))
+    ordered = [texts[i] for i in order]
+    if settings.protocol == "author":
+        return model.packed(ordered, settings.context_length)
+    contexts = model.tokens(ordered, settings.context_length)
+    return contexts[contexts[:, -1] != model.pad]  # a shorter text would end in padding
+
+
+def _load_wikitext(fresh: bool, protocol: str) -> list[str]:
+    """Distinct long lines of WikiText-103: the first 2 % of training, or the validation text."""
     import datasets
 
+    split = "validation" if fresh else "train[:2%]"
     try:
-        lines = datasets.load_dataset(*WIKITEXT, split="validation" if fresh else "train[:2%]")[
-            "text"
-        ]
+        lines = datasets.load_dataset(*WIKITEXT, split=split)["text"]
     except (OSError, ConnectionError, ValueError) as error:
         raise ResearchError(
-            f"{WIKITEXT[0]} is not on this machine and the hub cannot be reached; connect and run again, or use the "
-            "cpu profile, which needs no network."
+            f"{WIKITEXT[0]} is not on this machine and the hub cannot be reached; connect and run "
+            "again, or use the cpu profile, which needs no network."
         ) from error
     texts = list(dict.fromkeys(" ".join(line.split()) for line in lines))
-    kept = [text for text in texts if len(text) >= SHORTEST[protocol]][:TEXTS]
-    if len(kept) < 1000 and not fresh:
+    long_texts = [text for text in texts if len(text) >= MIN_CHARACTERS[protocol]][:MAX_TEXTS]
+    if len(long_texts) < 1000 and not fresh:
         raise ResearchError(
-            f"WikiText gives only {len(kept)} texts; its copy on this machine is incomplete."
+            f"WikiText gives only {len(long_texts)} texts; its copy on this machine is incomplete."
         )
-    return kept
+    return long_texts
 
 
-def _specimen(name: str, lens: "LanguageModel", n: int, length: int, seed: int) -> torch.Tensor:
-    """Fresh documents of the embedded world, cut anywhere."""
+def _make_toy_contexts(
+    name: str, model: "LanguageModel", n: int, length: int, seed: int
+) -> torch.Tensor:
+    """Fresh documents of a toy model's world, cut anywhere."""
     if name == "text":
         from sae_research.world.text import documents
 
-        rows = documents.rows(n, [seed, 2]).tokens[:, :length]
+        tokens = documents.rows(n, [seed, 2]).tokens[:, :length]
     else:
         from sae_research.world.survey import model as survey_model
         from sae_research.world.survey import prompts
         from sae_research.world.survey.population import Population
 
         recipe = survey_model.SurveySettings()
-        writer = prompts.Writer(Population(recipe.population), lens.tokenizer.get_vocab())
-        draws = np.random.default_rng([seed, 3])
-        rows = writer.mixed(n, draws, recipe.most_stated, recipe.off_task).tokens[
-            :, : min(length, prompts.CONTEXT)
-        ]
-    return torch.as_tensor(np.asarray(rows), dtype=torch.long, device=lens.device)
+        writer = prompts.Writer(Population(recipe.population), model.tokenizer.get_vocab())
+        rng = np.random.default_rng([seed, 3])
+        drawn = writer.mixed(n, rng, recipe.most_stated, recipe.off_task)
+        tokens = drawn.tokens[:, : min(length, prompts.CONTEXT)]
+    return torch.as_tensor(np.asarray(tokens), dtype=torch.long, device=model.device)

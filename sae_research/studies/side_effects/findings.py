@@ -1,4 +1,4 @@
-"""What the claims of this study measure, from the tables of a run."""
+"""What the claims of this study measure, and its answer in a few sentences."""
 
 from collections.abc import Callable
 from itertools import combinations
@@ -6,110 +6,108 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sae_research import stats
+from sae_research import claims, stats
 from sae_research.claims import Measurement
+from sae_research.studies.side_effects.prediction import FULL_SET
+from sae_research.studies.side_effects.tables import (
+    LADDER,
+    SAE,
+    find_main_saes,
+    is_wide,
+    make_tables,
+    name_model,
+    name_sae,
+    select,
+    summarize_saes,
+)
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from sae_research.studies.side_effects.tables import Tables
 
-    Tables = dict[str, pd.DataFrame]
-
-DICTIONARY = ["subject", "primary"]
-LADDER = "width_"
-"""How the roles of GPT-2's ladder of widths begin."""
-PAIRS = {"llama-3.1-8b-32x/primary": "primary", f"{LADDER}98304": f"{LADDER}24576"}
-"""Published dictionaries four times wider than another one of the same hook, which is their base."""
+__all__ = ["make_tables", "make_titles", "measure_claims", "name_sae", "summarize"]
 
 
-def over_dictionaries(rows: "pd.DataFrame", column: str) -> stats.Interval:
-    """Mean over dictionaries (each first averaged over its seeds) with Student's interval over dictionaries.
-
-    The ladder of widths is left out: eight dictionaries of one hook would outvote all other settings.
-    """
-    rows = rows[~rows["primary"].str.startswith(LADDER)]
-    values = rows.groupby(DICTIONARY, sort=False)[column].mean().to_numpy()
-    if len(values) < 2:
-        return stats.Interval(float(values[0]), float("-inf"), float("inf"), 1)
-    return stats.mean_interval(values)
-
-
-def _measured(found: stats.Interval, control: Measurement | None = None) -> Measurement:
+def _measure(found: stats.Interval, control: Measurement | None = None) -> Measurement:
     """An interval without bounds is none."""
     if not np.isfinite(found.low):
         return Measurement(found.value, n=found.n, control=control)
     return Measurement(found.value, found.low, found.high, found.n, control)
 
 
-def gain(t: "Tables", baseline: str, label: str) -> Measurement:
-    """rho(full set without magnitude) - rho(baseline), out of fold; control: the same for random directions' labels."""
-    rows, random = t["gains"], t["gains_random"]
-    rows = rows[(rows.baseline == baseline) & (rows.target == label)]
-    random = random[(random.baseline == baseline) & (random.target == f"{label}@random")]
-    control = over_dictionaries(random, "gain")
-    return _measured(over_dictionaries(rows, "gain"), Measurement(control.value, n=control.n))
+def _control(found: stats.Interval) -> Measurement:
+    return Measurement(found.value, n=found.n)
 
 
-def residualised(t: "Tables", label: str, control: str | None = None) -> Measurement:
-    """Out-of-fold rank correlation of the full set with what the nuisances leave of the label, and of another one."""
-    rows = t["sets"].query("residualised and set == 'full_no_magnitude'")
-    found, other = (
-        over_dictionaries(rows[rows.target == name], "pooled") for name in (label, control or label)
-    )
-    return _measured(found, Measurement(other.value, n=other.n) if control else None)
+def measure_gain(t: "Tables", baseline: str, label: str) -> Measurement:
+    """rho(full set without magnitude) - rho(baseline), out of fold.
 
-
-def payoff(t: "Tables", metric: str, subject: str | None = None) -> Measurement:
-    """Clean less messy group on fresh contexts, in standard deviations of the steered features.
-
-    Control: how far the payoff lies past all but 2.5 % of the same means with permuted training labels.
+    Control: the same for the labels of random directions.
     """
-    rows = t["confirmation"]
-    rows = rows[(rows.metric == metric) & (rows.groups == "clean - messy")]
-    if subject is not None:
-        row = rows[(rows.subject == subject) & (rows.primary == "primary") & (rows.seed == 0)].iloc[
-            0
-        ]
-        scale = row.standardised / row.difference if row.difference else 1.0
-        ends = sorted((row.low * scale, row.high * scale))
-        return Measurement(row.standardised, *ends, int(row.n))
-    found, null = over_dictionaries(rows, "standardised"), t["confirmation_null"]
-    null = (
-        null[~null["primary"].str.startswith(LADDER)]
-        .groupby([*DICTIONARY, "permutation"], sort=False)[metric]
-        .mean()
-    )
+    rows = select(t["gains"], baseline=baseline, target=label)
+    random = select(t["gains_random"], baseline=baseline, target=f"{label}@random")
+    return _measure(summarize_saes(rows, "gain"), _control(summarize_saes(random, "gain")))
+
+
+def measure_residualised(t: "Tables", label: str, control: str | None = None) -> Measurement:
+    """Out-of-fold rank correlation of the full set with what the nuisances leave of the label, and
+    of the control label.
+    """
+    rows = select(t["sets"], residualised=True, set=FULL_SET)
+    found = summarize_saes(select(rows, target=label), "pooled")
+    other = control and _control(summarize_saes(select(rows, target=control), "pooled"))
+    return _measure(found, other)
+
+
+def measure_payoff(t: "Tables", metric: str) -> Measurement:
+    """Clean minus messy group on fresh contexts, in standard deviations of the steered features.
+
+    Control: how far the payoff lies past all but 2.5 % of the same means with permuted labels.
+    """
+    rows = select(t["confirmation"], metric=metric, groups="clean - messy")
+    found = summarize_saes(rows, "standardised")
+    null = t["confirmation_null"]
+    null = null[~null["sae"].str.startswith(LADDER)]
+    null = null.groupby([*SAE, "permutation"], sort=False)[metric].mean()
     sign = 1 if metric.startswith("S") else -1
     past = (sign * null).groupby(level="permutation").mean().quantile(0.975)
-    return _measured(found, Measurement(float(sign * found.value - past), n=found.n))
+    return _measure(found, Measurement(float(sign * found.value - past), n=found.n))
 
 
-def mainly_stability(t: "Tables", subject: str) -> Measurement:
-    """Payoff on stability less that on the count per effect (fewer is better), in standard deviations."""
-    S, C = payoff(t, "S_abs", subject), payoff(t, "C_per_E", subject)
-    value, half = S.value + C.value, float(np.hypot(S.high - S.low, C.high - C.low)) / 2
+def measure_payoff_of(t: "Tables", metric: str, model: str) -> Measurement:
+    """The same for the main SAE of one real model, with its interval over features."""
+    rows = select(t["confirmation"], metric=metric, groups="clean - messy", model=model)
+    row = select(rows, sae="primary", seed=0).iloc[0]
+    scale = row.standardised / row.difference if row.difference else 1.0
+    ends = sorted((row.low * scale, row.high * scale))
+    return Measurement(row.standardised, *ends, int(row.n))
+
+
+def compare_axes(t: "Tables", model: str) -> Measurement:
+    """Payoff on stability minus that on the count per effect (fewer is better), in standard
+    deviations.
+    """
+    S = measure_payoff_of(t, "S_abs", model)
+    C = measure_payoff_of(t, "C_per_E", model)
+    value = S.value + C.value
+    half = float(np.hypot(S.high - S.low, C.high - C.low)) / 2
     return Measurement(value, value - half, value + half, S.n)
 
 
-def axes_improved(t: "Tables", subject: str) -> Measurement:
-    """How many of the two axes the clean group improves on fresh contexts, its interval excluding no difference."""
-    found = [payoff(t, "S_abs", subject), payoff(t, "C_per_E", subject)]
-    return Measurement(float((found[0].low > 0) + (found[1].high < 0)), n=2)
+def count_improved_axes(t: "Tables", model: str) -> Measurement:
+    """How many axes the clean group improves on fresh contexts, its interval excluding zero."""
+    S = measure_payoff_of(t, "S_abs", model)
+    C = measure_payoff_of(t, "C_per_E", model)
+    return Measurement(float((S.low > 0) + (C.high < 0)), n=2)
 
 
-def leading(univariate: "pd.DataFrame", label: str) -> "pd.DataFrame":
-    """The row of the strongest single predictor of a label, one a dictionary."""
-    rows = univariate[(univariate.control == "none") & (univariate.target == label)]
-    strength = rows["rho"].abs().groupby([rows[name] for name in DICTIONARY], sort=False)
-    return rows.loc[strength.idxmax()]
-
-
-def signature(t: "Tables") -> Measurement:
-    """How much more often the strongest single predictor differs between dictionaries than between resamples of one."""
-    rows = t["leaders"].query("seed == 0")
-    rows = rows[~rows["primary"].str.startswith(LADDER)]
-    lead = rows.pivot_table(
-        index="draw", columns=DICTIONARY, values="predictor", aggfunc="first"
-    ).to_numpy()
+def measure_signature(t: "Tables") -> Measurement:
+    """How much more often the strongest single predictor differs between SAEs than between
+    resamples of one.
+    """
+    rows = select(t["leaders"], seed=0)
+    rows = rows[~rows["sae"].str.startswith(LADDER)]
+    table = rows.pivot_table(index="draw", columns=SAE, values="predictor", aggfunc="first")
+    lead = table.to_numpy()
     pairs = list(combinations(range(lead.shape[1]), 2))
     if not pairs:
         return Measurement(0.0, n=lead.shape[1])
@@ -119,269 +117,197 @@ def signature(t: "Tables") -> Measurement:
     return Measurement(float(np.mean(across - within)), float(low), float(high), lead.shape[1])
 
 
-def one_rho(
-    t: "Tables", subject: str, predictor: str, label: str, primary: str = "primary"
-) -> Measurement:
+def get_correlation(t: "Tables", model: str, predictor: str, label: str) -> Measurement:
     """A single rank correlation of Table 2, with its interval over features."""
-    rows = t["univariate"].query(
-        "control == 'none' and target == @label and predictor == @predictor and seed == 0"
-    )
-    row = rows[(rows.subject == subject) & (rows.primary == primary)].iloc[0]
+    rows = select(t["univariate"], control="none", target=label, predictor=predictor, seed=0)
+    row = select(rows, model=model, sae="primary").iloc[0]
     return Measurement(row.rho, row.low, row.high, int(row.n))
 
 
-def widths(t: "Tables") -> "pd.DataFrame":
-    """Base and wide dictionary of each pair: rank correlation of the full set, payoff and its spread over splits."""
-    import pandas as pd
+def measure_width_signal(t: "Tables") -> Measurement:
+    """Out-of-fold rank correlation of the full set with the count in wide SAEs, mean and interval
+    of the mean.
 
-    rows, real = [], t["splits"].query("labels == 'real' and seed == 0")
-    for subject, here in real.groupby("subject", sort=False):
-        names = here["primary"].unique()
-        for wide, base in ((w, b) for w in names for b in names if is_wide(w, b)):
-            rows += [
-                _width(t, here, subject, name, f"{subject} {wide}", name == wide, i)
-                for name in (base, wide)
-                for i in (0, 1)
-            ]
-    return pd.DataFrame(rows)
-
-
-def _width(
-    t: "Tables",
-    splits: "pd.DataFrame",
-    subject: str,
-    primary: str,
-    pair: str,
-    wide: bool,
-    axis: int,
-) -> dict:
-    label, sign = (("S_abs", 1), ("C_per_E", -1))[axis]
-    chosen = (t["sets"].subject == subject) & (t["sets"].primary == primary) & (t["sets"].seed == 0)
-    scores = (
-        t["sets"][chosen]
-        .query("not residualised and set == 'full_no_magnitude'")
-        .set_index("target")
-    )
-    pay = sign * splits[splits["primary"] == primary][f"{label}: clean - messy"]
-    return {
-        "pair": pair,
-        "subject": subject,
-        "primary": primary,
-        "wide": wide,
-        "label": label,
-        "rho": scores.pooled[label],
-        "low": scores.low[label],
-        "high": scores.high[label],
-        "rho_C": scores.pooled["C"],
-        "payoff": pay.mean(),
-        "instability": pay.std() / abs(pay.mean()),
-        "wrong": float((pay < 0).mean()),
-    }
-
-
-def is_wide(primary: str, base: str | None = None) -> bool:
-    """Whether a dictionary is the wider of a pair (and `base` the other): `x_wide` and `x`, or one of PAIRS."""
-    other = PAIRS.get(primary, primary.removesuffix("_wide") if primary.endswith("_wide") else None)
-    return other is not None and base in (None, other)
-
-
-def width_signal(t: "Tables") -> Measurement:
-    """Out-of-fold rank correlation of the full set with the count in wide dictionaries, mean and interval of the mean.
-
-    Control: what it loses against the base dictionary.
+    Control: what it loses against the base SAE.
     """
-    rows = t["sets"].query(
-        "not residualised and set == 'full_no_magnitude' and target == 'C' and seed == 0"
-    )
-    rows = rows[[is_wide(p) for p in rows["primary"]]]
+    rows = select(t["sets"], residualised=False, set=FULL_SET, target="C", seed=0)
+    rows = rows[[is_wide(sae) for sae in rows["sae"]]]
     half = float(np.sqrt((((rows.high - rows.low) / 2) ** 2).sum())) / len(rows)
-    value, table = (
-        float(rows.pooled.mean()),
-        widths(t).drop_duplicates(["pair", "wide"]).set_index("pair"),
-    )
-    lost = (table[~table.wide].rho_C - table[table.wide].rho_C).mean()
-    return Measurement(
-        value, value - half, value + half, len(rows), Measurement(float(lost), n=len(rows))
-    )
+    value = float(rows.pooled.mean())
+    table = t["widths"].drop_duplicates(["pair", "wide"]).set_index("pair")
+    lost = float((table[~table.wide].rho_C - table[table.wide].rho_C).mean())
+    control = Measurement(lost, n=len(rows))
+    return Measurement(value, value - half, value + half, len(rows), control)
 
 
-def width_instability(t: "Tables") -> Measurement:
-    """Spread of the payoff over splits relative to its mean: wide over base, geometric mean over pairs and axes.
+def measure_width_instability(t: "Tables") -> Measurement:
+    """Spread of the payoff over splits relative to its mean: wide over base, geometric mean over
+    pairs and axes.
 
-    Control: how much more often the payoff has the wrong sign in the wide dictionary, which no small mean inflates.
+    Control: how much more often the payoff has the wrong sign in the wide SAE, which no small mean
+    inflates.
     """
-    table = widths(t)
-    wide, base = (table[table.wide == w].set_index(["pair", "label"]) for w in (True, False))
-    more = float((wide.wrong - base.wrong).mean())
+    table = t["widths"].set_index(["pair", "label"])
+    wide = table[table.wide]
+    base = table[~table.wide]
+    more = Measurement(float((wide.wrong - base.wrong).mean()), n=len(wide))
     ratio = float(np.exp(np.log(wide.instability / base.instability).mean()))
-    return Measurement(ratio, n=table["pair"].nunique(), control=Measurement(more, n=len(wide)))
+    return Measurement(ratio, n=t["widths"]["pair"].nunique(), control=more)
 
 
-def random_directions(t: "Tables") -> Measurement:
+def measure_random_directions(t: "Tables") -> Measurement:
     """Crowding of the feature against the count of its norm-matched random direction.
 
-    Control: the rank correlation with the count of the SAE's own direction, in size, less that.
+    Control: the size of the rank correlation with the SAE direction's count, minus that.
     """
-    rows = t["sensitivity"].query("kind == 'direction' and label == 'C'")
-    own, random = (
-        over_dictionaries(rows[rows.value == v].assign(size=rows.rho.abs()), "size")
-        for v in ("SAE", "random")
-    )
-    return _measured(
-        over_dictionaries(rows[rows.value == "random"], "rho"),
-        Measurement(own.value - random.value, n=own.n),
-    )
+    rows = select(t["sensitivity"], kind="direction", label="C")
+    rows = rows.assign(size=rows.rho.abs())
+    own = summarize_saes(select(rows, value="SAE"), "size")
+    random = summarize_saes(select(rows, value="random"), "size")
+    found = summarize_saes(select(rows, value="random"), "rho")
+    return _measure(found, Measurement(own.value - random.value, n=own.n))
 
 
-def dose_sign(t: "Tables") -> Measurement:
-    """rho(crowding, count per effect) at the highest dose less that at the lowest."""
-    return _measured(over_dictionaries(t["dose_change"], "rho"))
-
-
-def reliability(t: "Tables", label: str) -> Measurement:
+def measure_reliability(t: "Tables", label: str) -> Measurement:
     """Rank correlation of a label between two disjoint pools of contexts."""
-    return _measured(over_dictionaries(t["reliability"].query("label == @label"), "rho"))
+    return _measure(summarize_saes(select(t["reliability"], label=label), "rho"))
 
 
-def forecast_gain(t: "Tables", forecaster: str, label: str) -> Measurement:
-    """rho(forecast) - rho(the paper's full set, out of fold)."""
-    rows = t["forecasts"].query("target == @label and forecaster == @forecaster")
-    return _measured(over_dictionaries(rows, "gain"))
+def measure_forecast_gain(t: "Tables", label: str) -> Measurement:
+    """rho(Jacobian forecast) - rho(the paper's full set, out of fold)."""
+    rows = select(t["forecasts"], target=label, forecaster=f"{label}^jacobian")
+    return _measure(summarize_saes(rows, "gain"))
 
 
-_ALWAYS: dict[str, Callable[["Tables"], Measurement]] = {
-    "predict.spread_over_frequency": lambda t: gain(t, "freq_only", "C"),
-    "predict.stability_over_frequency": lambda t: gain(t, "freq_only", "S_abs"),
-    "predict.spread_over_magnitude": lambda t: gain(t, "activation_magnitude_only", "C"),
-    "predict.stability_over_magnitude": lambda t: gain(t, "activation_magnitude_only", "S_abs"),
-    "predict.stability_residualised": lambda t: residualised(t, "S_abs", "S_loo"),
-    "predict.spread_residualised": lambda t: residualised(t, "C"),
-    "predict.signature": signature,
-    "screening.stability": lambda t: payoff(t, "S_abs"),
-    "screening.spread": lambda t: payoff(t, "C_per_E"),
-    "width.signal": width_signal,
-    "width.payoff": width_instability,
-    "labels.spread_reliability": lambda t: reliability(t, "C"),
-    "labels.stability_reliability": lambda t: reliability(t, "S_abs"),
-    "controls.random_directions": random_directions,
-    "controls.dose": dose_sign,
-    "forecast.spread": lambda t: forecast_gain(t, "C^jacobian", "C"),
-    "forecast.stability": lambda t: forecast_gain(t, "S_abs^jacobian", "S_abs"),
+MEASURES: dict[str, Callable[["Tables"], Measurement]] = {
+    "predict.spread_over_frequency": lambda t: measure_gain(t, "freq_only", "C"),
+    "predict.stability_over_frequency": lambda t: measure_gain(t, "freq_only", "S_abs"),
+    "predict.spread_over_magnitude": lambda t: measure_gain(t, "activation_magnitude_only", "C"),
+    "predict.stability_over_magnitude": lambda t: measure_gain(
+        t, "activation_magnitude_only", "S_abs"
+    ),
+    "predict.stability_residualised": lambda t: measure_residualised(t, "S_abs", "S_loo"),
+    "predict.spread_residualised": lambda t: measure_residualised(t, "C"),
+    "predict.signature": measure_signature,
+    "screening.stability": lambda t: measure_payoff(t, "S_abs"),
+    "screening.spread": lambda t: measure_payoff(t, "C_per_E"),
+    "width.signal": measure_width_signal,
+    "width.payoff": measure_width_instability,
+    "labels.spread_reliability": lambda t: measure_reliability(t, "C"),
+    "labels.stability_reliability": lambda t: measure_reliability(t, "S_abs"),
+    "controls.random_directions": measure_random_directions,
+    "controls.dose": lambda t: _measure(summarize_saes(t["dose_change"], "rho")),
+    "forecast.spread": lambda t: measure_forecast_gain(t, "C"),
+    "forecast.stability": lambda t: measure_forecast_gain(t, "S_abs"),
 }
-_REAL: dict[str, tuple[str, Callable[["Tables"], Measurement]]] = {
-    "table2.gpt2_crowding": ("gpt2-small", lambda t: one_rho(t, "gpt2-small", "crowding", "C")),
-    "table2.pythia_logit": ("pythia-70m", lambda t: one_rho(t, "pythia-70m", "logit_l2", "C")),
-    "table2.pythia_stability": ("pythia-70m", lambda t: one_rho(t, "pythia-70m", "crowding", "S")),
-    "table2.gemma_encoder": ("gemma-2-2b", lambda t: one_rho(t, "gemma-2-2b", "encoder_norm", "S")),
-    "table2.llama_logit": ("llama-3.1-8b", lambda t: one_rho(t, "llama-3.1-8b", "logit_l2", "C")),
-    "screening.gpt2": ("gpt2-small", lambda t: axes_improved(t, "gpt2-small")),
-    "screening.pythia": ("pythia-70m", lambda t: mainly_stability(t, "pythia-70m")),
-    "screening.llama": ("llama-3.1-8b", lambda t: mainly_stability(t, "llama-3.1-8b")),
-    "screening.gemma": ("gemma-2-2b", lambda t: axes_improved(t, "gemma-2-2b")),
+MEASURES_OF_MODELS: dict[str, tuple[str, Callable[["Tables", str], Measurement]]] = {
+    "table2.gpt2_crowding": ("gpt2-small", lambda t, m: get_correlation(t, m, "crowding", "C")),
+    "table2.pythia_logit": ("pythia-70m", lambda t, m: get_correlation(t, m, "logit_l2", "C")),
+    "table2.pythia_stability": ("pythia-70m", lambda t, m: get_correlation(t, m, "crowding", "S")),
+    "table2.gemma_encoder": (
+        "gemma-2-2b",
+        lambda t, m: get_correlation(t, m, "encoder_norm", "S"),
+    ),
+    "table2.llama_logit": ("llama-3.1-8b", lambda t, m: get_correlation(t, m, "logit_l2", "C")),
+    "screening.gpt2": ("gpt2-small", count_improved_axes),
+    "screening.pythia": ("pythia-70m", compare_axes),
+    "screening.llama": ("llama-3.1-8b", compare_axes),
+    "screening.gemma": ("gemma-2-2b", count_improved_axes),
 }
 
 
-def measurements(t: "Tables") -> dict[str, Measurement | None]:
-    """A measurement for every claim of the study; None where its model is not part of the run."""
-    subjects, primaries = set(t["sets"]["subject"]), set(t["sets"]["primary"])
-    wide = any(is_wide(p) for p in primaries)
+def measure_claims(t: "Tables") -> dict[str, Measurement | None]:
+    """A measurement for every claim; None where its model is not part of the run."""
+    models = set(t["facts"]["model"])
+    widths = len(t["widths"]) > 0
     found = {
-        name: None if name.startswith("width.") and not wide else measure(t)
-        for name, measure in _ALWAYS.items()
+        name: measure(t) if widths or not name.startswith("width.") else None
+        for name, measure in MEASURES.items()
     }
     found |= {
-        name: measure(t) if subject in subjects else None
-        for name, (subject, measure) in _REAL.items()
+        name: measure(t, model) if model in models else None
+        for name, (model, measure) in MEASURES_OF_MODELS.items()
     }
-    return {f"side_effects.{name}": m for name, m in found.items()}
+    return {f"side_effects.{name}": measurement for name, measurement in found.items()}
 
 
-def intervals(
-    rows: "pd.DataFrame", value: str = "rho", low: str = "low", high: str = "high"
-) -> list[stats.Interval]:
-    """The rows of a table as intervals, to draw them."""
-    n = rows["n"] if "n" in rows else [len(rows)] * len(rows)
-    columns = (rows[value], rows[low], rows[high], n)
-    return [
-        stats.Interval(float(v), float(a), float(b), int(k))
-        for v, a, b, k in zip(*columns, strict=True)
+def make_titles(t: "Tables") -> dict[str, str]:
+    """What each figure shows, with the numbers of this run."""
+    m = {name.removeprefix("side_effects."): x for name, x in measure_claims(t).items() if x}
+
+    def say(name: str) -> str:
+        return f"{m[name].value:.2f}"
+
+    def say_control(name: str) -> str:
+        return f"{m[name].control.value:.2f}"
+
+    own = select(t["sensitivity"], kind="direction", value="SAE", label="C")
+    own = summarize_saes(own, "rho")
+    oracle = select(t["payoffs"], labels="real", payoff="share_of_oracle").value.mean()
+    titles = {
+        "reliability": "On other contexts, spread agrees with itself at "
+        f"{say('labels.spread_reliability')}, stability at {say('labels.stability_reliability')}",
+        "crowding": f"Crowding and the count correlate at {own.value:.2f} on average, for random "
+        f"directions at {say('controls.random_directions')}",
+        "predictor_sets": "Rank correlation of each predictor set minus that of frequency alone: "
+        f"full set {say('predict.spread_over_frequency')} for spread, "
+        f"{say('predict.stability_over_frequency')} for stability",
+        "gains": "The gain over frequency in predicting spread is "
+        f"{say('predict.spread_over_frequency')}, and "
+        f"{say_control('predict.spread_over_frequency')} for random directions",
+        "residualised": "Without effect size, activation and frequency, spread is predicted at "
+        f"{say('predict.spread_residualised')}, stability at "
+        f"{say('predict.stability_residualised')}",
+        "screening_payoff": f"Features chosen as clean reach {100 * oracle:.0f} % of the best "
+        "choice's lift, on average over SAEs",
+        "top_k": "How much cleaner the k chosen features are than the average candidate",
+        "forecasts": "Jacobians add to the full set "
+        f"{say('forecast.spread')} for spread and {say('forecast.stability')} for stability",
+        "dose": "From the lowest to the highest dose, crowding's correlation with the count per "
+        f"effect changes by {m['controls.dose'].value:+.2f}",
+    }
+    if "width.signal" in m:
+        titles["width"] = (
+            f"The full set predicts the count at {say('width.signal')} in wide SAEs, "
+            f"{say_control('width.signal')} below their bases"
+        )
+    return titles
+
+
+def summarize(t: "Tables") -> str:
+    """What was found, in a few sentences of Markdown with numbers and verdicts."""
+    measured = measure_claims(t)
+    stated = claims.load_claims("side_effects")
+
+    def say(name: str, control: str = "") -> str:
+        m = measured[f"side_effects.{name}"]
+        verdict = claims.judge(stated[f"side_effects.{name}"], m)
+        ends = "" if m.low is None else f" [{m.low:.2f}, {m.high:.2f}]"
+        beside = f"; {control} {m.control.value:.2f}" if control and m.control else ""
+        text = f"{m.value:.2f}{ends} (**{verdict}**{beside})"
+        return text.replace("-0.00", "0.00")
+
+    models = [name_model(model) for model, _ in find_main_saes(t)]
+    first = select(t["facts"], seed=0)
+    random = "random directions"
+    sentences = [
+        f"In {len(first)} SAEs ({', '.join(models)}), the rank correlation between what is known "
+        "before steering and what steering does exceeds that of firing frequency alone by "
+        f"{say('predict.spread_over_frequency', random)} for spread and by "
+        f"{say('predict.stability_over_frequency', random)} for stability.",
+        "Over activation magnitude alone the gains are "
+        f"{say('predict.spread_over_magnitude', random)} and "
+        f"{say('predict.stability_over_magnitude', random)}; once effect size, activation and "
+        f"frequency are removed, {say('predict.spread_residualised')} and "
+        f"{say('predict.stability_residualised')} remain.",
+        "On fresh contexts, unseen features that were chosen as clean differ from those chosen as "
+        f"messy by {say('screening.stability')} standard deviations in stability and by "
+        f"{say('screening.spread')} in moved latents per effect.",
+        "The labels bound every prediction: on other contexts they agree with themselves at "
+        f"{say('labels.spread_reliability')} for spread and "
+        f"{say('labels.stability_reliability')} for stability.",
+        "A forecast by Jacobians, which steers no feature, changes the rank correlation by a "
+        f"further {say('forecast.spread')} for spread and {say('forecast.stability')} for "
+        "stability.",
     ]
-
-
-PUBLISHED = (
-    ("gpt2-small", "crowding", "none", ".45 to .50 (replication .482, .450, .458; paper .466)"),
-    ("gpt2-small", "crowding", "controlled", ".40 to .52 (replication)"),
-    ("pythia-70m", "logit_l2", "none", ".391 (paper)"),
-    ("pythia-70m", "logit_l2", "controlled", ".343 [.23, .45] (replication)"),
-    ("gemma-2-2b", "encoder_decoder_cos", "controlled", "-.454 [-.55, -.34] (replication)"),
-    ("llama-3.1-8b", "logit_l2", "none", ".464 (paper)"),
-    ("llama-3.1-8b", "logit_top10", "controlled", "-.293 (replication)"),
-)
-"""Rank correlations with the raw count on the real models: subject, predictor, control, value."""
-RESIDUALISED = {
-    "gpt2-small": 0.512,
-    "pythia-70m": 0.521,
-    "gemma-2-2b": 0.594,
-    "llama-3.1-8b": 0.289,
-}
-
-
-def published(t: "Tables", facts: "pd.DataFrame") -> "pd.DataFrame":
-    """What others measured on the real models, beside the values of this run; empty on the embedded world.
-
-    `facts` has one row a dictionary and seed: what was loaded and chosen.
-    """
-    import pandas as pd
-
-    from sae_research import catalogue
-
-    rows: list[dict] = []
-
-    def add(subject: str, quantity: str, target: str, here: float) -> None:
-        rows.append({"subject": subject, "quantity": quantity, "target": target, "here": here})
-
-    def main(table: "pd.DataFrame") -> "pd.DataFrame":
-        return table[
-            (table.seed == 0) & (table.primary == "primary") & table.subject.isin(RESIDUALISED)
-        ]
-
-    for row in main(facts).itertuples():
-        entry = catalogue.get(row.subject)
-        for role, value in (("primary", row.l0_primary), ("downstream", row.l0_downstream)):
-            if role in entry.mean_l0:
-                add(
-                    row.subject,
-                    f"L0, {role}",
-                    f"{entry.mean_l0[role]:g} (replication, within 1)",
-                    value,
-                )
-        if entry.eligible is not None:
-            add(
-                row.subject,
-                "eligible features",
-                f"{entry.eligible} (replication's band and contexts)",
-                row.eligible,
-            )
-    first = main(t["univariate"])
-    for subject, name, control, target in PUBLISHED:
-        found = first[
-            (first.subject == subject) & (first.predictor == name) & (first.target == "C")
-        ]
-        for rho in found[(found.control == "none") == (control == "none")].rho:
-            add(subject, f"{name} and C, control {control}", target, rho)
-    for row in (
-        main(t["sets"])
-        .query("residualised and set == 'full_no_magnitude' and target == 'C'")
-        .itertuples()
-    ):
-        target = f"{RESIDUALISED[row.subject]} within .10 (replication, mean over folds)"
-        add(row.subject, "residualised C, full set", target, row.per_fold)
-    for row in (
-        main(t["sensitivity"])
-        .query("kind == 'direction' and value == 'random' and label == 'C'")
-        .itertuples()
-    ):
-        add(row.subject, "crowding and C of random directions", "at most .1 in size", row.rho)
-    for row in main(t["reliability"]).query("label == 'C'").itertuples():
-        add(row.subject, "reliability of C", "at least .90", row.rho)
-    return pd.DataFrame(rows, columns=["subject", "quantity", "target", "here"])
+    return "\n".join(f"- {sentence}" for sentence in sentences)

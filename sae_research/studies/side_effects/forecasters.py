@@ -1,149 +1,149 @@
-"""Forecasts of the labels that steer no feature: they go beyond the paper's predictors (which only correlate).
+"""Forecasts of the labels that steer no feature; the paper's predictors only correlate.
 
-All propagate c d_f through something cheap and read the downstream panel there: the identity path (the residual stream
-as if no block lay between), Jacobians of the upper blocks on a few clean contexts, or a linear map fitted on random
-directions. The Arad output score, which does steer (one prompt a feature), stands beside them for comparison.
+All propagate a step along a decoder row through something cheap and read the downstream panel
+there: the identity path (the residual stream as if no block lay between), Jacobians of the upper
+blocks on a few clean contexts, or a linear map fitted on random directions. The output score of
+Arad et al. 2025, which does steer (one prompt per feature), stands beside them for comparison.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from sae_research.last_token import LastToken
-from sae_research.studies.side_effects.labels import EPS, stability
+from sae_research.studies.side_effects.labels import EPS, compute_stability
+from sae_research.studies.side_effects.pool import LatentEncoder
 
-Codes = Callable[[torch.Tensor], torch.Tensor]
+MAX_CELLS = 50_000_000
+"""Activations held at once while counting."""
 
 
 def count_moved(
-    codes: Codes, below: torch.Tensor, propagated: torch.Tensor, tau: float, cells: int = 50_000_000
+    encode_panel: LatentEncoder, clean: torch.Tensor, propagated: torch.Tensor, tau: float
 ) -> np.ndarray:
-    """C^: mean over clean downstream residuals of the panel latents that `propagated` would move by more than tau.
+    """Mean over clean downstream residuals of the panel latents that each of `propagated` would
+    move by more than tau.
 
     `propagated` is [features, d], or [contexts, features, d] if each context has its own.
     """
-    u0 = codes(below)
-    K = propagated.shape[-2]
-    moved = torch.zeros(K, device=below.device)
-    for part in torch.arange(K, device=below.device).split(max(1, cells // u0.numel())):
-        steps = (
-            propagated[..., part, :]
-            if propagated.ndim == 3
-            else propagated[part].expand(len(below), -1, -1)
-        )
-        change = codes(below[:, None] + steps) - u0[:, None]
-        moved[part] = (change.abs() > tau).sum(-1).float().mean(0)
+    u0 = encode_panel(clean)
+    n_features = propagated.shape[-2]
+    moved = torch.zeros(n_features, device=clean.device)
+    for some in torch.arange(n_features, device=clean.device).split(
+        max(1, MAX_CELLS // u0.numel())
+    ):
+        steps = propagated[..., some, :].expand(len(clean), -1, -1)
+        change = encode_panel(clean[:, None] + steps) - u0[:, None]
+        moved[some] = (change.abs() > tau).sum(-1).float().mean(0)
     return moved.double().cpu().numpy()
-
-
-def identity_count(
-    codes: Codes, below: torch.Tensor, directions: torch.Tensor, tau: float
-) -> np.ndarray:
-    """The count if the blocks between the two hooks did nothing: exact when they do nothing."""
-    return count_moved(codes, below, directions, tau)
 
 
 @dataclass
 class Jacobians:
-    """d(state)/d(edit) of the final token in a few contexts, [contexts, d, d], rows the direction of the edit."""
+    """d(state)/d(edit) of the final token in a few contexts, [contexts, d, d], a row per axis of
+    the edit.
+    """
 
     read: torch.Tensor
     """Of the downstream residual."""
     final: torch.Tensor
     """Of the state after the final norm."""
-    below: torch.Tensor
+    clean: torch.Tensor
     """[contexts, d]: the clean downstream residual there."""
 
 
 @torch.no_grad()
-def jacobians(engine: LastToken, tokens: torch.Tensor, step: float = 1e-2) -> Jacobians:
-    """Central differences along every axis, with steps of a share of the residual's root mean square."""
+def measure_jacobians(engine: LastToken, tokens: torch.Tensor, step: float = 1e-2) -> Jacobians:
+    """Central differences along every axis, in steps of a fraction of the residual's RMS."""
     record = engine.record(tokens)
-    contexts, d = record.last.shape
+    n_contexts, d = record.last.shape
+    device = record.last.device
     eps = step * float(record.last.square().mean().sqrt())
-    axes = eps * torch.eye(d, device=record.last.device, dtype=record.last.dtype)
-    rows = torch.arange(contexts * 2 * d, device=record.last.device)
-    read, final = (torch.zeros(len(rows), d, device=rows.device) for _ in range(2))
+    axes = eps * torch.eye(d, device=device, dtype=record.last.dtype)
+    edits = torch.arange(n_contexts * 2 * d, device=device)
+    read, final = (torch.zeros(len(edits), d, device=device) for _ in range(2))
     moves = torch.cat([axes, -axes])
-    for r, state in engine.steer(record, rows // (2 * d), rows % (2 * d), moves, pack=32):
-        read[r], final[r] = state.reads[0], state.final
-    plus_minus = (x.view(contexts, 2, d, d) for x in (read, final))
+    for rows, state in engine.steer(record, edits // (2 * d), edits % (2 * d), moves, pack=32):
+        read[rows] = state.reads[0]
+        final[rows] = state.final
+    plus_minus = (x.view(n_contexts, 2, d, d) for x in (read, final))
     slopes = [(x[:, 0] - x[:, 1]) / (2 * eps) for x in plus_minus]
-    return Jacobians(*slopes, below=record.clean.reads[0])
+    return Jacobians(*slopes, clean=record.clean.reads[0])
 
 
-def linear_labels(
-    J: Jacobians, engine: LastToken, codes: Codes, directions: torch.Tensor, tau: float
+def forecast_linear_labels(
+    J: Jacobians,
+    engine: LastToken,
+    encode_panel: LatentEncoder,
+    directions: torch.Tensor,
+    tau: float,
 ) -> dict[str, np.ndarray]:
-    """C^, E^ and |S|^ of every direction, were the upper blocks linear around each context: d_f J_x is one product."""
-    found = {"C^jacobian": count_moved(codes, J.below, directions @ J.read, tau)}
+    """C, C per E, E and |S| of every direction, were the upper blocks linear around each context;
+    `C^mean_jacobian` uses one Jacobian for all, their mean.
+    """
     G = engine.gram()
-    if (
-        G is None
-    ):  # with a softcap the head is not linear either; its slope at the clean state is left out
+    if G is None:  # a softcap bends the head too; its slope at the clean state is left out
         G = engine.W_U @ engine.W_U.T
     dz = directions @ J.final
-    parts = [stability(dz[:, f] @ G @ dz[:, f].T) for f in range(len(directions))]
-    return found | {
-        "E^jacobian": np.array([p["E"] for p in parts]),
-        "S_abs^jacobian": np.array([p["S_abs"] for p in parts]),
+    labels = [compute_stability(dz[:, f] @ G @ dz[:, f].T) for f in range(len(directions))]
+    count = count_moved(encode_panel, J.clean, directions @ J.read, tau)
+    effect = np.array([label["E"] for label in labels])
+    return {
+        "C^mean_jacobian": count_moved(encode_panel, J.clean, directions @ J.read.mean(0), tau),
+        "C^jacobian": count,
+        "C_per_E^jacobian": count / (effect + EPS),
+        "E^jacobian": effect,
+        "S_abs^jacobian": np.array([label["S_abs"] for label in labels]),
     }
 
 
-def mean_jacobian_count(
-    J: Jacobians, codes: Codes, directions: torch.Tensor, tau: float
-) -> np.ndarray:
-    """C^ with one Jacobian for all contexts, their mean."""
-    return count_moved(codes, J.below, directions @ J.read.mean(0), tau)
-
-
 @torch.no_grad()
-def random_map(
+def fit_random_map(
     engine: LastToken,
     tokens: torch.Tensor,
-    length: float,
-    directions: int,
+    norm: float,
+    n_directions: int,
     seed: int,
     ridge: float = 1e-2,
 ) -> torch.Tensor:
-    """W [d, d]: ridge regression of the downstream change on the edit, over random directions of one length."""
+    """W [d, d]: ridge regression of the downstream change on the edit, over random directions of
+    one norm.
+    """
     record = engine.record(tokens)
     d = record.last.shape[1]
-    noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((directions, d))).to(
-        record.last
-    )
-    moves = noise / noise.norm(dim=1, keepdim=True) * length
-    which = torch.arange(directions, device=moves.device)
+    noise = np.random.default_rng(seed).standard_normal((n_directions, d))
+    noise = torch.from_numpy(noise).to(record.last)
+    moves = noise / noise.norm(dim=1, keepdim=True) * norm
+    which = torch.arange(n_directions, device=moves.device)
     context = which % len(tokens)
-    X, Y = moves.double(), torch.zeros(directions, d, dtype=torch.float64, device=moves.device)
-    for r, state in engine.steer(record, context, which, moves):
-        Y[r] = (state.reads[0] - record.clean.reads[0][context[r]]).double()
+    X = moves.double()
+    Y = torch.zeros_like(X)
+    for rows, state in engine.steer(record, context, which, moves):
+        Y[rows] = (state.reads[0] - record.clean.reads[0][context[rows]]).double()
     gram = X.T @ X
-    return torch.linalg.solve(
-        gram + ridge * gram.diagonal().mean() * torch.eye(d).to(gram), X.T @ Y
-    ).to(record.last)
+    penalty = ridge * gram.diagonal().mean() * torch.eye(d).to(gram)
+    return torch.linalg.solve(gram + penalty, X.T @ Y).to(record.last)
 
 
 @torch.no_grad()
-def output_score(
+def measure_output_score(
     engine: LastToken,
     prompt: torch.Tensor,
     directions: torch.Tensor,
-    strength: torch.Tensor,
+    coefficients: torch.Tensor,
     W: torch.Tensor,
 ) -> np.ndarray:
-    """Arad et al. 2025: how far steering lifts the 20 tokens that the direct logits favour, on one prompt [1, T].
+    """Arad et al. 2025: how far steering lifts the 20 tokens that the direct logits favour.
 
-    S_out = (1 - best rank / V) x largest probability among the 20, after adding `strength` x d_f at the last token.
+    (1 - best rank / V) x largest probability among the 20, after adding `coefficients` x d_f at
+    the last token of one prompt [1, T].
     """
     record = engine.record(prompt)
     rows = torch.arange(len(directions), device=directions.device)
     scores = torch.zeros(len(directions))
-    for r, state in engine.steer(
-        record, torch.zeros_like(rows), rows, directions * strength[:, None], pack=32
-    ):
+    moves = directions * coefficients[:, None]
+    for r, state in engine.steer(record, torch.zeros_like(rows), rows, moves, pack=32):
         logits = engine.logits(state.final)
         favoured = (directions[r] @ W).topk(min(20, W.shape[1]), dim=1).indices
         own = logits.gather(1, favoured)
@@ -151,8 +151,3 @@ def output_score(
         largest = logits.softmax(-1).gather(1, favoured).max(1).values
         scores[r.cpu()] = ((1 - rank / W.shape[1]) * largest).cpu()
     return scores.double().numpy()
-
-
-def relative_to_effect(count: np.ndarray, effect: np.ndarray) -> np.ndarray:
-    """C^ / (E^ + eps): the forecast of the count per effect."""
-    return count / (effect + EPS)

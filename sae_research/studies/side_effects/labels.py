@@ -1,10 +1,11 @@
-"""What steering a feature does at the final token: spread, effect size, stability, divergence (sections 3.3, 3.4).
+"""What steering a feature does at the final token: spread, effect size, stability, divergence.
 
-Symbols: D_x = l1 - l0 is the change of the logits in context x, u the codes of the downstream panel P.
+Sections 3.3 and 3.4 of the paper. D_x = l1 - l0 is the change of the logits in context x, u the
+activations of the panel, the downstream latents in which effects are counted.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,133 +14,154 @@ from tqdm.auto import tqdm
 from sae_research.last_token import LastToken
 
 EPS = 1e-8
+ALL = slice(None)
 
 
 @dataclass
-class Measured:
-    """One number for every direction and context, [directions, contexts], and what is needed for the rest."""
+class SteeringEffects:
+    """What each direction does in each of its contexts."""
 
     contexts: torch.Tensor
-    """Which context each column of each row was."""
+    """[directions, contexts]: which context each column of each row was."""
     counts: torch.Tensor
-    """[directions, contexts, thresholds]: downstream panel latents that moved by more than each tau."""
-    panels: torch.Tensor
-    """[directions, contexts, sizes]: the same at the first threshold, for the most frequent latents only."""
+    """[directions, contexts, thresholds]: panel latents that moved by more than each tau."""
+    panel_counts: torch.Tensor
+    """[directions, contexts, sizes]: at the first threshold, for the most frequent latents only."""
     l1: torch.Tensor
-    """Sum of |u1 - u0| over the panel."""
+    """[directions, contexts]: sum of |u1 - u0| over the panel."""
     l2: torch.Tensor
-    """Euclidean length of u1 - u0."""
+    """[directions, contexts]: Euclidean norm of u1 - u0."""
     moved: torch.Tensor
-    """Effective number of moved latents, exp of the entropy of |u1 - u0| / sum."""
+    """[directions, contexts]: effective number of moved latents, exp of |u1 - u0|'s entropy."""
     clean: torch.Tensor
-    """[contexts of the pool that were used, d]: final states before steering, with `row_of` below."""
+    """[used contexts, d]: final states before steering; `row_of` finds them."""
     row_of: torch.Tensor
     """Row of `clean` for each context of the pool."""
     steered: torch.Tensor
     """[directions, contexts, d]: final states after steering."""
     shift: torch.Tensor
     """[directions, panel]: mean of u1 - u0."""
-    effects: dict[str, np.ndarray] = field(default_factory=dict)
-    """Labels that come from the logits, per direction: see `logit_labels`."""
+
+    def take(self, rows: slice) -> "SteeringEffects":
+        """The same for some directions."""
+        shared = ("clean", "row_of")
+        own = {name: value[rows] for name, value in vars(self).items() if name not in shared}
+        return replace(self, **own)
+
+    def states(self, row: int, columns: slice = ALL) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final states of one direction before and after steering, [contexts, d] each."""
+        return self.clean[self.row_of[self.contexts[row, columns]]], self.steered[row, columns]
 
 
 @torch.no_grad()
-def measure(
+def measure_effects(
     engine: LastToken,
-    codes: Callable[[torch.Tensor], torch.Tensor],
+    encode_panel: Callable[[torch.Tensor], torch.Tensor],
     tokens: torch.Tensor,
     directions: torch.Tensor,
     contexts: torch.Tensor,
     taus: tuple[float, ...],
-    sizes: tuple[int, ...] = (),
-    batch: int = 64,
-) -> Measured:
-    """Add each of `directions` [K, d] to the last token of its `contexts` [K, n]; `codes` reads the panel."""
+    panel_sizes: tuple[int, ...] = (),
+) -> SteeringEffects:
+    """Add each of `directions` [K, d] to the last token of each of its `contexts` [K, n]."""
     K, n = contexts.shape
-    device, d = directions.device, directions.shape[1]
+    device = directions.device
+    d = directions.shape[1]
     flat = contexts.flatten().to(device)
     which = torch.arange(K, device=device).repeat_interleave(n)
-    used, row_of = torch.unique(flat), torch.zeros(len(tokens), dtype=torch.long, device=device)
+    used = torch.unique(flat)
+    row_of = torch.zeros(len(tokens), dtype=torch.long, device=device)
     row_of[used] = torch.arange(len(used), device=device)
-    counts, panels = (
-        torch.zeros(K * n, len(taus), device=device),
-        torch.zeros(K * n, len(sizes), device=device),
-    )
+    counts = torch.zeros(K * n, len(taus), device=device)
+    panel_counts = torch.zeros(K * n, len(panel_sizes), device=device)
     l1, l2, moved = (torch.zeros(K * n, device=device) for _ in range(3))
-    clean, steered = torch.zeros(len(used), d, device=device), torch.zeros(K * n, d, device=device)
+    clean = torch.zeros(len(used), d, device=device)
+    steered = torch.zeros(K * n, d, device=device)
     shift: torch.Tensor | None = None
-    progress = tqdm(total=K * n, desc="steering", leave=False)
-    for rows, before, after in engine.sweep(tokens, flat, which, directions, batch=batch):
-        change = codes(after.reads[0]) - codes(before.reads[0])
-        size = change.abs()
-        for i, tau in enumerate(taus):
-            counts[rows, i] = (size > tau).sum(1).float()
-        for i, p in enumerate(sizes):
-            panels[rows, i] = (size[:, :p] > taus[0]).sum(1).float()
-        l1[rows], l2[rows] = size.sum(1), size.norm(dim=1)
-        share = size / (l1[rows, None] + EPS)
-        moved[rows] = torch.exp(-torch.special.xlogy(share, share).sum(1)) * (l1[rows] > EPS)
-        clean[row_of[flat[rows]]], steered[rows] = before.final, after.final
-        shift = torch.zeros(K, change.shape[1], device=device) if shift is None else shift
-        shift.index_add_(0, which[rows], change / n)
-        progress.update(len(rows))
-    progress.close()
-    shaped = [x.view(K, n, *x.shape[1:]) for x in (counts, panels, l1, l2, moved)]
-    return Measured(flat.view(K, n), *shaped, clean, row_of, steered.view(K, n, d), shift)
+    with tqdm(total=K * n, desc="steering", leave=False) as progress:
+        for rows, before, after in engine.sweep(tokens, flat, which, directions):
+            change = encode_panel(after.reads[0]) - encode_panel(before.reads[0])
+            size = change.abs()
+            for i, tau in enumerate(taus):
+                counts[rows, i] = (size > tau).sum(1).float()
+            for i, p in enumerate(panel_sizes):
+                panel_counts[rows, i] = (size[:, :p] > taus[0]).sum(1).float()
+            l1[rows] = size.sum(1)
+            l2[rows] = size.norm(dim=1)
+            share = size / (l1[rows, None] + EPS)
+            moved[rows] = torch.exp(-torch.special.xlogy(share, share).sum(1)) * (l1[rows] > EPS)
+            clean[row_of[flat[rows]]] = before.final
+            steered[rows] = after.final
+            shift = torch.zeros(K, change.shape[1], device=device) if shift is None else shift
+            shift.index_add_(0, which[rows], change / n)
+            progress.update(len(rows))
+    found = (x.view(K, n, *x.shape[1:]) for x in (counts, panel_counts, l1, l2, moved))
+    return SteeringEffects(flat.view(K, n), *found, clean, row_of, steered.view(K, n, d), shift)
 
 
-def stability(gram: torch.Tensor) -> dict[str, float]:
-    """Effect size, its variation, and cosines (to the mean, pairwise, leave-one-out) from K_xy = <D_x, D_y>."""
+def compute_stability(gram: torch.Tensor) -> dict[str, float]:
+    """Effect size E, its variation, and the stabilities S, from the products <D_x, D_y>.
+
+    S is the mean cosine of D_x with the mean over contexts, S_abs that of absolute cosines, S_loo
+    with the context left out of the mean; pair and pair_abs are the cosines of pairs of contexts.
+    """
     gram = gram.double()
     size = gram.diagonal().clamp(min=0).sqrt()
     found = {"E": float(size.mean()), "E_cv": float(size.std(correction=0) / (size.mean() + EPS))}
-    kept = size > EPS
-    gram, size = gram[kept][:, kept], size[kept]
+    nonzero = size > EPS
+    gram = gram[nonzero][:, nonzero]
+    size = size[nonzero]
     n = len(size)
-    names = ("S", "S_abs", "pair", "pair_abs", "S_loo")
     if n < 2:
-        return found | dict.fromkeys(names, 0.0)
-    rows, total = gram.sum(1), gram.sum()
-    to_mean = rows / (
-        size * total.clamp(min=EPS**2).sqrt()
-    )  # <D_x, m> / |D_x||m| with m = sum_y D_y / n
+        return found | dict.fromkeys(("S", "S_abs", "pair", "pair_abs", "S_loo"), 0.0)
+    to_sum = gram.sum(1)  # <D_x, sum of all D>
+    total = to_sum.sum()
+    cosine_to_mean = to_sum / (size * total.clamp(min=EPS**2).sqrt())
     cosine = gram / (size[:, None] * size)
-    off = ~torch.eye(n, dtype=torch.bool, device=gram.device)
-    others = (total - 2 * rows + gram.diagonal()).clamp(min=EPS**2).sqrt()  # |sum of the others|
-    alone = (rows - gram.diagonal()) / (size * others)
-    values = (
-        to_mean.mean(),
-        to_mean.abs().mean(),
-        cosine[off].mean(),
-        cosine[off].abs().mean(),
-        alone.mean(),
-    )
-    return found | {name: float(value) for name, value in zip(names, values, strict=True)}
+    off_diagonal = ~torch.eye(n, dtype=torch.bool, device=gram.device)
+    size_of_others = (total - 2 * to_sum + gram.diagonal()).clamp(min=EPS**2).sqrt()
+    cosine_to_others = (to_sum - gram.diagonal()) / (size * size_of_others)
+    return found | {
+        "S": float(cosine_to_mean.mean()),
+        "S_abs": float(cosine_to_mean.abs().mean()),
+        "pair": float(cosine[off_diagonal].mean()),
+        "pair_abs": float(cosine[off_diagonal].abs().mean()),
+        "S_loo": float(cosine_to_others.mean()),
+    }
+
+
+def simulate_noise(n_contexts: int, draws: int = 200, d: int = 1000) -> dict[str, np.ndarray]:
+    """Stabilities of effects without any direction: the floor of S, about 1/sqrt(n), is not zero
+    because each D_x is part of the mean that it is compared with.
+    """
+    torch.manual_seed(0)
+    found = [compute_stability(D @ D.T) for D in torch.randn(draws, n_contexts, d)]
+    return {name: np.array([f[name] for f in found]) for name in ("S", "S_abs", "S_loo")}
 
 
 @torch.no_grad()
-def logit_labels(
-    engine: LastToken, measured: Measured, columns: slice = slice(None), divergence: bool = True
+def compute_logit_labels(
+    engine: LastToken, effects: SteeringEffects, columns: slice = ALL, divergence: bool = True
 ) -> dict[str, np.ndarray]:
     """E, stability and KL of every direction, over some of its contexts.
 
-    Without a softcap D = dz W_U, so <D_x, D_y> = dz_x G dz_y and no tensor has the size of the vocabulary.
+    Without a softcap D = dz W_U, so <D_x, D_y> = dz_x G dz_y and no tensor has vocabulary size.
     """
     G = engine.gram()
     found: dict[str, list[float]] = {}
-    for after, contexts in zip(
-        measured.steered[:, columns], measured.contexts[:, columns], strict=True
-    ):
-        before = measured.clean[measured.row_of[contexts]]
+    for row in range(len(effects.contexts)):
+        before, after = effects.states(row, columns)
         if G is not None:
             dz = after - before
-            labels = stability(dz @ G @ dz.T)
+            labels = compute_stability(dz @ G @ dz.T)
         if G is None or divergence:
-            l0, l1 = engine.logits(before), engine.logits(after)
+            l0 = engine.logits(before)
+            l1 = engine.logits(after)
         if G is None:
-            labels = stability((l1 - l0) @ (l1 - l0).T)
+            labels = compute_stability((l1 - l0) @ (l1 - l0).T)
         if divergence:
-            p0, p1 = l0.log_softmax(-1), l1.log_softmax(-1)
+            p0 = l0.log_softmax(-1)
+            p1 = l1.log_softmax(-1)
             labels["KL"] = float((p0.exp() * (p0 - p1)).sum(-1).mean())
             labels["KL_reverse"] = float((p1.exp() * (p1 - p0)).sum(-1).mean())
             labels["KL_per_E"] = labels["KL"] / (labels["E"] + EPS)
@@ -148,48 +170,59 @@ def logit_labels(
     return {name: np.array(values) for name, values in found.items()}
 
 
-def panel_labels(measured: Measured, columns: slice = slice(None)) -> dict[str, np.ndarray]:
-    """C at the first threshold and what else the downstream panel tells, over some of the contexts."""
-    means = {
-        "C": measured.counts[:, columns, 0],
-        "L2": measured.l2[:, columns],
-        "moved": measured.moved[:, columns],
+def compute_panel_labels(effects: SteeringEffects, columns: slice = ALL) -> dict[str, np.ndarray]:
+    """C at the first threshold, and what else the panel tells, over some of the contexts."""
+    values = {
+        "C": effects.counts[:, columns, 0],
+        "L2": effects.l2[:, columns],
+        "moved": effects.moved[:, columns],
     }
-    return {name: value.mean(1).double().cpu().numpy() for name, value in means.items()}
+    return {name: value.mean(1).double().cpu().numpy() for name, value in values.items()}
 
 
-def labels(
-    engine: LastToken, measured: Measured, columns: slice = slice(None), divergence: bool = True
+def compute_labels(
+    engine: LastToken, effects: SteeringEffects, columns: slice = ALL, divergence: bool = True
 ) -> dict[str, np.ndarray]:
     """All labels of every direction; C_per_E is the count per effect, C / (E + eps)."""
-    found = panel_labels(measured, columns) | logit_labels(engine, measured, columns, divergence)
+    found = compute_panel_labels(effects, columns)
+    found |= compute_logit_labels(engine, effects, columns, divergence)
     return found | {"C_per_E": found["C"] / (found["E"] + EPS)}
 
 
-def matched_random(directions: torch.Tensor, seed: int) -> torch.Tensor:
-    """One random direction for each given one, of the same length: the control of every claim about SAE directions."""
+def draw_random_directions(directions: torch.Tensor, seed: int) -> torch.Tensor:
+    """One random direction of the same norm for each given one: the control of every claim about
+    SAE directions.
+    """
     noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(tuple(directions.shape)))
     noise = noise.to(directions)
     return noise / noise.norm(dim=1, keepdim=True) * directions.norm(dim=1, keepdim=True)
 
 
 @torch.no_grad()
-def quantile_tau(
+def choose_tau(
     engine: LastToken,
-    codes: Callable[[torch.Tensor], torch.Tensor],
+    encode_panel: Callable[[torch.Tensor], torch.Tensor],
     tokens: torch.Tensor,
     directions: torch.Tensor,
     contexts: torch.Tensor,
-    share: float,
-) -> float:
-    """The change that a share of the panel exceeds, over a few directions: for codes of another scale."""
+    upper_quantile: float,
+) -> tuple[float, float]:
+    """The change that this fraction of the panel exceeds, and the fraction that changes at all.
+
+    A TopK SAE of few active latents may leave most of its panel at zero: where the quantile is
+    zero, tau is the median of the changes that are not.
+    """
     K, n = contexts.shape
     which = torch.arange(K, device=directions.device).repeat_interleave(n)
-    sizes = [
-        (codes(after.reads[0]) - codes(before.reads[0])).abs().flatten()
-        for _, before, after in engine.sweep(
-            tokens, contexts.flatten().to(directions.device), which, directions
-        )
-    ]
-    sizes = torch.cat(sizes)
-    return float(sizes.kthvalue(max(1, round((1 - share) * len(sizes)))).values)
+    flat = contexts.flatten().to(directions.device)
+    sizes = torch.cat(
+        [
+            (encode_panel(after.reads[0]) - encode_panel(before.reads[0])).abs().flatten()
+            for _, before, after in engine.sweep(tokens, flat, which, directions)
+        ]
+    )
+    changed = sizes[sizes > 1e-6]
+    tau = float(sizes.kthvalue(max(1, round((1 - upper_quantile) * len(sizes)))).values)
+    if tau <= 1e-6:
+        tau = float(changed.median()) if len(changed) else 1e-6
+    return tau, len(changed) / len(sizes)

@@ -1,4 +1,4 @@
-"""What can be known of a feature before steering: geometry, activations, co-activation, direct logits."""
+"""Known before steering: geometry, activations, co-activation and direct logits of a feature."""
 
 from typing import TYPE_CHECKING
 
@@ -66,13 +66,14 @@ SETS = {
     "full_no_magnitude": tuple(name for name in ALL if name not in MAGNITUDE),
     "full_all": ALL,
 }
-"""The ten predictor sets; the 16 columns of `compact_no_magnitude` are not published, ours are not collinear."""
+"""The ten predictor sets; the 16 columns of `compact_no_magnitude` are not published, ours are not
+collinear."""
 
 
-def crowding(
+def measure_crowding(
     decoder: torch.Tensor, features: torch.Tensor, nearest: int = 20, chunk: int = 4096
 ) -> torch.Tensor:
-    """[features, nearest]: the largest |cos| of each feature's decoder row with any other row, descending."""
+    """[features, nearest]: the largest |cos| of each decoder row with any other, descending."""
     unit = decoder / decoder.norm(dim=1, keepdim=True).clamp(min=1e-8)
     best = torch.empty(len(features), 0, device=decoder.device)
     for start in range(0, len(unit), chunk):
@@ -83,7 +84,9 @@ def crowding(
     return best
 
 
-def neighbours(decoder: torch.Tensor, feature: int, nearest: int = 10) -> list[tuple[int, float]]:
+def find_neighbours(
+    decoder: torch.Tensor, feature: int, nearest: int = 10
+) -> list[tuple[int, float]]:
     """The decoder rows most aligned with one feature's, with their signed cosines."""
     unit = decoder / decoder.norm(dim=1, keepdim=True).clamp(min=1e-8)
     cosine = unit @ unit[feature]
@@ -93,17 +96,18 @@ def neighbours(decoder: torch.Tensor, feature: int, nearest: int = 10) -> list[t
 
 
 @torch.no_grad()
-def unembedding(lens: "LanguageModel", folded: bool = True) -> torch.Tensor:
-    """W_U in float32; `folded` takes in the gain (and centring) of the final norm and centres over the vocabulary.
+def fold_unembedding(model: "LanguageModel", folded: bool = True) -> torch.Tensor:
+    """W_U in float32; `folded` takes in the final norm's gain (and centring) and centres over the
+    vocabulary.
 
-    The gain is read off the norm's response to one vector, so that it does not matter how a model stores it.
+    The gain is read off the norm's response to one vector, however a model stores it.
     """
-    W = lens.bridge.W_U.detach().float()
+    W = model.bridge.W_U.detach().float()
     if not folded:
         return W
-    norm = lens.bridge.ln_final
+    norm = model.bridge.ln_final
     dtype = next(norm.parameters()).dtype
-    sign = torch.ones(lens.d_model, device=W.device, dtype=dtype)
+    sign = torch.ones(model.d_model, device=W.device, dtype=dtype)
     sign[1::2] = -1  # mean 0 and root mean square 1, so neither kind of norm changes its scale
     W = ((norm(sign) - norm(-sign)).float() / 2 * sign.float())[:, None] * W
     centres = torch.allclose(norm(sign + 1), norm(sign), atol=1e-2)
@@ -111,7 +115,7 @@ def unembedding(lens: "LanguageModel", folded: bool = True) -> torch.Tensor:
     return W - W.mean(1, keepdim=True)
 
 
-def direct_logits(directions: torch.Tensor, W: torch.Tensor) -> dict[str, np.ndarray]:
+def measure_direct_logits(directions: torch.Tensor, W: torch.Tensor) -> dict[str, np.ndarray]:
     """Statistics of r_f = d_f W_U and of its mass m = |r| / sum |r|."""
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in DIRECT_LOGIT}
     for part in directions.split(64):
@@ -123,30 +127,26 @@ def direct_logits(directions: torch.Tensor, W: torch.Tensor) -> dict[str, np.nda
         rows["logit_linf"].append(size.max(1).values)
         rows["logit_entropy"].append(entropy)
         rows["logit_exp_entropy"].append(entropy.exp())
-        for k in (
-            10,
-            50,
-            100,
-            500,
-        ):  # all of a small vocabulary is 1 exactly, without the noise of a sum
-            rows[f"logit_top{k}"].append(
-                top[:, k - 1] if k < top.shape[1] else torch.ones(len(part)).to(top)
-            )
+        for k in (10, 50, 100, 500):
+            # all of a small vocabulary is 1 exactly, without the noise of a sum
+            whole = k >= top.shape[1]
+            rows[f"logit_top{k}"].append(torch.ones_like(top[:, 0]) if whole else top[:, k - 1])
     return {name: torch.cat(parts).cpu().numpy() for name, parts in rows.items()}
 
 
-def coactivation(
-    fires: torch.Tensor, features: torch.Tensor, partners: int, protocol: str
+def measure_coactivation(
+    fires: torch.Tensor, features: torch.Tensor, n_partners: int, protocol: str
 ) -> dict[str, np.ndarray]:
-    """Entropy, mean count and top-20 mass of the latents that fire with each feature at the final token.
+    """Entropy, mean count and top-20 mass of the latents that fire with each feature.
 
-    q_j is the share of partner j among all joint firings. Author: partners are the most frequent latents, the feature
-    itself included if it is one; replication: all latents but itself.
+    At the final token; q_j is the share of partner j among all joint firings. Author: partners are
+    the most frequent latents, the feature itself included if it is one; replication: all latents
+    but itself.
     """
     n = fires.shape[1]
     chosen = torch.arange(n, device=fires.device)
     if protocol == "author":
-        chosen = torch.argsort(fires.float().mean(0), descending=True, stable=True)[:partners]
+        chosen = torch.argsort(fires.float().mean(0), descending=True, stable=True)[:n_partners]
     joint = fires[:, features].float().T @ fires[:, chosen].float()
     if protocol != "author":
         joint[torch.arange(len(features), device=fires.device), features.to(fires.device)] = 0.0
@@ -161,23 +161,26 @@ def coactivation(
 
 
 @torch.no_grad()
-def table(
+def make_predictor_table(
     sae: "SAE",
     pool: Pool,
     features: torch.Tensor,
-    activations: torch.Tensor,
+    acts: torch.Tensor,
     W: torch.Tensor,
     protocol: str,
-    partners: int = 2048,
+    n_partners: int,
 ) -> "pd.DataFrame":
-    """Every predictor of every feature; `activations` [contexts, features] at the final token, W the unembedding."""
+    """Every predictor of every feature; `acts` [contexts, features] at the final token, W from
+    `fold_unembedding`.
+    """
     import pandas as pd
 
     features = features.to(sae.device)
     directions = steering.directions(sae)[features].float()
     encoder = sae.W_enc.T[features].float()
-    near = crowding(sae.W_dec.detach().float(), features)
-    a, tokens = activations.double().cpu().numpy(), pool.moments.statistics(features)
+    near = measure_crowding(sae.W_dec.detach().float(), features)
+    a = acts.double().cpu().numpy()
+    tokens = pool.sums.compute_statistics(features)
     p = (a > FIRES).mean(0)
     safe = np.clip(p, 1e-12, 1 - 1e-12)
     columns = {
@@ -198,8 +201,8 @@ def table(
         "binary_entropy": -safe * np.log(safe) - (1 - safe) * np.log(1 - safe),
         "activation_entropy": tokens["entropy"],
         "kurtosis": tokens["kurtosis"],
-        **coactivation(pool.fires, features, partners, protocol),
-        **direct_logits(directions, W),
+        **measure_coactivation(pool.fires, features, n_partners, protocol),
+        **measure_direct_logits(directions, W),
     }
     return pd.DataFrame(
         {name: columns[name] for name in ALL},

@@ -36,13 +36,13 @@ def answers(
 ) -> np.ndarray:
     """Next-token probability of each option's letter, [personas, questions, 4]; what goes to other words is missing."""
     letters = lens.tokenizer.convert_tokens_to_ids(list(LETTERS))
-    ladders = np.tile([q.ladder for q in questions], len(personas))
+    n_options = np.tile([q.n_options for q in questions], len(personas))
     tokens = lens.tokens(
         [prompt(question, stated, reverse) for stated in personas for question in questions]
     )
     at = lens.content(tokens).sum(-1)
     found = _next_words(lens, tokens, at, edits)[:, letters]
-    return by_letter(found, ladders, reverse).reshape(len(personas), len(questions), len(LETTERS))
+    return by_letter(found, n_options, reverse).reshape(len(personas), len(questions), len(LETTERS))
 
 
 def measure(

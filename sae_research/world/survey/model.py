@@ -66,7 +66,7 @@ class SurveySettings:
             l0=8,
             documents=6000,
             calibration=1000,
-            training=SAETraining(steps=2000, batch=256, lr=3e-3),
+            training=SAETraining(steps=2000, batch_size=256, lr=3e-3),
         )
     )
     """Its SAEs."""

@@ -180,8 +180,8 @@ class Population:
         at_least = np.zeros((*support.shape[:-1], width + 1, support.shape[-1]))
         at_least[..., 0, :] = 1.0
         for q, question in enumerate(self.questions):
-            taus = np.array(THRESHOLDS[question.ladder - 2])
-            at_least[..., q, 1 : question.ladder, :] = 1 / (
+            taus = np.array(THRESHOLDS[question.n_options - 2])
+            at_least[..., q, 1 : question.n_options, :] = 1 / (
                 1 + np.exp(taus[:, None] - support[..., q, None, :])
             )
         return at_least[..., :-1, :] - at_least[..., 1:, :]

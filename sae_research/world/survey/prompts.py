@@ -113,7 +113,7 @@ class Writer:
     def __init__(self, population: Population, vocabulary: dict[str, int]):
         self.population = population
         self.ids = vocabulary
-        self.ladders = np.array([q.ladder for q in population.questions])
+        self.n_options = np.array([q.n_options for q in population.questions])
         self.asked = [
             [self._encode(prompt(q, reverse=reverse)) for reverse in (False, True)]
             for q in population.questions
@@ -129,7 +129,7 @@ class Writer:
         question, reverse = draws.integers(len(self.asked), size=n), draws.integers(2, size=n)
         stated = [self._stated(draws, most_stated) for _ in range(n)]
         exact = np.stack([self._answers(s, q) for s, q in zip(stated, question, strict=True)])
-        target = by_letter(exact, self.ladders[question], reverse.astype(bool))
+        target = by_letter(exact, self.n_options[question], reverse.astype(bool))
         drawn = (target.cumsum(-1) < draws.random((n, 1)) * target.sum(-1, keepdims=True)).sum(-1)
         rows, answer = [], np.zeros(n, dtype=int)
         for i, persona in enumerate(stated):

@@ -1,0 +1,321 @@
+"""A model at one SAE, a survey and its splits, ready for any method."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sae_research import catalogue, paths
+from sae_research.config import Profile
+from sae_research.errors import ResearchError
+from sae_research.models import LanguageModel, download
+from sae_research.studies.opinion_qa.cache import CachedPrompts
+from sae_research.studies.opinion_qa.evaluate import EvalSet
+from sae_research.studies.opinion_qa.fit import Targets, shrink_targets
+from sae_research.studies.opinion_qa.prompts import (
+    ENGLISH_TEMPLATE,
+    TOY_TEMPLATE,
+    PromptTemplate,
+    use_chat_template,
+)
+from sae_research.studies.opinion_qa.settings import Settings
+from sae_research.studies.opinion_qa.shift import (
+    Basis,
+    pca_basis,
+    random_basis,
+    residual_basis,
+    sae_basis,
+    token_basis,
+)
+from sae_research.surveys.survey import Question, Survey, reliability, sampling_noise
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+    from transformers import PreTrainedModel
+
+SPLITS = ("train", "validation", "test")
+OPINION_QA = paths.DATA / "private" / "opinion_qa"
+"""Where a reader puts OpinionQA, which may not be redistributed; git ignores it."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One model at one hook with a survey, ready for any method."""
+
+    settings: Settings
+    """The study's settings."""
+    cache: CachedPrompts
+    """Cached prompts and texts."""
+    sae: Basis
+    """The SAE's latents."""
+    template: PromptTemplate
+    """How the survey is put to the model."""
+    survey: Survey
+    """What is known of the groups: a poll."""
+    truth: Survey
+    """What methods are judged on: exact answers where they are planted, else the poll."""
+    targets: Targets
+    """What a shift learns from the poll."""
+    eval_set: EvalSet
+    """The test questions."""
+    clusters: tuple[str, ...]
+    """The cluster of near-duplicates of every question: a planted question's topic and verb."""
+    load_fresh: "Callable[[], PreTrainedModel] | None" = None
+    """Loads the model anew, for baselines that change its weights."""
+    intersections: tuple[Survey, ...] = ()
+    """Intersections of two attributes, never trained on, where the truth is planted."""
+
+    @property
+    def explained(self) -> float:
+        """Share of the variance of the survey's residuals that the SAE explains."""
+        x = self.cache.survey_residuals
+        with torch.no_grad():
+            left = x - self.sae.reconstruct(self.sae.encode(x))
+        return float(1 - left.square().sum() / (x - x.mean(0)).square().sum())
+
+    @property
+    def l0(self) -> float:
+        """Mean number of the SAE's latents that are active on a token of the survey."""
+        with torch.no_grad():
+            acts = self.sae.encode(self.cache.survey_residuals)
+        return float((acts != 0).float().sum(-1).mean())
+
+    def basis(self, space: str, seed: int) -> Basis:
+        """A space to shift in: the SAE, or what takes its place in a control."""
+        residuals = self.cache.survey_residuals
+        match space:
+            case "SAE":
+                return self.sae
+            case "random":
+                return random_basis(residuals, self.sae.size, self.l0, seed)
+            case "PCA":
+                return pca_basis(residuals)
+            case "tokens":
+                return token_basis(residuals, self.cache.survey_tokens)
+        return residual_basis(self.cache.model.d_model, self.cache.model.device)
+
+
+def load_experiment(profile: Profile, name: str, seed: int, role: str | None = None) -> Experiment:
+    """The experiment of a model at one SAE: a toy model's survey, else the reader's OpinionQA."""
+    role = role or profile.opinion_qa.sae
+    if catalogue.get(name).embedded:
+        return load_toy_experiment(profile, name, role, seed)
+    try:
+        passages = (OPINION_QA / "passages.txt").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ResearchError(
+            f"{name} is asked OpinionQA, which may not be redistributed: put your own copy "
+            f"(human_resp/ as on CodaLab) into {paths.relative(OPINION_QA)} with passages.txt "
+            "beside it, other text with one passage per line."
+        ) from error
+    return load_opinion_qa_experiment(profile, name, role, OPINION_QA, passages, seed)
+
+
+def load_shift_sae(profile: Profile, name: str, role: str | None = None) -> "SAE":
+    """The SAE of a model whose latents are shifted."""
+    return catalogue.get(name).sae(role or profile.opinion_qa.sae, device=profile.runtime.device)
+
+
+def load_toy_experiment(profile: Profile, name: str, role: str, seed: int) -> Experiment:
+    """A toy model with its planted survey; `seed` draws the poll and the documents."""
+    from transformers import AutoModelForCausalLM
+
+    from sae_research.world import build
+    from sae_research.world.survey.model import SurveySettings
+    from sae_research.world.survey.population import Population
+    from sae_research.world.survey.prompts import Writer
+
+    settings = profile.opinion_qa
+    spec = catalogue.get(name)
+    model = spec.load()
+    population = Population(SurveySettings().population)
+    writer = Writer(population, model.tokenizer.get_vocab())
+    draws = np.random.default_rng([seed, 11])
+    texts = {
+        split: torch.from_numpy(writer.off_task(settings.n_documents, draws).tokens)
+        for split in SPLITS
+    }
+    survey = population.survey()
+    clusters = tuple(f"{q.topic} {q.verb}" for q in survey.questions)
+    rows = thin_questions(survey.questions, clusters, settings.every_nth_cluster)
+    exp = make_experiment(
+        settings,
+        model,
+        load_shift_sae(profile, name, role),
+        TOY_TEMPLATE,
+        select_questions(survey, rows),
+        [clusters[i] for i in rows],
+        texts,
+        seed,
+    )
+    pairs = (("party", "age"), ("party", "education"), ("age", "region"), ("education", "region"))
+    folder = build.model_folder(spec.model)
+    return replace(
+        exp,
+        load_fresh=lambda: AutoModelForCausalLM.from_pretrained(folder).eval(),
+        intersections=tuple(select_questions(population.survey(*pair), rows) for pair in pairs),
+    )
+
+
+def load_opinion_qa_experiment(
+    profile: Profile, name: str, role: str, folder: Path, passages: list[str], seed: int
+) -> Experiment:
+    """A real model on the reader's own copy of OpinionQA; `passages` are other text, a third a
+    split.
+
+    `seed` draws what is learned from. The split of the questions is the same for every seed, so
+    that they share their test questions.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from sae_research.surveys.files import families, load_opinion_qa, split_by_wave
+
+    settings = profile.opinion_qa
+    runtime = profile.runtime
+    spec = catalogue.get(name)
+    survey = drop_small_groups(load_opinion_qa(folder, settings.waves), settings.min_responses)
+    clusters = families(survey.questions, settings.similarity)
+    survey = split_by_wave(survey, settings.unseen_waves, clusters, 0)
+    rows = thin_questions(survey.questions, clusters, settings.every_nth_cluster)
+    model = spec.load(device=runtime.device, dtype=runtime.dtype)
+    exp = make_experiment(
+        settings,
+        model,
+        load_shift_sae(profile, name, role),
+        use_chat_template(ENGLISH_TEMPLATE, model.tokenizer) if spec.chat else ENGLISH_TEMPLATE,
+        select_questions(survey, rows),
+        [clusters[i] for i in rows],
+        split_passages(model, passages, settings.n_documents),
+        seed,
+    )
+
+    def load_fresh() -> "PreTrainedModel":
+        fresh = AutoModelForCausalLM.from_pretrained(
+            download(spec.model), dtype=getattr(torch, runtime.dtype)
+        )
+        return fresh.to(runtime.device).eval()
+
+    return replace(exp, load_fresh=load_fresh)
+
+
+def split_passages(
+    model: LanguageModel, passages: Sequence[str], n_documents: int
+) -> dict[str, torch.Tensor]:
+    """Other text in rows of at most 64 tokens, `n_documents` of them for each split."""
+    length = min(64, model.n_ctx)
+    tokens = model.packed(list(passages), length)
+    if len(tokens) < len(SPLITS):
+        raise ResearchError(
+            f"the other text (passages.txt) gives {len(tokens)} rows of {length} tokens and each "
+            "split needs at least one; add text."
+        )
+    share = min(n_documents, len(tokens) // len(SPLITS))
+    return dict(zip(SPLITS, tokens[: len(SPLITS) * share].split(share), strict=True))
+
+
+def thin_questions(
+    questions: Sequence[Question], clusters: Sequence[str], every: int
+) -> np.ndarray:
+    """Rows of every n-th cluster of each split."""
+    chosen: set[str] = set()
+    for split in dict.fromkeys(q.split for q in questions):
+        own = [c for c, q in zip(clusters, questions, strict=True) if q.split == split]
+        chosen |= set(list(dict.fromkeys(own))[::every])
+    return np.array([i for i, cluster in enumerate(clusters) if cluster in chosen])
+
+
+def select_questions(survey: Survey, rows: np.ndarray) -> Survey:
+    """The survey of some of its questions."""
+    known = {name: getattr(survey, name) for name in ("overall", "web", "distributions", "counts")}
+    cut = {
+        name: table[rows] if name in ("overall", "web") else table[:, rows]
+        for name, table in known.items()
+        if table is not None
+    }
+    return replace(survey, questions=tuple(survey.questions[i] for i in rows), **cut)
+
+
+def make_targets(poll: Survey, shrinkage: float) -> Targets:
+    """What a poll teaches: its groups' answers, shrunk towards their mean."""
+    pooled = np.tensordot(poll.weights, poll.distributions, 1)
+    counts = torch.tensor(poll.counts, dtype=torch.float64)
+    return Targets(
+        groups=tuple(g.name for g in poll.groups),
+        attributes=tuple(g.attribute for g in poll.groups),
+        weights=poll.weights,
+        answers=shrink_targets(counts, torch.tensor(pooled), shrinkage).numpy(),
+        overall=pooled,
+        train=poll.rows("train"),
+        validation=poll.rows("validation"),
+    )
+
+
+def drop_small_groups(survey: Survey, min_responses: int) -> Survey:
+    """The survey without groups with too few answers to some question, or that then stand alone."""
+    enough = survey.counts.sum(-1).min(1) >= min_responses
+    attributes = [g.attribute for g in survey.groups]
+    left = Counter(a for a, ok in zip(attributes, enough, strict=True) if ok)
+    rows = [i for i, ok in enumerate(enough) if ok and left[attributes[i]] > 1]
+    if not rows:
+        raise ResearchError(
+            f"no attribute has two groups with {min_responses} answers to every question; "
+            "lower `min_responses`."
+        )
+    return replace(
+        survey,
+        groups=tuple(survey.groups[i] for i in rows),
+        distributions=survey.distributions[rows],
+        counts=survey.counts[rows],
+    )
+
+
+def make_eval_set(truth: Survey, clusters: Sequence[str]) -> EvalSet:
+    """The test questions; of a poll, with what its sampling noise does to scores."""
+    rows = truth.rows("test")
+    if truth.counts is None:
+        return EvalSet(truth, rows, families=tuple(clusters))
+    test = select_questions(truth, rows)
+    known = reliability(test, 0)
+    if not known > 0:
+        raise ResearchError(
+            "the groups of this survey differ no more than two halves of one group do (split-half "
+            f"reliability {known:.2f}): nothing could be said of following groups; use more "
+            "respondents or other groups."
+        )
+    return EvalSet(truth, rows, known, sampling_noise(test, 0), tuple(clusters))
+
+
+def make_experiment(
+    settings: Settings,
+    model: LanguageModel,
+    sae: "SAE",
+    template: PromptTemplate,
+    truth: Survey,
+    clusters: Sequence[str],
+    texts: dict[str, torch.Tensor],
+    seed: int,
+) -> Experiment:
+    """Put model, SAE and survey together; exact answers are polled first, as none are ever
+    known.
+    """
+    from sae_research.saes import check_fit
+
+    poll = truth if truth.counts is not None else truth.sampled(settings.respondents, seed)
+    hook = check_fit(model, sae)
+    return Experiment(
+        settings,
+        CachedPrompts(
+            model, hook, truth.questions, template.plain, texts, settings.max_rows_per_forward
+        ),
+        sae_basis(sae),
+        template,
+        poll,
+        truth,
+        make_targets(poll, settings.shrinkage),
+        make_eval_set(truth, clusters),
+        tuple(clusters),
+    )

@@ -1,0 +1,339 @@
+"""Predicting labels from predictors: ridge across folds, nuisances, nulls (section 3.8).
+
+All scores are rank correlations (Spearman) of out-of-fold predictions with the label.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from sae_research import stats
+from sae_research.studies.side_effects import predictors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    Splits = Sequence[tuple[np.ndarray, np.ndarray]]
+
+N_FOLDS = 5
+RIDGE_ALPHA = 1.0
+FULL_SET = "full_no_magnitude"
+TARGETS = ("S_abs", "S", "pair_abs", "pair", "E_cv", "L2", "moved", "C")
+"""The eight primary targets of the published code for GPT-2, Pythia and Gemma."""
+NUISANCES = ("E", "natural_mean", "final_frequency")
+"""Effect size, natural activation and frequency: the replication's controls, on both axes."""
+AUTHOR_NUISANCES = ("E", "E_cv", "natural_mean", "natural_max")
+"""The paper's, used on stability only; its fifth, the dose, is constant."""
+
+
+def make_folds(n: int, seed: int) -> "Splits":
+    """Shuffled train and test rows of five folds."""
+    from sklearn.model_selection import KFold
+
+    return list(KFold(N_FOLDS, shuffle=True, random_state=seed).split(np.arange(n)))
+
+
+def predict_by_ridge(X: np.ndarray, Y: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Predictions [rows of `at`, labels] of a ridge regression of Y on standardised columns."""
+    ridge = make_pipeline(StandardScaler(), Ridge(RIDGE_ALPHA)).fit(X, Y)
+    return ridge.predict(at).reshape(len(at), -1)  # scikit-learn drops the axis of a single label
+
+
+def cross_predict(
+    X: np.ndarray,
+    Y: np.ndarray,
+    splits: "Splits",
+    nuisance: np.ndarray | None = None,
+    everywhere: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Out-of-fold (targets, predictions), each row predicted by a model that never saw it.
+
+    With `nuisance`, both are what a ridge on the nuisances leaves, fitted inside the training fold
+    (or, as published, on all rows: `everywhere`).
+    """
+    target = np.array(Y, dtype=float)
+    predicted = np.zeros(Y.shape)
+    for train, test in splits:
+        y = np.array(Y, dtype=float)
+        if nuisance is not None:
+            rows = slice(None) if everywhere else train
+            y = y - predict_by_ridge(nuisance[rows], y[rows], nuisance)
+        target[test] = y[test]
+        predicted[test] = predict_by_ridge(X[train], y[train], X[test])
+    return target, predicted
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rho; not a number where one side is constant, since it has no order."""
+    from scipy.stats import rankdata  # spearmanr also computes p-values: ten times slower
+
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
+
+
+def score(target: np.ndarray, predicted: np.ndarray, splits: "Splits") -> dict[str, float]:
+    """Pooled Spearman (published code), its mean over folds (replication), R2 and mean error."""
+    spread = float(np.sum((target - target.mean()) ** 2))
+    per_fold = [rank_correlation(target[test], predicted[test]) for _, test in splits]
+    return {
+        "pooled": rank_correlation(target, predicted),
+        "per_fold": float(np.mean(per_fold)),
+        "R2": 1 - float(np.sum((target - predicted) ** 2)) / spread if spread > 0 else float("nan"),
+        "MAE": float(np.mean(np.abs(target - predicted))),
+    }
+
+
+def get_columns(frame: "pd.DataFrame", name: str) -> np.ndarray:
+    """The predictors of one of the ten sets, or of a set named by its columns joined with '+'."""
+    names = predictors.SETS.get(name) or tuple(name.split("+"))
+    return frame[list(names)].to_numpy(float)
+
+
+def predict_sets(
+    frame: "pd.DataFrame",
+    targets: Sequence[str],
+    sets: Sequence[str] = tuple(predictors.SETS),
+    *,
+    seed: int = 0,
+    nuisances: Sequence[str] = (),
+    everywhere: bool = False,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For each predictor set, (targets, predictions), both [features, targets]."""
+    splits = make_folds(len(frame), seed)
+    Y = frame[list(targets)].to_numpy(float)
+    Z = frame[list(nuisances)].to_numpy(float) if nuisances else None
+    return {
+        name: cross_predict(get_columns(frame, name), Y, splits, Z, everywhere) for name in sets
+    }
+
+
+def score_sets(
+    frame: "pd.DataFrame",
+    targets: Sequence[str],
+    sets: Sequence[str] = tuple(predictors.SETS),
+    *,
+    seed: int = 0,
+    draws: int = 2000,
+    nuisances: Sequence[str] = (),
+    everywhere: bool = False,
+) -> "pd.DataFrame":
+    """One row per predictor set and target: scores, the pooled one with its interval."""
+    import pandas as pd
+
+    splits = make_folds(len(frame), seed)
+    predicted_sets = predict_sets(
+        frame, targets, sets, seed=seed, nuisances=nuisances, everywhere=everywhere
+    )
+    rows = []
+    for name, (target, predicted) in predicted_sets.items():
+        for i, label in enumerate(targets):
+            scores = score(target[:, i], predicted[:, i], splits)
+            interval = spearman(predicted[:, i], target[:, i], seed, draws)
+            ends = {"low": interval.low, "high": interval.high, "n": len(frame)}
+            rows.append({"set": name, "target": label, **scores, **ends})
+    return pd.DataFrame(rows)
+
+
+def spearman(x: np.ndarray, y: np.ndarray, seed: int, draws: int) -> stats.Interval:
+    """Spearman's rho with its bootstrap interval, not a number throughout where it is undefined."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return stats.Interval(float("nan"), float("nan"), float("nan"), len(x))
+    return stats.spearman(x, y, seed=seed, draws=draws)
+
+
+def compare_sets(
+    frame: "pd.DataFrame",
+    targets: Sequence[str],
+    better: str = FULL_SET,
+    baselines: Sequence[str] = predictors.BASELINES,
+    *,
+    seed: int = 0,
+    draws: int = 2000,
+) -> "pd.DataFrame":
+    """rho(better) - rho(baseline): paired bootstrap over features, permutation p-value, Holm."""
+    import pandas as pd
+
+    found = predict_sets(frame, targets, (better, *baselines), seed=seed)
+    rows = []
+    for baseline in baselines:
+        for i, label in enumerate(targets):
+            y = found[better][0][:, i]
+            a = found[better][1][:, i]
+            b = found[baseline][1][:, i]
+            if np.ptp(y) == 0 or np.ptp(a) == 0 or np.ptp(b) == 0:
+                continue
+            gain = stats.spearman_difference(a, b, y, seed=seed, draws=draws)
+            row = {"baseline": baseline, "target": label, "gain": gain.value, "low": gain.low}
+            rows.append(row | {"high": gain.high, "p": _swap_p_value(a, b, y, seed, draws)})
+    table = pd.DataFrame(rows)
+    return table.assign(holm=stats.holm(table["p"]), n=len(frame)) if len(table) else table
+
+
+def _swap_p_value(a: np.ndarray, b: np.ndarray, y: np.ndarray, seed: int, draws: int) -> float:
+    """Two-sided p-value of equal rank correlations with y: the ranks of two predictions trade
+    places at random.
+    """
+    from scipy.stats import rankdata
+
+    a, b, y = (rankdata(v) - (len(v) + 1) / 2 for v in (a, b, y))
+    rng = np.random.default_rng(seed)
+    swapped = (rng.integers(0, 2, (draws, len(y))) * 2 - 1) @ ((a - b) * y)
+    return float((1 + np.sum(np.abs(swapped) >= abs((a - b) @ y) - 1e-9)) / (draws + 1))
+
+
+def compare_with_random(
+    frame: "pd.DataFrame", labels: Sequence[str], *, seed: int = 0, draws: int = 2000
+) -> "pd.DataFrame":
+    """Scores of the full set for SAE directions and for random directions of the same norm, raw
+    and residualised, and their difference on the same resampled features.
+    """
+    import pandas as pd
+
+    rows = []
+    for residualised in (False, True):
+        for label in labels:
+            pairs = []
+            for suffix in ("", "@random"):
+                nuisances = ("E" + suffix, *NUISANCES[1:]) if residualised else ()
+                found = predict_sets(
+                    frame, [label + suffix], (FULL_SET,), seed=seed, nuisances=nuisances
+                )
+                pairs.append([values[:, 0] for values in found[FULL_SET]])
+            intervals = {
+                "SAE": spearman(*pairs[0], seed, draws),
+                "random": spearman(*pairs[1], seed, draws),
+                "difference": _difference_of_rhos(*pairs[0], *pairs[1], seed=seed, draws=draws),
+            }
+            key = {"target": label, "residualised": residualised}
+            rows += [{**key, "direction": name, **as_row(i)} for name, i in intervals.items()]
+    return pd.DataFrame(rows)
+
+
+def _difference_of_rhos(x1, y1, x2, y2, *, seed: int, draws: int) -> stats.Interval:
+    """rho(x1, y1) - rho(x2, y2) on the same resampled features."""
+
+    def difference(a, b, c, d) -> float:
+        # a resample that leaves one side constant has no correlation
+        return float(np.nan_to_num(rank_correlation(a, b)) - np.nan_to_num(rank_correlation(c, d)))
+
+    return stats.bootstrap(difference, x1, y1, x2, y2, seed=seed, draws=draws)
+
+
+def as_row(interval: stats.Interval, value: str = "rho") -> dict[str, float]:
+    """An interval as columns of a table."""
+    return {value: interval.value, "low": interval.low, "high": interval.high, "n": interval.n}
+
+
+def find_leaders(
+    frame: "pd.DataFrame",
+    target: str,
+    names: Sequence[str] = predictors.ALL,
+    *,
+    seed: int = 0,
+    draws: int = 100,
+) -> "pd.DataFrame":
+    """The strongest single predictor of a label in each of many resamples of the features."""
+    import pandas as pd
+    from scipy.stats import rankdata
+
+    rng = np.random.default_rng(seed)
+    names = [name for name in names if np.ptp(frame[name].to_numpy(float)) > 0]
+    X = frame[names].to_numpy(float)
+    y = frame[target].to_numpy(float)
+    rows = []
+    for draw in range(draws):
+        chosen = rng.integers(0, len(y), len(y))
+        ranks = rankdata(X[chosen], axis=0)
+        label = rankdata(y[chosen])
+        ranks = ranks - ranks.mean(0)
+        label = label - label.mean()
+        strength = np.abs(label @ ranks) / np.maximum(np.linalg.norm(ranks, axis=0), 1e-12)
+        rows.append({"draw": draw, "predictor": names[int(strength.argmax())]})
+    return pd.DataFrame(rows)
+
+
+def compare_boosted_trees(
+    frame: "pd.DataFrame", targets: Sequence[str], *, seed: int = 0, draws: int = 2000
+) -> "pd.DataFrame":
+    """The paper's secondary model beside the ridge on the same folds: 100 boosted trees of depth 2
+    at learning rate .05, full set.
+    """
+    import pandas as pd
+    from sklearn.ensemble import GradientBoostingRegressor
+    from sklearn.model_selection import cross_val_predict
+
+    X = get_columns(frame, FULL_SET)
+    splits = make_folds(len(frame), seed)
+    linear = predict_sets(frame, targets, (FULL_SET,), seed=seed)[FULL_SET][1]
+    rows = []
+    for i, label in enumerate(targets):
+        y = frame[label].to_numpy(float)
+        trees = GradientBoostingRegressor(max_depth=2, learning_rate=0.05, random_state=seed)
+        boosted = cross_val_predict(trees, X, y, cv=splits)
+        if np.ptp(y) == 0 or np.ptp(boosted) == 0:
+            continue
+        gain = stats.spearman_difference(boosted, linear[:, i], y, seed=seed, draws=draws)
+        row = {"target": label, "ridge": rank_correlation(y, linear[:, i])}
+        row |= {"boosted": rank_correlation(y, boosted), "gain": gain.value}
+        rows.append(row | {"low": gain.low, "high": gain.high})
+    return pd.DataFrame(rows)
+
+
+def score_permuted(
+    frame: "pd.DataFrame", target: str, *, seed: int = 0, draws: int = 200
+) -> np.ndarray:
+    """Pooled Spearman of the full set on permuted labels: what it finds where there is nothing."""
+    rng = np.random.default_rng(seed)
+    y = frame[target].to_numpy(float)
+    Y = np.stack([rng.permutation(y) for _ in range(draws)], axis=1)
+    splits = make_folds(len(frame), seed)
+    truth, predicted = cross_predict(get_columns(frame, FULL_SET), Y, splits)
+    return np.array([rank_correlation(truth[:, i], predicted[:, i]) for i in range(draws)])
+
+
+def correlate_predictors(
+    frame: "pd.DataFrame",
+    targets: Sequence[str],
+    names: Sequence[str] = predictors.ALL,
+    *,
+    controls: Sequence[str] = (),
+    seed: int = 0,
+    draws: int = 2000,
+) -> "pd.DataFrame":
+    """Spearman of each predictor with each target; with `controls`, of what their ranks leave."""
+    import pandas as pd
+
+    given = [frame[control].to_numpy(float) for control in controls]
+    rows = []
+    for label in targets:
+        y = frame[label].to_numpy(float)
+        for name in names:
+            x = frame[name].to_numpy(float)
+            if np.ptp(x) == 0 or np.ptp(y) == 0 or name in controls:
+                continue
+            if controls:
+                rho = stats.partial_spearman(x, y, given, seed=seed, draws=draws)
+            else:
+                rho = stats.spearman(x, y, seed=seed, draws=draws)
+            rows.append({"target": label, "predictor": name, **as_row(rho)})
+    return pd.DataFrame(rows)
+
+
+def measure_reliability(
+    frame: "pd.DataFrame", labels: Sequence[str], *, seed: int = 0, draws: int = 2000
+) -> "pd.DataFrame":
+    """Rank correlation of each label between two disjoint pools of contexts (columns `label@a`
+    and `label@b`).
+    """
+    import pandas as pd
+
+    rows = []
+    for label in labels:
+        first, second = (frame[f"{label}@{side}"].to_numpy(float) for side in "ab")
+        rows.append({"label": label, **as_row(spearman(first, second, seed, draws))})
+    return pd.DataFrame(rows)

@@ -1,0 +1,309 @@
+"""One SAE through the whole study: features, dose, threshold, labels, predictors, forecasts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sae_research import saes, steering
+from sae_research.errors import ResearchError
+from sae_research.last_token import LastToken
+from sae_research.studies.side_effects import forecasters, labels, pool, predictors
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from sae_lens import SAE
+
+    from sae_research.catalogue import ModelSpec
+    from sae_research.models import LanguageModel
+    from sae_research.studies.side_effects.settings import Settings
+
+LABELS = ("C", "C_per_E", "E", "E_cv", "S", "S_abs", "S_loo", "pair", "pair_abs")
+LABELS += ("L2", "moved", "KL", "KL_per_E")
+FORECASTS = ("C^identity", "C^jacobian", "C^mean_jacobian", "C^random_map")
+FORECASTS += ("E^jacobian", "S_abs^jacobian", "C_per_E^jacobian")
+DOSED_LABELS = ("C", "C_per_E", "E", "S_abs", "S_loo")
+"""Labels that are measured at every dose and for random directions."""
+N_IDENTITY_CONTEXTS = 128
+CATALOGUE_BAND = (0.002, 0.5)
+"""Final-token frequencies of the eligible features that the catalogue counts."""
+FRACTIONS = (4, 2)
+"""Reliability is also measured with a quarter and half of the contexts: how it grows with them."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Choices of an earlier screen that a later one shares."""
+
+    panel: torch.Tensor
+    """Downstream latents in which effects are counted."""
+    tau: float
+    """Change above which a downstream latent counts as moved."""
+    dose: float | None = None
+    """Length of a step in units of the decoder row; None chooses it anew."""
+
+
+class Screen:
+    """Features of one SAE, steered and predicted.
+
+    Column `C@2` is a label at twice the dose, `C@random` that of a random direction of the same
+    norm, `C@a` and `C@b` on two disjoint halves of the contexts, `C@tau2` at twice the threshold,
+    `C^identity` a forecast.
+    """
+
+    def __init__(
+        self,
+        model: "LanguageModel",
+        sae: "SAE",
+        downstream: "SAE",
+        tokens: torch.Tensor,
+        settings: "Settings",
+        *,
+        seed: int = 0,
+        folded: bool = True,
+        features: Sequence[int] | None = None,
+        fixed: Fixed | None = None,
+        clean: "pool.Pool | None" = None,
+        expected: "ModelSpec | None" = None,
+    ):
+        """Run the clean pass (unless `clean` is one) and choose features, panel, dose and tau.
+
+        `features` are steered in place of a sample; `expected` is the catalogue's entry that model
+        and SAE must agree with before any feature is steered.
+        """
+        hook, read_hook = check_hooks(model, sae, downstream)
+        self.settings = settings
+        self.seed = seed
+        self.sae = sae
+        self.downstream = downstream
+        self.tokens = tokens
+        self.engine = LastToken(model, hook, (read_hook,))
+        self.pool = clean or pool.run_clean_pass(self.engine, sae, downstream, tokens)
+        if expected is not None:
+            self._check_against(expected)
+        if features is None:
+            chosen = pool.sample_features(self.pool, settings, seed)
+        else:
+            chosen = check_features(sae, features)
+        self.features = chosen.to(self.pool.last.device)
+        self.acts = pool.make_latent_encoder(sae, self.features)(self.pool.last)
+        size = settings.n_downstream_latents
+        self.panel = fixed.panel if fixed else pool.choose_panel(self.pool, size)
+        self.encode_panel = pool.make_latent_encoder(downstream, self.panel)
+        decoder = steering.directions(sae)[self.features].float()
+        self.dose = fixed.dose if fixed and fixed.dose else self._choose_dose(decoder)
+        self.directions = self.dose * decoder
+        self.contexts = pool.choose_contexts(self.acts, settings.contexts_per_bucket, seed)
+        self.changed_fraction = float("nan")
+        self.tau = fixed.tau if fixed else self._choose_tau()
+        self.unembedding = predictors.fold_unembedding(model, folded)
+        self.effects: labels.SteeringEffects | None = None
+        self.frame: pd.DataFrame | None = None
+
+    def run(self, prompt: torch.Tensor | None = None) -> "Screen":
+        """Steer every feature and fill `frame`, one row per feature; `prompt` [1, T] is that of the
+        output score.
+        """
+        import pandas as pd
+
+        if prompt is None:
+            prompt = self.tokens[:1, : max(2, self.settings.context_length // 8)]
+        own = self.acts.T.cpu().gather(1, self.contexts)
+        columns = self._label_doses()
+        columns |= {"natural_mean": own.mean(1).numpy(), "natural_max": own.max(1).values.numpy()}
+        columns |= self._label_halves()
+        columns |= self._forecast()
+        coefficients = 10 * self.acts.max(0).values / self.dose
+        columns["output_score"] = forecasters.measure_output_score(
+            self.engine, prompt, self.directions, coefficients, self.unembedding
+        )
+        known = self.make_predictors(self.features, self.acts)
+        measured = pd.DataFrame(columns, index=known.index)
+        self.frame = pd.concat([known, measured], axis=1).astype(float)
+        return self
+
+    def make_predictors(self, features: torch.Tensor, acts: torch.Tensor) -> "pd.DataFrame":
+        """The predictor table of any features."""
+        settings = self.settings
+        return predictors.make_predictor_table(
+            self.sae,
+            self.pool,
+            features,
+            acts,
+            self.unembedding,
+            settings.protocol,
+            settings.n_downstream_latents,
+        )
+
+    def label_on(self, tokens: torch.Tensor, rows: np.ndarray) -> "pd.DataFrame":
+        """Labels of some features (rows of the table) on other contexts, all of them; panel, tau
+        and dose stay.
+        """
+        import pandas as pd
+
+        chosen = torch.from_numpy(np.asarray(rows)).to(self.directions.device)
+        contexts = torch.arange(len(tokens)).expand(len(rows), -1)
+        effects = self._steer(self.directions[chosen], contexts, tokens=tokens)
+        found = labels.compute_labels(self.engine, effects)
+        return pd.DataFrame(found, index=self.frame.index[rows])
+
+    def collect_facts(self) -> dict[str, float]:
+        """What was loaded and chosen."""
+        n_jacobian = min(self.settings.n_jacobian_contexts, len(self.tokens))
+        return {
+            "l0_primary": self.pool.l0[0],
+            "l0_downstream": self.pool.l0[1],
+            "latents": self.sae.cfg.d_sae,
+            "eligible": len(pool.find_eligible(self.pool, self.settings.frequency_band)),
+            "features": len(self.features),
+            "contexts": len(self.tokens),
+            "steered_edits": self.contexts.numel(),
+            "jacobian_edits": 2 * self.directions.shape[1] * n_jacobian,
+            "panel": len(self.panel),
+            "tau": self.tau,
+            "dose": self.dose,
+            "residual_norm": self.residual_norm,
+            "step_norm": float(self.directions.norm(dim=1).median()),
+        }
+
+    @property
+    def residual_norm(self) -> float:
+        """Mean norm of the final token's residual at the primary hook."""
+        return float(self.pool.last.norm(dim=1).mean())
+
+    def _check_against(self, expected: "ModelSpec", slack: float = 0.05) -> None:
+        """Stop a run on the wrong weights: compare with the catalogue's L0 and eligible features.
+
+        Eligible features are counted in the catalogue's band, whatever band the run samples from.
+        """
+        found = {"l0_primary": self.pool.l0[0], "l0_downstream": self.pool.l0[1]}
+        found["eligible"] = len(pool.find_eligible(self.pool, CATALOGUE_BAND))
+        wanted = {f"l0_{role}": value for role, value in expected.mean_l0.items()}
+        if expected.eligible is not None and len(self.tokens) == 2048:
+            wanted["eligible"] = expected.eligible
+        for name, value in wanted.items():
+            allowed = slack * value if name != "eligible" else 3 * slack * value
+            if abs(found[name] - value) > allowed:
+                raise ResearchError(
+                    f"{expected.name} shows {name} {found[name]:.1f} where {value:g} is expected: "
+                    "the model or SAE is not the intended one, or the contexts differ; check "
+                    "release, hook and BOS."
+                )
+
+    def _choose_dose(self, decoder: torch.Tensor) -> float:
+        """c: median over features of max(q95, 1), or the median step a fraction of the residual."""
+        settings = self.settings
+        if settings.dose_norm_fraction is not None:
+            norm = float(self.pool.last.norm(dim=1).mean() / decoder.norm(dim=1).median())
+            return settings.dose_norm_fraction * norm
+        q95 = torch.quantile(self.acts.float(), 0.95, dim=0).clamp(min=1.0)
+        return settings.dose * float(q95.median())
+
+    def _choose_tau(self) -> float:
+        """The threshold of the settings, or a quantile over a few features and contexts."""
+        if self.settings.tau_quantile is None:
+            return self.settings.tau
+        some = slice(None, None, max(1, len(self.features) // 24))
+        tau, self.changed_fraction = labels.choose_tau(
+            self.engine,
+            self.encode_panel,
+            self.tokens,
+            self.directions[some],
+            self.contexts[some, ::4],
+            self.settings.tau_quantile,
+        )
+        return tau
+
+    def _steer(self, directions, contexts, *, tokens=None, taus=(), sizes=()):
+        return labels.measure_effects(
+            self.engine,
+            self.encode_panel,
+            self.tokens if tokens is None else tokens,
+            directions,
+            contexts,
+            (self.tau, *taus),
+            sizes,
+        )
+
+    def _label_doses(self) -> dict[str, np.ndarray]:
+        """All doses and the matched random directions in one sweep over the clean cache."""
+        settings = self.settings
+        n = len(self.directions)
+        multiples = (1.0, *settings.dose_multiples)
+        random = labels.draw_random_directions(self.directions, self.seed)
+        moves = torch.cat([*(m * self.directions for m in multiples), random])
+        taus = tuple(self.tau * t for t in settings.tau_multiples)
+        sizes = tuple(sorted({max(1, len(self.panel) // 4), max(1, len(self.panel) // 2)}))
+        contexts = self.contexts.repeat(len(multiples) + 1, 1)
+        every = self._steer(moves, contexts, taus=taus, sizes=sizes)
+        first = self.effects = every.take(slice(0, n))
+        columns = labels.compute_labels(self.engine, first)
+        for i, t in enumerate(settings.tau_multiples, start=1):
+            columns[f"C@tau{t:g}"] = first.counts[:, :, i].mean(1).cpu().numpy()
+        for i, size in enumerate(sizes):
+            columns[f"C@panel{size}"] = first.panel_counts[:, :, i].mean(1).cpu().numpy()
+        suffixes = [*(f"@{m:g}" for m in settings.dose_multiples), "@random"]
+        for block, suffix in enumerate(suffixes, start=1):
+            effects = every.take(slice(block * n, (block + 1) * n))
+            found = labels.compute_labels(self.engine, effects, divergence=False)
+            columns |= {f"{name}{suffix}": found[name] for name in DOSED_LABELS}
+        return columns
+
+    def _label_halves(self) -> dict[str, np.ndarray]:
+        """Every label again on two disjoint halves of the contexts, chosen the same way in each."""
+        columns = {}
+        for side, start in (("@a", 0), ("@b", 1)):
+            half = torch.arange(start, len(self.tokens), 2)
+            acts = self.acts[half.to(self.acts.device)]
+            per_bucket = self.settings.contexts_per_bucket
+            contexts = half[pool.choose_contexts(acts, per_bucket, self.seed + 1)]
+            effects = self._steer(self.directions, contexts)
+            found = labels.compute_labels(self.engine, effects)
+            columns |= {name + side: values for name, values in found.items()}
+            for part in FRACTIONS:
+                few = labels.compute_panel_labels(effects, slice(None, None, part))
+                columns[f"C/{part}{side}"] = few["C"]
+        return columns
+
+    def _forecast(self) -> dict[str, np.ndarray]:
+        """All that propagates the edit cheaply and reads it downstream; no feature is steered."""
+        encode_panel = self.encode_panel
+        clean = self.pool.downstream[:N_IDENTITY_CONTEXTS]
+        some = self.tokens[: self.settings.n_jacobian_contexts]
+        J = forecasters.measure_jacobians(self.engine, some)
+        norm = float(self.directions.norm(dim=1).median())
+        n_random = 8 * self.directions.shape[1]
+        W = forecasters.fit_random_map(self.engine, self.tokens[:64], norm, n_random, self.seed)
+        count = forecasters.count_moved
+        return {
+            "C^identity": count(encode_panel, clean, self.directions, self.tau),
+            "C^random_map": count(encode_panel, clean, self.directions @ W, self.tau),
+            **forecasters.forecast_linear_labels(
+                J, self.engine, encode_panel, self.directions, self.tau
+            ),
+        }
+
+
+def check_hooks(model: "LanguageModel", sae: "SAE", downstream: "SAE") -> tuple[str, str]:
+    """Both hooks by the model's names, if both SAEs fit it and the second lies above the first."""
+    hook = saes.check_fit(model, sae)
+    read_hook = saes.check_fit(model, downstream)
+    if model.depth(read_hook) < model.depth(hook):
+        raise ResearchError(
+            f"the downstream SAE reads '{read_hook}', below the edit at '{hook}'; exchange them."
+        )
+    return hook, read_hook
+
+
+def check_features(sae: "SAE", features: Sequence[int]) -> torch.Tensor:
+    """The given feature numbers, if the SAE has them."""
+    chosen = torch.as_tensor(features, dtype=torch.long)
+    wrong = chosen[(chosen < 0) | (chosen >= sae.cfg.d_sae)]
+    if len(wrong):
+        raise ResearchError(
+            f"feature {int(wrong[0])} is out of range; this SAE has features 0 to "
+            f"{sae.cfg.d_sae - 1}."
+        )
+    return chosen

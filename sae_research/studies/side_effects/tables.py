@@ -1,0 +1,295 @@
+"""The tables that figures and claims read, with readable names of models and SAEs."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae_research import catalogue, stats
+from sae_research.studies.side_effects import screening
+from sae_research.studies.side_effects.prediction import FULL_SET, as_row
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sae_research.studies.runner import Result
+
+    Tables = dict[str, pd.DataFrame]
+
+SAE = ["model", "sae"]
+LADDER = "width_"
+"""How the roles of GPT-2's ladder of widths begin."""
+WIDER = {"llama-3.1-8b-32x/primary": "primary", f"{LADDER}98304": f"{LADDER}24576"}
+"""Published SAEs four times wider than another one of the same hook, which is their base."""
+KINDS = {"topk": "TopK", "jumprelu": "JumpReLU", "relu": "ReLU"}
+MODEL_NAMES = {
+    "world-text": "text model",
+    "world-survey": "survey model",
+    "gpt2-small": "GPT-2 small",
+    "pythia-70m": "Pythia 70M",
+    "gemma-2-2b": "Gemma 2 2B",
+    "llama-3.1-8b": "Llama 3.1 8B",
+}
+
+
+SET_NAMES = {
+    "activation_magnitude_only": "magnitude",
+    "activation_shape_only": "shape",
+    "crowding_only": "crowding",
+    "geometry_only": "geometry",
+    "direct_logit_only": "direct logits",
+    "coactivation_only": "co-activation",
+    "compact_no_magnitude": "compact",
+    "full_no_magnitude": "full set",
+    "full_all": "full set and magnitude",
+}
+FORECASTER_NAMES = {
+    "full_no_magnitude": "full set",
+    "both": "full set and forecasts",
+    "C^identity": "identity path",
+    "C^mean_jacobian": "mean Jacobian",
+    "C^random_map": "map of random directions",
+    "C^jacobian": "Jacobians",
+    "S_abs^jacobian": "Jacobians",
+    "output_score": "output score",
+}
+
+
+def name_model(model: str) -> str:
+    """A model as a reader calls it."""
+    return MODEL_NAMES.get(model, model)
+
+
+def name_sae(model: str, sae: str) -> str:
+    """An SAE as a reader calls it, such as "text model, TopK, 4x wide"."""
+    words = [name_model(model)]
+    words += [KINDS[part] for part in sae.split("_") if part in KINDS]
+    if sae.startswith(LADDER):
+        words.append(f"{int(sae.removeprefix(LADDER)):,} latents")
+    elif is_wide(sae):
+        words.append("4x wide")
+    return ", ".join(words)
+
+
+def is_wide(sae: str, base: str | None = None) -> bool:
+    """Whether an SAE is the wider of a pair, and `base` the other: `x_wide` of `x`, or in WIDER."""
+    other = WIDER.get(sae, sae.removesuffix("_wide") if sae.endswith("_wide") else None)
+    return other is not None and base in (None, other)
+
+
+def make_tables(results: "dict[str, Result]") -> "Tables":
+    """Every table of the run with readable names of its SAEs, and those that figures add."""
+    tables = {name: t.copy() for name, t in results[""].tables.items()}
+    for table in tables.values():
+        if "sae" in table:
+            keys = zip(table["model"], table["sae"], strict=True)
+            table["name"] = [name_sae(model, sae) for model, sae in keys]
+    tables["ranked"] = results["ranking"].tables["ranked"]
+    tables["leads"] = _find_leads(tables["univariate"])
+    tables["means"] = _average_random(tables["random"])
+    tables["widths"] = _compare_widths(tables)
+    tables["width_effects"] = _measure_width_effects(tables)
+    tables["payoffs"] = _summarize_payoffs(tables["splits"])
+    tables["top_k_ranges"] = _summarize_top_k(tables["top_k"])
+    return tables
+
+
+def select(table: "pd.DataFrame", **where: object) -> "pd.DataFrame":
+    """The rows in which each column named in `where` has that value."""
+    for column, value in where.items():
+        table = table[table[column] == value]
+    return table
+
+
+def make_intervals(rows: "pd.DataFrame", value: str = "rho", prefix: str = "") -> list:
+    """The rows of a table as intervals, to draw them."""
+    n = rows["n"] if "n" in rows else [1] * len(rows)
+    columns = (rows[value], rows[f"{prefix}low"], rows[f"{prefix}high"], n)
+    return [
+        stats.Interval(float(v), float(low), float(high), int(k))
+        for v, low, high, k in zip(*columns, strict=True)
+    ]
+
+
+def summarize_saes(rows: "pd.DataFrame", column: str) -> stats.Interval:
+    """Mean over SAEs (each first averaged over its seeds) with Student's interval over SAEs.
+
+    The ladder of widths is left out: eight SAEs of one hook would outvote all other settings.
+    """
+    rows = rows[~rows["sae"].str.startswith(LADDER)]
+    values = rows.groupby(SAE, sort=False)[column].mean().to_numpy()
+    if len(values) < 2:
+        return stats.Interval(float(values[0]), float("-inf"), float("inf"), 1)
+    return stats.mean_interval(values)
+
+
+def find_main_saes(tables: "Tables") -> list[tuple[str, str]]:
+    """The main SAE of each model, which every seed screens: (model, name of the SAE)."""
+    first = tables["facts"].drop_duplicates("model")
+    return list(zip(first["model"], first["name"], strict=True))
+
+
+def _find_leads(univariate: "pd.DataFrame") -> "pd.DataFrame":
+    """The row of the strongest single predictor of the count, one per SAE."""
+    rows = select(univariate, control="none", target="C", seed=0)
+    return rows.loc[rows["rho"].abs().groupby([rows[name] for name in SAE], sort=False).idxmax()]
+
+
+def _average_random(random: "pd.DataFrame") -> "pd.DataFrame":
+    """Means over SAEs of the full set's scores for SAE and random directions and the difference."""
+    import pandas as pd
+
+    keys = ["target", "residualised", "direction"]
+    return pd.DataFrame(
+        [
+            {**dict(zip(keys, key, strict=True)), **as_row(summarize_saes(rows, "rho"))}
+            for key, rows in random.groupby(keys, sort=False)
+        ]
+    )
+
+
+def _summarize_payoffs(splits: "pd.DataFrame") -> "pd.DataFrame":
+    """Mean and central 95 % of the payoff over random splits, real and permuted labels."""
+    import pandas as pd
+
+    columns = ("S_abs: clean - messy", "C_per_E: clean - messy", "share_of_oracle")
+    rows = []
+    for (name, labels), here in select(splits, seed=0).groupby(["name", "labels"], sort=False):
+        for column in columns:
+            found = screening.summarize_splits(here[column].to_numpy())
+            rows.append({"name": name, "labels": labels, "payoff": column})
+            rows[-1] |= as_row(found, "value")
+    return pd.DataFrame(rows)
+
+
+def _summarize_top_k(top_k: "pd.DataFrame") -> "pd.DataFrame":
+    """Mean and central 95 % over splits of the lift when k features are chosen."""
+    import pandas as pd
+
+    rows = []
+    for (name, k), here in select(top_k, seed=0).groupby(["name", "k"], sort=False):
+        for choice in ("predicted", "oracle"):
+            found = screening.summarize_splits(here[choice].to_numpy())
+            rows.append({"name": name, "k": k, "choice": choice})
+            rows[-1] |= as_row(found, "value")
+    return pd.DataFrame(rows)
+
+
+def find_pairs(tables: "Tables") -> list[tuple[str, str, str]]:
+    """(model, base, wide) of SAEs that differ in width only."""
+    first = select(tables["facts"], seed=0)
+    return [
+        (model, base, wide)
+        for model, here in first.groupby("model", sort=False)
+        for wide in here["sae"]
+        for base in here["sae"]
+        if is_wide(wide, base)
+    ]
+
+
+def _compare_widths(tables: "Tables") -> "pd.DataFrame":
+    """Base and wide SAE of each pair: score of the full set, payoff and its spread over splits."""
+    import pandas as pd
+
+    scores = select(tables["sets"], seed=0, residualised=False, set=FULL_SET)
+    splits = select(tables["splits"], seed=0, labels="real")
+    rows = []
+    for model, base, wide in find_pairs(tables):
+        for sae in (base, wide):
+            here = select(scores, model=model, sae=sae).set_index("target")
+            paid = select(splits, model=model, sae=sae)
+            for label, sign in (("S_abs", 1), ("C_per_E", -1)):
+                pay = sign * paid[f"{label}: clean - messy"]
+                rows.append(
+                    {
+                        "pair": f"{model} {wide}",
+                        "name": name_sae(model, sae),
+                        "wide": sae == wide,
+                        "label": label,
+                        "rho": here.pooled[label],
+                        "low": here.low[label],
+                        "high": here.high[label],
+                        "rho_C": here.pooled["C"],
+                        "payoff": pay.mean(),
+                        "instability": pay.std() / abs(pay.mean()),
+                        "wrong": float((pay < 0).mean()),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _measure_width_effects(tables: "Tables") -> "pd.DataFrame":
+    """Score of the full set with the count in base and wide SAE, for SAE and random directions, and
+    the difference of the two widths (their features are independent samples).
+    """
+    import pandas as pd
+
+    scores = select(tables["random"], seed=0, residualised=False, target="C")
+    rows = []
+    for model, base, wide in find_pairs(tables):
+        for direction in ("SAE", "random"):
+            pair = [
+                make_intervals(select(scores, model=model, sae=sae, direction=direction))[0]
+                for sae in (base, wide)
+            ]
+            half = float(np.hypot(*(i.high - i.low for i in pair))) / 2
+            difference = pair[1].value - pair[0].value
+            ends = (difference - half, difference + half)
+            pair.append(stats.Interval(difference, *ends, pair[0].n))
+            for which, i in zip(("base", "4x wide", "4x wide minus base"), pair, strict=True):
+                row = {"model": name_model(model), "direction": direction, "which": which}
+                rows.append(row | as_row(i))
+    return pd.DataFrame(rows)
+
+
+PUBLISHED = (
+    ("gpt2-small", "crowding", "none", ".45 to .50 (replication .482, .450, .458; paper .466)"),
+    ("gpt2-small", "crowding", "controlled", ".40 to .52 (replication)"),
+    ("pythia-70m", "logit_l2", "none", ".391 (paper)"),
+    ("pythia-70m", "logit_l2", "controlled", ".343 [.23, .45] (replication)"),
+    ("gemma-2-2b", "encoder_decoder_cos", "controlled", "-.454 [-.55, -.34] (replication)"),
+    ("llama-3.1-8b", "logit_l2", "none", ".464 (paper)"),
+    ("llama-3.1-8b", "logit_top10", "controlled", "-.293 (replication)"),
+)
+"""Rank correlations with the raw count on the real models: model, predictor, control, value."""
+RESIDUALISED = {
+    "gpt2-small": 0.512,
+    "pythia-70m": 0.521,
+    "gemma-2-2b": 0.594,
+    "llama-3.1-8b": 0.289,
+}
+
+
+def compare_published(t: "Tables") -> "pd.DataFrame":
+    """What others measured on the real models beside the values of this run; empty without them."""
+    import pandas as pd
+
+    rows: list[tuple] = []
+    for model in (m for m in t["facts"]["model"].unique() if m in RESIDUALISED):
+        here = {name: _select_main(table, model) for name, table in t.items()}
+        spec = catalogue.get(model)
+        facts = here["facts"].iloc[0]
+        for role, value in spec.mean_l0.items():
+            target = f"{value:g} (replication, within 1)"
+            rows.append((model, f"L0, {role}", target, facts[f"l0_{role}"]))
+        if spec.eligible is not None:
+            target = f"{spec.eligible} (replication's band and contexts)"
+            rows.append((model, "eligible features", target, facts["eligible"]))
+        for _, name, control, target in (p for p in PUBLISHED if p[0] == model):
+            found = select(here["univariate"], predictor=name, target="C")
+            found = found[(found["control"] == "none") == (control == "none")]
+            rows += [(model, f"{name} and C, control {control}", target, r) for r in found.rho]
+        row = select(here["sets"], residualised=True, set=FULL_SET, target="C").iloc[0]
+        target = f"{RESIDUALISED[model]} within .10 (replication, mean over folds)"
+        rows.append((model, "residualised C, full set", target, row.per_fold))
+        row = select(here["sensitivity"], kind="direction", value="random", label="C").iloc[0]
+        rows.append((model, "crowding and C of random directions", "at most .1 in size", row.rho))
+        row = select(here["reliability"], label="C").iloc[0]
+        rows.append((model, "reliability of C", "at least .90", row.rho))
+    return pd.DataFrame(rows, columns=["model", "quantity", "target", "here"])
+
+
+def _select_main(table: "pd.DataFrame", model: str) -> "pd.DataFrame":
+    """The rows of a model's main SAE and first seed; tables without such keys as they are."""
+    if not {"model", "sae", "seed"} <= set(table.columns):
+        return table
+    return select(table, model=model, sae="primary", seed=0)
