@@ -1,4 +1,6 @@
-"""A small survey world for the tests of study 1: a specimen that was never trained, so nothing holds by luck."""
+"""A small survey world for the tests of study 1: a toy model that was never trained, so nothing
+holds by luck.
+"""
 
 import sys
 from dataclasses import replace
@@ -14,7 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from miniatures import random_sae  # noqa: E402
 
 from sae_research.studies.opinion_qa.cache import CachedPrompts  # noqa: E402
+from sae_research.studies.opinion_qa.evaluate import EvalSet  # noqa: E402
+from sae_research.studies.opinion_qa.experiment import Experiment  # noqa: E402
 from sae_research.studies.opinion_qa.fit import Targets  # noqa: E402
+from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE  # noqa: E402
+from sae_research.studies.opinion_qa.settings import Settings  # noqa: E402
 from sae_research.studies.opinion_qa.shift import sae_basis  # noqa: E402
 
 HOOK = "blocks.0.hook_resid_post"
@@ -23,7 +29,9 @@ GROUPS = ("red", "blue", "old", "young", "grey")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A survey specimen that was never trained, its weights scaled up so that everything matters."""
+    """A survey toy model that was never trained, its weights scaled up so that everything
+    matters.
+    """
     from sae_research import models
     from sae_research.world import toy_model
     from sae_research.world.survey.prompts import WORDS
@@ -98,8 +106,39 @@ def small(population):
 
 
 @pytest.fixture(scope="module")
+def everyone(small):
+    """The planted answers of all groups, as a shift would learn them."""
+    return Targets(
+        tuple(g.name for g in small.groups),
+        tuple(g.attribute for g in small.groups),
+        small.weights,
+        small.distributions,
+        small.overall,
+        np.arange(12),
+        np.arange(12, 18),
+    )
+
+
+@pytest.fixture(scope="module")
+def exp(cache, basis, small, everyone, fresh):
+    """An experiment on the planted survey of 18 questions."""
+    return Experiment(
+        Settings(),
+        cache,
+        basis,
+        TOY_TEMPLATE,
+        small,
+        small,
+        everyone,
+        EvalSet(small, np.arange(12, 18)),
+        tuple(f"{q.topic} {q.verb}" for q in small.questions),
+        fresh,
+    )
+
+
+@pytest.fixture(scope="module")
 def fresh(model):
-    """Loads the specimen's weights anew."""
+    """Loads the toy model's weights anew."""
     from transformers import LlamaForCausalLM
 
     original = model.bridge.original_model

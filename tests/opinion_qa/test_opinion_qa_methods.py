@@ -1,4 +1,4 @@
-"""Study 1, the rivals and new groups: what must hold whatever the model has learnt."""
+"""Study 1, the baselines and new groups: what must hold whatever the model has learnt."""
 
 import copy
 from dataclasses import replace
@@ -9,11 +9,22 @@ import pytest
 torch = pytest.importorskip("torch")
 
 
-from sae_research.studies.opinion_qa import baselines, generalise, laboratory, meaning, rivals  # noqa: E402
+from sae_research.studies.opinion_qa import (
+    baselines,
+    experiment,
+    generalise,
+    meaning,
+    methods,
+    readers,
+)
 from sae_research.studies.opinion_qa.evaluate import EvalSet  # noqa: E402
-from sae_research.studies.opinion_qa.fit import fit  # noqa: E402
-from sae_research.studies.opinion_qa.prompts import option_log_probs  # noqa: E402
-from sae_research.studies.opinion_qa.prompts import ENGLISH_TEMPLATE, TOY_TEMPLATE, english_block  # noqa: E402
+from sae_research.studies.opinion_qa.fit import train_shift  # noqa: E402
+from sae_research.studies.opinion_qa.prompts import (
+    ENGLISH_TEMPLATE,
+    TOY_TEMPLATE,
+    english_block,
+    option_log_probs,
+)
 from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining  # noqa: E402
 from sae_research.studies.opinion_qa.shift import Shift, canonicalize, residual_basis  # noqa: E402
 from sae_research.surveys.survey import Group, Question, divergence  # noqa: E402
@@ -23,19 +34,8 @@ ITEM = Question("Q", "Is it so?", ("No", "Perhaps", "Yes"), (1.0, 2.0, 3.0))
 
 
 @pytest.fixture(scope="module")
-def asked(cache, basis, small):
-    return baselines.group_prompt(cache, basis, TOY_TEMPLATE, "BIO", small, np.arange(12))
-
-
-@pytest.fixture(scope="module")
-def everyone(small):
-    from sae_research.studies.opinion_qa.fit import Targets
-
-    names, attributes = ([getattr(g, f) for g in small.groups] for f in ("name", "attribute"))
-    return Targets(
-        tuple(names), tuple(attributes), small.weights, small.distributions, small.overall,
-        np.arange(12), np.arange(12, 18),
-    )  # fmt: skip
+def prompted(exp):
+    return baselines.run_group_prompts(exp)
 
 
 def test_english_prompts_list_lettered_options_and_never_name_a_group_in_the_block():
@@ -55,21 +55,29 @@ def test_english_prompts_list_lettered_options_and_never_name_a_group_in_the_blo
     assert "Answer: B. Male" in ENGLISH_TEMPLATE.contexts["QA"](group, (other, group))
 
 
-def test_every_form_of_the_specimen_uses_words_that_it_knows(model, small):
+def test_every_form_of_the_toy_model_uses_words_that_it_knows(model, small):
     for form in TOY_TEMPLATE.contexts:
-        text = TOY_TEMPLATE.group_prompt(form, small.groups[2], small.groups[:3])(small.questions[0], False)
+        text = TOY_TEMPLATE.group_prompt(form, small.groups[2], small.groups[:3])(
+            small.questions[0], False
+        )
         assert model.tokenizer.unk_token_id not in model.tokenizer(text)["input_ids"]
         assert "red" in text
 
 
-def test_an_empty_context_gives_the_unsteered_answers(cache, basis, small):
-    silent = replace(TOY_TEMPLATE, contexts={"none": lambda group, siblings: ""}, joint="")
-    found = baselines.group_prompt(cache, basis, silent, "none", small, np.arange(12))
+def test_an_empty_context_gives_the_unsteered_answers(exp, cache, basis):
+    silent = replace(TOY_TEMPLATE, contexts={"none": lambda group, siblings: ""}, separator="")
+    found = baselines.run_group_prompts(replace(exp, template=silent), "none")
     rows = cache.prompts.prompt_ids(range(18))
     answers = baselines.read_letter_scores(cache, found.scores[:, rows], rows).probabilities
     assert np.abs(answers - cache.measure_unsteered(range(18)).probabilities).max() < 1e-6
-    assert torch.allclose(found.block[0], cache.residual[cache.prompts.prompt_ids(range(12))][
-        cache.prompts.editable("question")[cache.prompts.prompt_ids(range(12))]].mean(0), atol=1e-5)  # fmt: skip
+    assert torch.allclose(
+        found.block[0],
+        cache.residual[cache.prompts.prompt_ids(range(12))][
+            # fmt: skip
+            cache.prompts.editable("question")[cache.prompts.prompt_ids(range(12))]
+        ].mean(0),
+        atol=1e-5,
+    )
     assert torch.allclose(found.block[0], found.block[1])
     fires = (basis.encode(cache.residual) != 0).float() * cache.prompts.editable("question")[
         ..., None
@@ -93,29 +101,29 @@ def test_temperature_and_letter_bias_undo_what_they_model(cache):
     assert (again - truth).abs().max() < 0.03
 
 
-def test_differences_of_means_cancel_between_two_siblings(asked, everyone):
-    found = baselines.difference_of_means(asked, everyone)
+def test_differences_of_means_cancel_between_two_siblings(prompted, everyone):
+    found = baselines.difference_of_means(prompted, everyone)
     left, right = found[-2:]  # handedness has two values
     assert torch.allclose(left, -right, atol=1e-5)
     assert left.norm() > 0
 
 
-def test_the_most_selective_latents_are_found_and_alone_moved(cache, basis, asked, everyone):
-    contrast, statistic = baselines.latent_contrasts(asked, everyone)
+def test_the_most_selective_latents_are_found_and_alone_moved(cache, basis, prompted, everyone):
+    contrast, statistic = baselines.latent_contrasts(prompted, everyone)
     top = baselines.select_top_latents(contrast, statistic, 7)
     assert int((top != 0).any(0).sum()) == 7
     kept = (top != 0).any(0)
     assert statistic[kept].min() >= statistic[~kept].max()
 
 
-def test_strength_nought_is_chosen_when_a_direction_only_harms(cache, everyone):
+def test_coefficient_zero_is_chosen_when_a_direction_only_harms(exp, cache, everyone):
     dense = residual_basis(32)
     unsteered = cache.measure_unsteered(range(18)).probabilities
     own = replace(everyone, answers=np.repeat(unsteered, 14, 0))
     part = torch.randn(14, 32, generator=torch.Generator().manual_seed(0)) * 3
-    shift = baselines.make_untrained_shift("additive", cache, "all", own, torch.zeros(32), part)
-    strength, best = baselines.choose_coefficient(cache, dense, shift, own, (0.0, 1.0, 2.0))
-    assert strength == 0.0
+    shift = baselines.make_untrained_shift(exp, torch.zeros(32), part)
+    coefficient, best = baselines.choose_coefficient(cache, dense, shift, own, (0.0, 1.0, 2.0))
+    assert coefficient == 0.0
     assert not best.scores.any()
 
 
@@ -133,26 +141,28 @@ def test_a_screened_space_moves_only_its_latents(cache, basis):
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_readers_start_at_the_model_and_learn(cache, asked, everyone):
-    rows = baselines.unembed_letters(cache)
-    same = baselines.LinearProbe(rows, torch.zeros(4))
-    assert torch.allclose(same(asked.final), asked.scores, atol=1e-4)
-    found, loss = baselines.fit_probe(cache, asked.hidden, everyone, ridges=(1e-2,))
-    before = baselines.read_letter_scores(cache, asked.scores, cache.prompts.prompt_ids(range(18))).probabilities
+def test_probes_start_at_the_model_and_learn(cache, prompted, everyone):
+    rows = readers.unembed_letters(cache)
+    same = readers.LinearProbe(rows, torch.zeros(4))
+    assert torch.allclose(same(prompted.final), prompted.scores, atol=1e-4)
+    found, loss = readers.fit_probe(cache, prompted.hidden, everyone, ridges=(1e-2,))
+    before = baselines.read_letter_scores(
+        cache, prompted.scores, cache.prompts.prompt_ids(range(18))
+    ).probabilities
     after = baselines.read_letter_scores(
-        cache, found(asked.hidden), cache.prompts.prompt_ids(range(18))
+        cache, found(prompted.hidden), cache.prompts.prompt_ids(range(18))
     ).probabilities
     assert np.isfinite(loss)
     truth = everyone.answers[:, :12]
     assert divergence(truth, after[:, :12]).mean() < divergence(truth, before[:, :12]).mean()
     assert found.parameters == 4 * 32 + 4
-    own, _ = baselines.fit_probe(cache, asked.hidden, everyone, by_group=True, ridges=(1e-2,))
+    own, _ = readers.fit_probe(cache, prompted.hidden, everyone, by_group=True, ridges=(1e-2,))
     assert own.parameters == 14 * (4 * 32 + 4)
 
 
 def test_shuffling_keeps_every_answer_and_breaks_groups_apart(everyone):
     clusters = [q // 3 for q in range(18)]
-    found = baselines.shuffle_groups(everyone, clusters, 0)
+    found = methods.shuffle_groups(everyone, clusters, 0)
     assert np.allclose(np.sort(found.answers, 0), np.sort(everyone.answers, 0))
     same = (found.answers == everyone.answers).all((0, 2))
     assert not same.all()
@@ -166,22 +176,20 @@ def test_shuffling_keeps_every_answer_and_breaks_groups_apart(everyone):
 
 
 def test_lora_without_training_is_the_frozen_model_and_training_moves_it(
-    cache, fresh, everyone, asked
+    cache, fresh, everyone, prompted
 ):
-    from sae_research.studies.opinion_qa import lora
-
-    eval_set = np.arange(12, 18)
+    questions = np.arange(12, 18)
     own = [cache.prompts] * 14
-    model = lora.adapter(fresh(), LoRATraining(), 0).eval()
-    read = lora.answers_of(model, cache, cache.prompts, eval_set)
+    model = readers.add_adapter(fresh(), LoRATraining(), 0).eval()
+    read = readers.read_adapted_answers(model, cache, cache.prompts, questions)
     found = read.probabilities
     assert np.allclose(
-        read.order_sensitivity, cache.measure_unsteered(eval_set).order_sensitivity[0], atol=1e-4
+        read.order_sensitivity, cache.measure_unsteered(questions).order_sensitivity[0], atol=1e-4
     )
-    assert np.abs(found - cache.measure_unsteered(eval_set).probabilities[0]).max() < 1e-4
-    assert lora.cost(model, cache).divergence == pytest.approx(0, abs=1e-5)
-    quick = LoRATraining(steps=3, batch=8, rate=0.05)
-    result = lora.train(fresh, cache, own, everyone.answers, everyone, quick, 0, eval_set)
+    assert np.abs(found - cache.measure_unsteered(questions).probabilities[0]).max() < 1e-4
+    assert readers.measure_adapted_cost(model, cache).divergence == pytest.approx(0, abs=1e-5)
+    quick = LoRATraining(steps=3, batch_size=8, lr=0.05)
+    result = readers.train_lora(fresh, cache, own, everyone.answers, everyone, quick, 0, questions)
     assert result.answers.shape == (14, 6, 4)
     assert result.parameters == 3 * 2 * 8 * 64
     assert np.abs(result.answers[0] - found).max() > 1e-3
@@ -205,7 +213,11 @@ def test_composition_adds_scores_and_a_margin_is_one_of_them(basis, everyone):
     shift = shift_for(everyone, basis)
     cells = [Group("party|age", "red|old", 0.1), Group("party|age", "blue|young", 0.1)]
     both = generalise.compose_shifts(shift, cells)
-    parts = generalise.margin_deltas(shift, cells, 0) + generalise.margin_deltas(shift, cells, 1) - shift.shared
+    parts = (
+        generalise.margin_deltas(shift, cells, 0)
+        + generalise.margin_deltas(shift, cells, 1)
+        - shift.shared
+    )
     assert torch.allclose(both, parts, atol=1e-5)
     assert torch.allclose(generalise.compose_shifts(shift, cells, 0.0), shift.shared.expand(2, -1))
 
@@ -221,7 +233,7 @@ def test_the_right_shrinkage_is_found_from_margins_alone(cache, basis, everyone)
     validation = np.arange(12, 18)
     delta = generalise.compose_shifts(shift, cells, 0.7)
     answers = cache.measure_answers(basis, shift.kind, delta, validation, "all").probabilities
-    margins = np.full((14, 6, 4), np.nan)  # whoever is no part of a cell is never asked
+    margins = np.full((14, 6, 4), np.nan)  # whoever is no part of a cell is never prompted
     for name, own in {"red": (0, 1), "blue": (2, 3), "old": (0, 2), "young": (1, 3)}.items():
         weights = np.array([cells[i].share for i in own])
         margins[everyone.groups.index(name)] = np.tensordot(
@@ -240,7 +252,7 @@ def test_each_way_to_place_a_group_gets_the_ridge_that_serves_known_groups_best(
         tried.append((settings["ridge"], settings["free"]))
         return whole(*args, **settings)
 
-    monkeypatch.setattr(generalise, "few_shot", spy)
+    monkeypatch.setattr(generalise, "fit_few_shot", spy)
     case = (cache, basis, shift, everyone.answers[:4], np.arange(6), np.arange(12, 18))
     found = generalise.choose_ridge(*case, free=True, steps=10, seed=0)
     assert tried == [(ridge, True) for ridge in generalise.RIDGES]
@@ -257,7 +269,9 @@ def test_a_few_answers_bring_a_new_group_closer_and_a_stiff_ridge_keeps_the_popu
         found = cache.measure_answers(basis, shift.kind, delta, range(12), "all").probabilities
         return divergence(answers[:, :12], found).mean()
 
-    found = generalise.fit_few_shot(cache, basis, shift, answers, np.arange(12), ridge=1e-4, steps=60)
+    found = generalise.fit_few_shot(
+        cache, basis, shift, answers, np.arange(12), ridge=1e-4, steps=60
+    )
     assert found.shape == (3, basis.size)
     assert loss(found) < loss(shift.shared.expand(3, -1))
     inside = torch.linalg.lstsq(shift.axes, (found - shift.shared).T).residuals
@@ -266,7 +280,9 @@ def test_a_few_answers_bring_a_new_group_closer_and_a_stiff_ridge_keeps_the_popu
         cache, basis, shift, answers, np.arange(12), ridge=1e-4, steps=60, free=True
     )
     assert loss(free) < loss(found)
-    stiff = generalise.fit_few_shot(cache, basis, shift, answers, np.arange(12), ridge=1e6, steps=60)
+    stiff = generalise.fit_few_shot(
+        cache, basis, shift, answers, np.arange(12), ridge=1e6, steps=60
+    )
     assert (stiff - shift.shared).abs().max() < 0.05
 
 
@@ -279,23 +295,25 @@ def test_groups_can_be_left_out(everyone):
 # what a shift is made of
 
 
-def test_latents_are_shown_where_they_fire_whatever_the_parts(cache, basis, asked, everyone):
+def test_latents_are_shown_where_they_fire_whatever_the_parts(cache, basis, prompted, everyone):
     shift = shift_for(everyone, basis)
-    found = meaning.describe_latents(cache, basis, shift, asked, everyone.attributes, top=4)
+    found = meaning.describe_latents(cache, basis, shift, prompted, everyone.attributes, top=4)
     assert [latent.axis for latent in found] == [0] * 4 + [1] * 4
     few = copy.copy(cache)
     few.batch = 7
-    again = meaning.describe_latents(few, basis, shift, asked, everyone.attributes, top=4)
-    assert [(x.index, x.contexts, x.told) for x in again] == [
-        (x.index, x.contexts, x.told) for x in found
+    again = meaning.describe_latents(few, basis, shift, prompted, everyone.attributes, top=4)
+    assert [(x.index, x.contexts, x.group) for x in again] == [
+        (x.index, x.contexts, x.group) for x in found
     ]
-    known = meaning.measure_selectivity(basis, asked, everyone.attributes, torch.arange(basis.size))
+    known = meaning.measure_selectivity(
+        basis, prompted, everyone.attributes, torch.arange(basis.size)
+    )
     for latent in found:
         assert latent.weight == pytest.approx(float(shift.axes[latent.index, latent.axis]))
-        assert latent.measure_selectivity == pytest.approx(
-            known[everyone.groups.index(latent.told), latent.index]
+        assert latent.selectivity == pytest.approx(
+            known[everyone.groups.index(latent.group), latent.index]
         )
-        assert abs(latent.measure_selectivity - 0.5) == pytest.approx(
+        assert abs(latent.selectivity - 0.5) == pytest.approx(
             abs(known[:, latent.index] - 0.5).max()
         )
         assert latent.contexts
@@ -331,7 +349,8 @@ def test_selectivity_is_a_half_for_a_latent_that_knows_nothing_and_one_for_one_t
 
 def test_equal_shifts_are_perfectly_stable(basis, everyone):
     shift = shift_for(everyone, basis)
-    assert meaning.measure_stability([shift, shift, shift], top=10) == (1.0, pytest.approx(1.0))
+    part = shift.scores @ shift.axes.T
+    assert meaning.measure_stability([part, part, part], top=10) == (1.0, pytest.approx(1.0))
 
 
 def test_a_group_without_answers_is_placed_by_its_state(basis, everyone):
@@ -357,13 +376,13 @@ def test_a_shared_part_along_the_axes_is_learnt_with_the_groups(cache, basis, ev
     training = ShiftTraining(
         kind="gated",
         calibration="axes",
-        rate=0.03,
+        lr=0.03,
         steps=20,
-        batch=6,
-        look=5,
+        batch_size=6,
+        eval_every=5,
         rank=2,
-        keep=0.0,
-        sparsity=0.5,
+        kl_weight=0.0,
+        sparsity_weight=0.5,
     )
     found = train_shift(cache, basis, training, everyone, 0).shift
     along = found.axes @ torch.linalg.lstsq(found.axes, found.shared[:, None]).solution
@@ -381,7 +400,7 @@ def test_a_shared_part_along_the_axes_is_learnt_with_the_groups(cache, basis, ev
 def test_refusals_are_read_from_the_last_letter_offered(cache):
     short = [q for q in cache.questions if q.n_options < 4]
     few = type(cache)(cache.model, HOOK, short, cache.write, cache.texts)
-    found = rivals.refusals(
+    found = baselines.measure_refusals(
         few, lambda question, reverse: english_block(question, reverse, refusal=True)
     )
     assert found.shape == (len(short),)
@@ -391,12 +410,12 @@ def test_refusals_are_read_from_the_last_letter_offered(cache):
 def test_thinning_keeps_whole_families_of_every_split(population):
     survey = population.survey()
     names = [f"{q.topic} {q.verb}" for q in survey.questions]
-    assert laboratory.thin_questions(survey.questions, names, 1).tolist() == list(range(len(names)))
-    rows = laboratory.thin_questions(survey.questions, names, 6)
-    few = laboratory.select_questions(survey, rows)
+    assert experiment.thin_questions(survey.questions, names, 1).tolist() == list(range(len(names)))
+    rows = experiment.thin_questions(survey.questions, names, 6)
+    few = experiment.select_questions(survey, rows)
     sizes = {
         s: len({(q.topic, q.verb) for q in few.questions if q.split == s})
-        for s in laboratory.SPLITS
+        for s in experiment.SPLITS
     }
     assert sizes == {"train": 7, "validation": 2, "test": 3}
     assert len(few.questions) == 36  # three ladders each

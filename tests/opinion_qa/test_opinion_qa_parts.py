@@ -8,14 +8,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sae_research.studies.opinion_qa import baselines, fit, generalise, lora  # noqa: E402
+from sae_research.studies.opinion_qa import baselines, fit, generalise, readers  # noqa: E402
 from sae_research.studies.opinion_qa import cache as caches  # noqa: E402
 from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE  # noqa: E402
 from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining  # noqa: E402
 
 QUICK = ShiftTraining(
-    kind="multiplicative", rate=0.03, steps=4, calibration_steps=4, batch=6, documents=3, kept_groups=2, look=2, rank=2,
-    movement=0.1, sparsity=0.01,
+    kind="multiplicative", lr=0.03, steps=4, calibration_steps=4, batch_size=6, n_documents=3, n_kl_groups=2, eval_every=2, rank=2,
+    movement_weight=0.1, sparsity_weight=0.01,
 )  # fmt: skip
 
 
@@ -29,8 +29,10 @@ def little(cache):
 
 @pytest.mark.parametrize("kind", ["additive", "multiplicative", "gated"])
 def test_a_fit_is_the_same(kind, cache, little, basis, targets):
-    one, other = (fit.train_shift(b, basis, replace(QUICK, kind=kind), targets, 0) for b in (cache, little))
-    assert np.allclose(one.looks, other.looks, atol=1e-4)
+    one, other = (
+        fit.train_shift(b, basis, replace(QUICK, kind=kind), targets, 0) for b in (cache, little)
+    )
+    assert np.allclose(one.evaluations, other.evaluations, atol=1e-4)
     assert torch.allclose(one.shift.deltas, other.shift.deltas, atol=2e-3)
     assert one.shift.deltas.abs().max() > 0.01
 
@@ -38,7 +40,8 @@ def test_a_fit_is_the_same(kind, cache, little, basis, targets):
 def test_answers_and_costs_are_the_same(cache, little, basis, targets):
     delta = 0.3 * torch.randn(5, basis.size, generator=torch.Generator().manual_seed(0))
     one, other = (
-        b.measure_answers(basis, "gated", delta, range(18), "all").probabilities for b in (cache, little)
+        b.measure_answers(basis, "gated", delta, range(18), "all").probabilities
+        for b in (cache, little)
     )
     assert np.allclose(one, other, atol=1e-6)
     one, other = (b.measure_cost(basis, "gated", delta, "test") for b in (cache, little))
@@ -56,10 +59,11 @@ def test_few_shot_scores_are_the_same(cache, little, basis, targets):
 
 
 def test_an_adapter_is_the_same(cache, little, fresh, targets):
-    training = LoRATraining(steps=2, batch=20, dropout=0.0, rate=3e-3)
-    asked, answers = [cache.prompts], targets.answers[[0]]
+    training = LoRATraining(steps=2, batch_size=20, dropout=0.0, lr=3e-3)
+    prompts = [cache.prompts]
+    answers = targets.answers[[0]]
     one, other = (
-        lora.train(fresh, b, asked, answers, targets, training, 0, np.arange(12, 18))
+        readers.train_lora(fresh, b, prompts, answers, targets, training, 0, np.arange(12, 18))
         for b in (cache, little)
     )
     assert np.allclose(one.answers, other.answers, atol=1e-4)
@@ -68,12 +72,19 @@ def test_an_adapter_is_the_same(cache, little, fresh, targets):
 
 def test_a_step_may_ask_some_groups_only_and_still_learns_all(cache, basis, targets):
     training = replace(
-        QUICK, steps=60, groups=2, keep=0.0, movement=0.0, sparsity=0.0, look=10, calibration="none"
+        QUICK,
+        steps=60,
+        n_groups=2,
+        kl_weight=0.0,
+        movement_weight=0.0,
+        sparsity_weight=0.0,
+        eval_every=10,
+        calibration="none",
     )
     known = replace(targets, validation=targets.train)
     found = fit.train_shift(cache, basis, training, known, 0)
-    nothing = fit.train_shift(cache, basis, replace(training, steps=1, rate=1e-9), known, 0)
-    everyone = fit.train_shift(cache, basis, replace(training, groups=16), known, 0)
+    nothing = fit.train_shift(cache, basis, replace(training, steps=1, lr=1e-9), known, 0)
+    everyone = fit.train_shift(cache, basis, replace(training, n_groups=16), known, 0)
     assert found.validation < 0.9 * nothing.validation
     assert not torch.allclose(found.shift.deltas, everyone.shift.deltas)
     assert (found.shift.scores.abs().sum(1) > 0).all()
@@ -81,23 +92,27 @@ def test_a_step_may_ask_some_groups_only_and_still_learns_all(cache, basis, targ
 
 def test_a_block_of_many_tokens_is_sampled_evenly(cache, monkeypatch):
     whole = cache.residual[cache.prompts.editable("question")]
-    assert torch.equal(copy.copy(cache).block, whole)
+    assert torch.equal(copy.copy(cache).survey_residuals, whole)
     monkeypatch.setattr(caches, "_SAMPLE", 50)
     few = copy.copy(cache)
-    del few.__dict__["block"]
+    del few.__dict__["survey_residuals"]
     step = -(-len(whole) // 50)
-    assert torch.equal(few.block, whole[::step])
+    assert torch.equal(few.survey_residuals, whole[::step])
 
 
 def test_the_block_of_a_prompt_is_what_it_ends_with(cache, small):
     group = small.groups[0]
     siblings = [g for g in small.groups if g.attribute == group.attribute]
-    own = caches.prompts(cache.model, cache.questions, TOY_TEMPLATE.group_prompt("BIO", group, siblings))
+    own = caches.make_prompts(
+        cache.model, cache.questions, TOY_TEMPLATE.group_prompt("BIO", group, siblings)
+    )
     assert torch.equal(baselines.shared_ending(own, cache.prompts), cache.prompts.last)
     assert torch.equal(baselines.shared_ending(own, own), own.last)
     around = replace(TOY_TEMPLATE, frame=lambda text: f"a {text} b")
-    framed = caches.prompts(cache.model, cache.questions, around.group_prompt("BIO", group, siblings))
-    plain = caches.prompts(cache.model, cache.questions, around.plain)
+    framed = caches.make_prompts(
+        cache.model, cache.questions, around.group_prompt("BIO", group, siblings)
+    )
+    plain = caches.make_prompts(cache.model, cache.questions, around.plain)
     assert torch.equal(
         baselines.shared_ending(framed, plain), plain.last - 1
     )  # what comes before the context is not

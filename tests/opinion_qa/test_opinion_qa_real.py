@@ -1,4 +1,6 @@
-"""Study 1 on real settings: Gemma-2-2B and its tuned sibling, as miniature replicas, asked a made-up OpinionQA."""
+"""Study 1 on real settings: Gemma-2-2B and its tuned sibling, as miniature replicas, asked a
+made-up OpinionQA.
+"""
 
 import csv
 import sys
@@ -15,17 +17,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sae_research import catalogue, claims, config, paths, saes  # noqa: E402
 from sae_research.errors import ResearchError  # noqa: E402
+from sae_research.studies import runner  # noqa: E402
 from sae_research.studies.opinion_qa import (  # noqa: E402
     baselines,
+    experiment,
     findings,
-    laboratory,
+    methods,
     prompts,
-    rivals,
-    study,
-    subject,
+    readers,
 )
 from sae_research.studies.opinion_qa.prompts import ENGLISH_TEMPLATE  # noqa: E402
-from sae_research.studies.opinion_qa.settings import Settings  # noqa: E402
+from sae_research.studies.opinion_qa.settings import LoRATraining, Settings, ShiftTraining
 from sae_research.studies.opinion_qa.shift import load_shift  # noqa: E402
 from sae_research.surveys import files  # noqa: E402
 from sae_research.surveys.survey import Group, Question, Survey  # noqa: E402
@@ -46,7 +48,9 @@ def write_rows(path, rows):
 
 @pytest.fixture(scope="module")
 def private(tmp_path_factory):
-    """OpinionQA's layout with made-up questions: twins of one wording in each wave, groups that truly differ."""
+    """OpinionQA's layout with made-up questions: twins of one wording in each wave, groups that
+    truly differ.
+    """
     data = tmp_path_factory.mktemp("data")
     folder, draws = data / "private" / "opinion_qa", np.random.default_rng(0)
     words = ["".join(draws.choice(list("abcdefghij"), 5)) for _ in range(200)]
@@ -89,24 +93,26 @@ def private(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def profile():
-    """The gpu profile's study with everything small that costs time, at deep layers, which leave little to rerun."""
+    """The gpu profile's study with everything small that costs time, at deep layers, which leave
+    little to rerun.
+    """
     quick = replace(
-        config.ShiftTraining(),
+        ShiftTraining(),
         steps=1,
         calibration_steps=1,
-        batch=2,
-        groups=3,
-        documents=2,
-        look=1,
+        batch_size=2,
+        n_groups=3,
+        n_documents=2,
+        eval_every=1,
         rank=2,
-        rate=0.03,
+        lr=0.03,
     )
     settings = replace(
         Settings(), waves=tuple(WAVES), unseen_waves=UNSEEN, sae="layer_20", layers=("layer_18", "layer_24"),
         training=quick,
-        lora=config.LoRATraining(steps=1, batch=2), keeps=(1.0,), sparsities=(0.1,), ranks=(1,), documents=2,
-        strengths=(0.0, 1.0), shots=(10,), shot_steps=1, features=(1,), rounds=1, unseen_attributes=False, rows=64,
-        once=(
+        lora=LoRATraining(steps=1, batch_size=2), kl_weights=(1.0,), sparsity_weights=(0.1,), ranks=(1,), n_documents=2,
+        coefficients=(0.0, 1.0), few_shot_sizes=(10,), shot_steps=1, top_latents=(1,), n_holdout_rounds=1, unseen_attributes=False, max_rows_per_forward=64,
+        first_seed_only=(
             *(f"{space} {kind}" for space in ("random", "PCA") for kind in ("multiplicative", "gated", "additive")),
             "SAE literal", "raw coordinates multiplicative", "dense vector, free", "per-token vector",
             "per-group vector", "two stages", "movement penalty", "last token only", "at layer_18",
@@ -119,12 +125,12 @@ def profile():
     return config.Profile("gpu", runtime=runtime, studies={"opinion_qa": settings})
 
 
-def test_a_real_subject_runs_from_reader_s_files_to_claims(private, profile, tmp_path):
+def test_a_real_model_runs_from_reader_s_files_to_claims(private, profile, tmp_path):
     name = "gemma-2-2b"
-    found = subject.complete(profile, name, tmp_path / "scratch")
+    found = runner.run_study("opinion_qa", profile, tmp_path / "scratch")[name]
     facts, tables = found.facts, found.tables
     assert facts["noop"] < 1e-5
-    assert facts["subject"] == name
+    assert facts["model"] == name
     assert facts["groups"] == 5
     assert facts["latents"] == 48
     assert 0 < facts["reliability"] < 1
@@ -133,7 +139,7 @@ def test_a_real_subject_runs_from_reader_s_files_to_claims(private, profile, tmp
     layers = tables["layers"]
     assert layers["role"].tolist() == ["layer_20", "layer_18", "layer_24"]
     assert layers["blocks"].tolist() == [21, 19, 25]
-    assert findings.deepest(tables)["all"] == "at layer_24"
+    assert findings.deepest_layer(tables)["all"] == "at layer_24"
     topics = tables["topics"].query("method == 'no steering'").set_index("topic")["seen"].to_dict()
     assert topics == {"wave 26": True, "wave 34": False}
     assert tables["axes"].empty  # nothing is planted
@@ -146,42 +152,40 @@ def test_a_real_subject_runs_from_reader_s_files_to_claims(private, profile, tmp
     untold = tables["scores"].query("method in ['prompt QA', 'uniform']")["moved"]
     assert untold.isna().all()  # what was not measured is not printed as a number
 
-    subject.write(found, tmp_path / name)
-    text = "".join(path.read_text() for path in (tmp_path / name).rglob("*.csv"))
-    asked = files.load_opinion_qa(private, tuple(WAVES)).questions
-    assert not any(question.key in text for question in asked)  # no table holds Pew's items
-    with pytest.raises(ResearchError, match="may not be redistributed"):
-        subject.write(found, paths.ROOT / "figures" / "gpu" / "opinion_qa")
+    folder = paths.artefacts("gpu", "opinion_qa") / name
+    text = "".join(path.read_text() for path in folder.rglob("*.csv"))
+    items = files.load_opinion_qa(private, tuple(WAVES)).questions
+    assert not any(question.key in text for question in items)  # no table holds Pew's items
     again = load_shift(
-        tmp_path / name / "shift", catalogue.get(name).load(), catalogue.get(name).sae("layer_20")
+        folder / "files" / "shift",
+        catalogue.get(name).load(dtype="bfloat16"),
+        catalogue.get(name).sae("layer_20"),
     )
-    assert again.groups == ("Male", "Female", "18-29", "30-49", "65+")
-    measured = findings.measurements(
-        findings.tables(tmp_path / name), findings.facts(tmp_path / name)
-    )
-    stated = claims.stated("opinion_qa")
+    assert again.shift.groups == ("Male", "Female", "18-29", "30-49", "65+")
+    answer = again.answer(items[0], "Male")
+    assert sum(answer.values()) == pytest.approx(1, abs=1e-4)
+    measured = findings.measure_claims(tables, facts)
+    stated = claims.load_claims("opinion_qa")
     verdicts = {i.removeprefix("opinion_qa."): claims.judge(stated[i], measured[i]) for i in stated}
-    for load_toy_experiment in (
+    for planted in (
         "shift.negative_control",
         "shift.second_axis",
         "h4.composition",
         "h4.correlated",
     ):
-        assert verdicts[load_toy_experiment] == "not testable here"
+        assert verdicts[planted] == "not testable here"
     assert verdicts["real.gemma"] != "not testable here"
 
 
-def test_the_tuned_model_is_steered_and_told_too(private, profile):
-    exp = laboratory.load_experiment(profile, "gemma-2-2b-it", 0)
-    asked = baselines.group_prompt(
-        exp.cache, exp.sae, exp.template, "BIO", exp.survey, exp.targets.train
-    )
+def test_the_tuned_model_is_steered_and_prompted_too(private, profile):
+    exp = experiment.load_experiment(profile, "gemma-2-2b-it", 0)
+    prompted = baselines.run_group_prompts(exp)
     choice = methods.choose_settings(exp, "SAE multiplicative", 0)
     outcomes = [
-        methods.trained(exp, "SAE multiplicative", choice.best, 0),
-        rivals.probe(exp, asked)[1],
-        *rivals.evaluate_prompting(exp, {"BIO": asked}),
-        *rivals.evaluate_lora(exp, asked, 0),
+        methods.train_method(exp, "SAE multiplicative", choice.best, 0),
+        readers.evaluate_probe(exp, prompted)[1],
+        *baselines.evaluate_prompting(exp, {"BIO": prompted}),
+        *readers.evaluate_lora(exp, prompted, 0),
     ]
     for outcome in outcomes:
         assert outcome.answers.shape == (5, len(exp.eval_set.questions), 3), outcome.name
@@ -189,28 +193,28 @@ def test_the_tuned_model_is_steered_and_told_too(private, profile):
     assert methods.measure_noop(exp) == 0
     words = exp.cache.prompts.last
     told = (
-        asked.prompts[0].last - words
+        prompted.prompts[0].last - words
     )  # the note on the group comes on top of the same words and turns
     assert (told > 0).all()
-    assert (baselines.shared_ending(asked.prompts[0], exp.cache.prompts) < words).all()
+    assert (baselines.shared_ending(prompted.prompts[0], exp.cache.prompts) < words).all()
 
 
 def test_waves_families_and_small_groups_are_kept_apart(private, profile):
-    exp = laboratory.load_experiment(profile, "gemma-2-2b", 0)
+    exp = experiment.load_experiment(profile, "gemma-2-2b", 0)
     by_family = pd.DataFrame(
-        {"family": exp.families, "split": [q.split for q in exp.survey.questions]}
+        {"family": exp.clusters, "split": [q.split for q in exp.survey.questions]}
     )
     assert (by_family.groupby("family")["split"].nunique() == 1).all()
     assert by_family["family"].nunique() == len(by_family) / 2  # twins
     assert {q.split for q in exp.survey.questions if q.topic == "wave 34"} == {"test"}
     assert exp.eval_set.clusters.max() + 1 == by_family.query("split == 'test'")["family"].nunique()
-    assert [len(exp.cache.texts[split]) for split in laboratory.SPLITS] == [2, 2, 2]
+    assert [len(exp.cache.texts[split]) for split in experiment.SPLITS] == [2, 2, 2]
 
 
 def test_the_tuned_model_is_asked_in_its_chat_template_and_answers_after_the_same_words(
     private, profile
 ):
-    exp = laboratory.load_experiment(profile, "gemma-2-2b-it", 0)
+    exp = experiment.load_experiment(profile, "gemma-2-2b-it", 0)
     tokenizer, first = exp.cache.model.tokenizer, exp.cache.prompts
     text = tokenizer.decode(first.tokens[0, : first.last[0] + 1])
     assert text.startswith("<bos><start_of_turn>user\nQuestion:")
@@ -218,7 +222,9 @@ def test_the_tuned_model_is_asked_in_its_chat_template_and_answers_after_the_sam
     assert text.count("<bos>") == 1
     assert exp.template.refusal_prompt(exp.survey.questions[0], False).count(prompts.REFUSAL) == 1
     group = exp.survey.groups[0]
-    told = exp.template.group_prompt("BIO", group, exp.survey.groups[:2])(exp.survey.questions[0], False)
+    told = exp.template.group_prompt("BIO", group, exp.survey.groups[:2])(
+        exp.survey.questions[0], False
+    )
     assert told.index("<start_of_turn>user") < told.index("Male") < told.index("Question:")
     with pytest.raises(ResearchError, match="no chat template"):
         prompts.use_chat_template(ENGLISH_TEMPLATE, catalogue.get("gemma-2-2b").load().tokenizer)
@@ -248,17 +254,19 @@ def poll(counts, attributes):
 
 def test_groups_with_few_answers_and_those_that_then_stand_alone_are_left_out():
     many, few = [[30, 10], [10, 30]], [[30, 10], [2, 3]]
-    kept = laboratory.drop_small_groups(poll([many, many, few, many, few], ["a", "a", "a", "b", "b"]), 20)
+    kept = experiment.drop_small_groups(
+        poll([many, many, few, many, few], ["a", "a", "a", "b", "b"]), 20
+    )
     assert [g.name for g in kept.groups] == ["a0", "a1"]
     with pytest.raises(ResearchError, match="no attribute has two groups with 50 answers"):
-        laboratory.drop_small_groups(poll([many, many], ["a", "a"]), 50)
+        experiment.drop_small_groups(poll([many, many], ["a", "a"]), 50)
 
 
 def test_groups_that_do_not_differ_are_refused():
     draws = np.random.default_rng(0)
     same = draws.multinomial(200, [0.5, 0.5], size=(4, 30))
     with pytest.raises(ResearchError, match="split-half reliability"):
-        laboratory.make_eval_set(
+        experiment.make_eval_set(
             poll(np.repeat(same[:1], 2, 0) // 2 * 2, ["a", "a"]), [str(i) for i in range(30)]
         )
 
@@ -266,4 +274,4 @@ def test_groups_that_do_not_differ_are_refused():
 def test_a_reader_without_the_files_is_told_what_to_do(profile, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path)
     with pytest.raises(ResearchError, match="put your own copy"):
-        laboratory.load_experiment(profile, "gemma-2-2b", 0)
+        experiment.load_experiment(profile, "gemma-2-2b", 0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sae_research.errors import ResearchError
-from sae_research.studies.opinion_qa import evaluate, intervals
+from sae_research.studies.opinion_qa import evaluate
 from sae_research.studies.opinion_qa.evaluate import EvalSet
 from sae_research.surveys.survey import logit, reliability
 from sae_research.world.survey.population import Population, PopulationSettings
@@ -83,7 +83,9 @@ def test_the_split_half_debiasing_finds_the_noise_free_correlation(population, e
     mean = np.tensordot(eval_set.survey.weights, eval_set.truth, 1)
     draws = np.random.default_rng(1)
     predicted = np.clip(
-        mean + 0.6 * (eval_set.truth - mean) + 0.02 * draws.normal(size=eval_set.truth.shape), 1e-4, None
+        mean + 0.6 * (eval_set.truth - mean) + 0.02 * draws.normal(size=eval_set.truth.shape),
+        1e-4,
+        None,
     )
     predicted = predicted * eval_set.mask / (predicted * eval_set.mask).sum(-1, keepdims=True)
     exact = evaluate.compute_scores(eval_set, predicted, web).rho_dev
@@ -100,25 +102,25 @@ def test_intervals_hold_the_value_and_paired_ones_are_tighter(eval_set, web):
     mean = np.tensordot(eval_set.survey.weights, eval_set.truth, 1)
     seeds = np.stack([mean + s * (eval_set.truth - mean) for s in (0.5, 0.6, 0.7)])
     better = np.stack([mean + (s + 0.1) * (eval_set.truth - mean) for s in (0.5, 0.6, 0.7)])
-    rho = intervals.rho_dev(eval_set, seeds, 0)
+    rho = evaluate.rho_dev_interval(eval_set, seeds, 0)
     assert rho.value == pytest.approx(
         np.mean([evaluate.compute_scores(eval_set, p, web).rho_dev for p in seeds]), abs=0.01
     )
     assert rho.low <= rho.value <= rho.high
     assert rho.n == 18
-    wd = intervals.wd(eval_set, seeds, 0)
+    wd = evaluate.wd_interval(eval_set, seeds, 0)
     assert wd.value == pytest.approx(eval_set.distance(seeds, eval_set.truth).mean())
-    paired = intervals.wd(eval_set, better, 0, less=seeds)
+    paired = evaluate.wd_interval(eval_set, better, 0, minus=seeds)
     assert paired.high < 0
     assert paired.high - paired.low < wd.high - wd.low
-    assert intervals.rho_dev(eval_set, seeds, 0, less=seeds).value == 0
+    assert evaluate.rho_dev_interval(eval_set, seeds, 0, minus=seeds).value == 0
     nothing = np.repeat(web[None], 2, 0)
-    assert intervals.rho_dev(eval_set, nothing, 0).value == 0
+    assert evaluate.rho_dev_interval(eval_set, nothing, 0).value == 0
 
 
 def test_a_single_cluster_has_no_interval(eval_set):
     with pytest.raises(ResearchError, match="two clusters"):
-        intervals.resampled(lambda s: s[..., 0], np.ones((2, 5, 1)), np.zeros(5), 0)
+        evaluate.resample_clusters(lambda s: s[..., 0], np.ones((2, 5, 1)), np.zeros(5), 0)
 
 
 def test_off_target_is_nought_for_calibration_and_sees_what_spills(eval_set, population):

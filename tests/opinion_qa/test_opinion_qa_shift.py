@@ -11,23 +11,23 @@ torch = pytest.importorskip("torch")
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from miniatures import random_sae  # noqa: E402
 
 from sae_research.errors import ResearchError  # noqa: E402
-from sae_research.studies.opinion_qa import objective  # noqa: E402
+from sae_research.studies.opinion_qa import fit as objective  # noqa: E402
 from sae_research.studies.opinion_qa.fit import train_calibration, train_shift  # noqa: E402
-from sae_research.studies.opinion_qa.prompts import OptionLetters, sort_by_ordinal, find_letter_tokens  # noqa: E402
+from sae_research.studies.opinion_qa.prompts import (  # noqa: E402
+    OptionLetters,
+    find_letter_tokens,
+    sort_by_ordinal,
+)
 from sae_research.studies.opinion_qa.settings import ShiftTraining  # noqa: E402
 from sae_research.studies.opinion_qa.shift import (  # noqa: E402
     Shift,
     canonicalize,
     compute_displacement,
-    load_shift,
     pca_basis,
     random_basis,
     residual_basis,
-    sae_basis,
-    save_shift,
     token_basis,
 )
 from sae_research.surveys.survey import divergence  # noqa: E402
@@ -47,7 +47,7 @@ def shift_of(basis, kind="multiplicative", scale=0.5, positions="all", rank=3, s
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "neox", "gemma2", "llama"])
-def test_the_upper_blocks_give_the_model_s_own_logits_on_padded_rows(architecture, tmp_path):
+def test_the_tail_gives_the_model_s_own_logits_on_padded_rows(architecture, tmp_path):
     from miniatures import save
 
     from sae_research import models
@@ -69,7 +69,9 @@ def test_a_zero_shift_is_exactly_the_frozen_model(kind, model, cache, basis):
     tokens = cache.prompts.tokens[:6]
     assert torch.equal(model.logits(tokens, {HOOK: zero.edit(basis, "old")}), model.logits(tokens))
     read = cache.measure_answers(basis, kind, zero.deltas, range(18), "all")
-    assert np.abs(read.probabilities - cache.measure_unsteered(range(18)).probabilities).max() < 1e-6
+    assert (
+        np.abs(read.probabilities - cache.measure_unsteered(range(18)).probabilities).max() < 1e-6
+    )
     cost = cache.measure_cost(basis, kind, zero.deltas, "test")
     assert (cost.loss, cost.divergence) == (0.0, 0.0)
 
@@ -123,7 +125,7 @@ def test_a_shift_acts_where_it_should_and_never_on_the_start_token(positions, mo
     assert torch.equal(after[:, 0], before[:, 0])
 
 
-def test_the_bench_and_the_edit_for_a_lens_agree(model, cache, basis):
+def test_the_cache_and_the_edit_for_a_model_agree(model, cache, basis):
     shift = shift_of(basis, scale=0.3)
     read = cache.measure_answers(basis, shift.kind, shift.deltas, range(18), "all")
     letters = OptionLetters(model.tokenizer, 4)
@@ -142,7 +144,7 @@ def test_the_bench_and_the_edit_for_a_lens_agree(model, cache, basis):
 @pytest.mark.parametrize("kind", ["additive", "multiplicative", "gated", "literal"])
 def test_gradients_of_the_loss_equal_finite_differences(kind, cache, basis, targets):
     double = replace(
-        basis, encode=lambda x: basis.encode(x.float()).double(), rows=basis.decoder.double()
+        basis, encode=lambda x: basis.encode(x.float()).double(), decoder=basis.decoder.double()
     )
     if basis.offset is not None:
         double = replace(double, offset=basis.offset.double())
@@ -204,24 +206,35 @@ def test_shrunk_targets_lean_on_the_population_when_groups_are_small():
 
 
 QUICK = ShiftTraining(
-    rate=0.03, steps=12, calibration_steps=8, batch=6, documents=2, kept_groups=2, look=4, rank=2
+    lr=0.03,
+    steps=12,
+    calibration_steps=8,
+    batch_size=6,
+    n_documents=2,
+    n_kl_groups=2,
+    eval_every=4,
+    rank=2,
 )
 
 
 def test_a_strong_lasso_leaves_no_group_part_and_a_weak_one_is_exactly_sparse(
     cache, basis, targets
 ):
-    strong = train_shift(cache, basis, replace(QUICK, sparsity=1e3), targets, 0)
+    strong = train_shift(cache, basis, replace(QUICK, sparsity_weight=1e3), targets, 0)
     assert not strong.shift.active.any()
-    weak = train_shift(cache, basis, replace(QUICK, sparsity=2.0, keep=0.0), targets, 0).shift
+    weak = train_shift(
+        cache, basis, replace(QUICK, sparsity_weight=2.0, kl_weight=0.0), targets, 0
+    ).shift
     assert 0 < int(weak.active.sum()) < basis.size
 
 
 def test_training_lowers_the_loss_and_scores_are_centred_within_attributes(cache, basis, targets):
-    shared = train_calibration(cache, basis, replace(QUICK, keep=0.0), targets, 0)
-    found = train_shift(cache, basis, replace(QUICK, keep=0.0, steps=40), targets, 0, shared)
+    shared = train_calibration(cache, basis, replace(QUICK, kl_weight=0.0), targets, 0)
+    found = train_shift(cache, basis, replace(QUICK, kl_weight=0.0, steps=40), targets, 0, shared)
     train = targets.train
-    after = cache.measure_answers(basis, "multiplicative", found.shift.deltas, train, "all").probabilities
+    after = cache.measure_answers(
+        basis, "multiplicative", found.shift.deltas, train, "all"
+    ).probabilities
     before = cache.measure_unsteered(train).probabilities
     assert (
         divergence(targets.answers[:, train], after).mean()
@@ -231,7 +244,7 @@ def test_training_lowers_the_loss_and_scores_are_centred_within_attributes(cache
     for groups in (slice(0, 2), slice(2, 5)):
         weights = torch.tensor(targets.weights[groups], dtype=torch.float32)
         assert (weights @ found.shift.scores[groups]).abs().max() < 1e-4
-    again = train_shift(cache, basis, replace(QUICK, keep=0.0, steps=40), targets, 0, shared)
+    again = train_shift(cache, basis, replace(QUICK, kl_weight=0.0, steps=40), targets, 0, shared)
     assert torch.equal(found.shift.axes, again.shift.axes)
 
 
@@ -255,34 +268,11 @@ def test_only_the_largest_coordinates_are_kept(basis):
     assert torch.equal(shift.only(basis.size).axes, shift.axes)
 
 
-def test_saving_and_loading_is_the_identity_and_checks_the_fit(tmp_path, model, sae, basis):
-    shift = shift_of(basis)
-    cards = {g: {"wd": 0.1} for g in GROUPS}
-    save_shift(
-        shift, tmp_path / "shift", model=model.name, sae="random", rows=basis.decoder, cards=cards
-    )
-    again = load_shift(tmp_path / "shift", model, sae)
-    for name in ("shared", "axes", "scores"):
-        assert torch.equal(getattr(again, name), getattr(shift, name))
-    assert replace(again, shared=0, axes=0, scores=0) == replace(shift, shared=0, axes=0, scores=0)
-    tokens = torch.randint(4, 60, (2, 9))
-    edits = [{s.hook: s.edit(sae_basis(sae), "grey")} for s in (shift, again)]
-    assert torch.equal(*(model.logits(tokens, edit) for edit in edits))
-    with pytest.raises(ResearchError, match="has 64; load 'random'"):
-        load_shift(tmp_path / "shift", model, random_sae("topk", width=32, latents=64, k=12))
-    with pytest.raises(
-        ResearchError, match="other latents than the one of the shift; load 'random'"
-    ):
-        load_shift(tmp_path / "shift", model, random_sae("topk", width=32, latents=96, k=12, seed=5))
-    with pytest.raises(ResearchError, match="did you mean 'red'"):
-        again.delta("rad")
-
-
 def test_controls_take_the_sae_s_place_with_its_size_and_sparsity(cache):
     block = cache.survey_residuals
     random = random_basis(block, 96, 8.0, seed=0)
     assert ((random.encode(block) > 0).sum(1) == 8).all()  # on every token, as a TopK SAE has
-    assert torch.allclose(random.rows.norm(dim=1), torch.ones(96), atol=1e-5)
+    assert torch.allclose(random.decoder.norm(dim=1), torch.ones(96), atol=1e-5)
     pca = pca_basis(block)
     assert torch.allclose(pca.reconstruct(pca.encode(block)), block, atol=1e-3)
     assert (pca.encode(block) >= 0).all()
@@ -290,7 +280,7 @@ def test_controls_take_the_sae_s_place_with_its_size_and_sparsity(cache):
     assert torch.equal(dense.encode(block), block)
 
 
-def test_a_vector_a_token_adds_what_it_holds_for_the_token_that_is_there(cache):
+def test_a_per_token_vector_adds_what_it_holds_for_the_token_that_is_there(cache):
     tokens = token_basis(cache.survey_residuals, cache.survey_tokens)
     names = cache.survey_tokens.unique()
     assert tokens.size == 32 * len(names)
@@ -300,7 +290,11 @@ def test_a_vector_a_token_adds_what_it_holds_for_the_token_that_is_there(cache):
     assert (read == cache.survey_tokens).double().mean() > 0.6  # chance is one in dozens
     delta = torch.randn(1, tokens.size, generator=torch.Generator().manual_seed(0))
     moved = compute_displacement(
-        tokens, "gated", cache.survey_residuals[:, None], tokens.encode(cache.survey_residuals[:, None]), delta
+        tokens,
+        "gated",
+        cache.survey_residuals[:, None],
+        tokens.encode(cache.survey_residuals[:, None]),
+        delta,
     )[:, 0, 0]
     held = delta.reshape(len(names), 32)
     assert torch.allclose(moved, held[acts[:, ::32].argmax(-1)], atol=1e-5)
@@ -312,15 +306,22 @@ def test_letters_read_every_single_token_variant_and_both_orders():
 
         def __call__(self, text, add_special_tokens):
             ids = {"A": [5], " A": [6], "B": [7], " B": [8, 9], "C": [0], " C": [0]}
-            return {"input_ids": ids[text]}
+            return {"input_ids": ids.get(text, [3, 4])}
+
+        def get_vocab(self):
+            return {"D": 9, "▁D": 2}
 
     assert find_letter_tokens(Words(), "A") == [5, 6]
     assert find_letter_tokens(Words(), "B") == [7]
+    assert find_letter_tokens(Words(), "D") == [
+        9,
+        2,
+    ]  # every text gets a space: the vocabulary tells
     with pytest.raises(ResearchError, match="no single token for the option letter 'C'"):
         find_letter_tokens(Words(), "C")
     logits = torch.zeros(1, 10)
     logits[0, 6] = 3.0
-    found = OptionLetters(Words(), 2).scores(logits)[0]
+    found = OptionLetters(Words(), 2).score_logits(logits)[0]
     assert found[0].item() == pytest.approx(np.log(1 + np.exp(3)), rel=1e-5)
     assert found[1].item() == 0.0
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]])

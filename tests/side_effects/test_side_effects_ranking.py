@@ -10,7 +10,7 @@ from side_effects_toys import HOOK, READ, SETTINGS, D, make_sae, unit
 
 from sae_research import screen_features
 from sae_research.errors import ResearchError
-from sae_research.studies.side_effects import card, predictors
+from sae_research.studies.side_effects import card, card_page, predictors
 from sae_research.studies.side_effects.screen import LABELS
 
 TEXTS = [" ".join(f"w{(i * j) % 90 + 3}" for j in range(1, 12)) for i in range(1, 300)]
@@ -68,13 +68,12 @@ def test_the_card_is_complete_and_saved_by_its_ending(ranking, tmp_path):
         assert json.loads(found.save(tmp_path / "card.json").read_text()) == json.loads(
             json.dumps(content)
         )
-        assert f"# Feature {latent}" in found.save(tmp_path / "card.md").read_text()
         assert "<!doctype" not in found._repr_html_()
     row = next(r for r in ranking.card(steered).content["labels"] if r["label"] == "C")
     assert row["measured"] == pytest.approx(ranking.screen.frame.loc[steered, "C"])
     with pytest.raises(ResearchError, match="feature 4000 is out of range"):
         ranking.card(4000)
-    with pytest.raises(ResearchError, match=r"saved as \.html, \.md or \.json"):
+    with pytest.raises(ResearchError, match=r"saved as \.html or \.json"):
         ranking.card(steered).save("card.pdf")
 
 
@@ -107,7 +106,7 @@ def test_a_dose_is_shown_in_activations_and_in_the_residuals_norm(ranking):
 def test_labels_of_the_dose_chart_do_not_overlap(ranking):
     page = ranking.card(int(ranking.table.index[0])).to_html()
     charts = page.split("<svg")[1:]
-    assert len(charts) == len(card.DOSED)
+    assert len(charts) == len(card_page.DOSED)
     for chart in charts:
         places = [
             (float(x), float(y)) for x, y in re.findall(r'<text x="([\d.]+)" y="([\d.]+)"', chart)
@@ -147,10 +146,10 @@ def test_sentencepiece_keeps_its_spaces_and_bytes_are_no_text():
 
 
 def test_numbers_are_shown_as_people_write_them():
-    assert card.format_number(1024) == "1,024"
-    assert card.format_number(1024.4) == "1,024"
-    assert card.format_number(3.0) == "3"
-    assert card.format_number(0.12345) == "0.123"
+    assert card_page.format_number(1024) == "1,024"
+    assert card_page.format_number(1024.4) == "1,024"
+    assert card_page.format_number(3.0) == "3"
+    assert card_page.format_number(0.12345) == "0.123"
 
 
 # what people hand over

@@ -38,8 +38,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SPLITS = ("train", "validation", "test")
-OPINION_QA = paths.DATA / "private" / "opinion_qa"
-"""Where a reader puts OpinionQA, which may not be redistributed; git ignores it."""
+
+
+def opinion_qa_folder() -> Path:
+    """Where a reader puts OpinionQA, which may not be redistributed; git ignores it."""
+    return paths.DATA / "private" / "opinion_qa"
 
 
 @dataclass(frozen=True)
@@ -104,15 +107,16 @@ def load_experiment(profile: Profile, name: str, seed: int, role: str | None = N
     role = role or profile.opinion_qa.sae
     if catalogue.get(name).embedded:
         return load_toy_experiment(profile, name, role, seed)
+    folder = opinion_qa_folder()
     try:
-        passages = (OPINION_QA / "passages.txt").read_text(encoding="utf-8").splitlines()
+        passages = (folder / "passages.txt").read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ResearchError(
             f"{name} is asked OpinionQA, which may not be redistributed: put your own copy "
-            f"(human_resp/ as on CodaLab) into {paths.relative(OPINION_QA)} with passages.txt "
+            f"(human_resp/ as on CodaLab) into {paths.relative(folder)} with passages.txt "
             "beside it, other text with one passage per line."
         ) from error
-    return load_opinion_qa_experiment(profile, name, role, OPINION_QA, passages, seed)
+    return load_opinion_qa_experiment(profile, name, role, folder, passages, seed)
 
 
 def load_shift_sae(profile: Profile, name: str, role: str | None = None) -> "SAE":

@@ -390,6 +390,7 @@ def summarize(t: Tables, facts: dict, verdicts: Mapping[str, str]) -> str:
     rho = measure(t, best, "rho_dev")
     shuffled = measure(t, SHUFFLED, "rho_dev")
     kind = best.removeprefix("SAE ")
+    article = "An" if kind[0] in "aeiou" else "A"
     space = compare(t, best, f"random {kind}")
     prompt = compare(t, best, facts["prompt"])
     cost = over_seeds(column(t, best, "cost"))
@@ -398,7 +399,7 @@ def summarize(t: Tables, facts: dict, verdicts: Mapping[str, str]) -> str:
         return f"*{verdicts[f'opinion_qa.{claim}']}*"
 
     sentences = [
-        f"A {kind} shift in SAE space leaves {_show(fit)} of the distance between the frozen "
+        f"{article} {kind} shift in SAE space leaves {_show(fit)} of the distance between the frozen "
         f"model's answers and each group's ({said('shift.fit')}); on other text it costs "
         f"{_show(cost)} nats per token ({said('shift.harm')}).",
         f"It follows how groups differ, with a correlation of {_show(rho)} on unseen questions, "

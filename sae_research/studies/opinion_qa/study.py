@@ -24,10 +24,10 @@ from sae_research.studies.opinion_qa import (
 )
 from sae_research.studies.opinion_qa.cache import OffTaskCost
 from sae_research.studies.opinion_qa.experiment import (
-    OPINION_QA,
     Experiment,
     load_experiment,
     load_shift_sae,
+    opinion_qa_folder,
 )
 from sae_research.studies.opinion_qa.fit import train_calibration, train_shift
 from sae_research.studies.opinion_qa.methods import Choice, MethodResult, Plan
@@ -48,7 +48,7 @@ def data_files(task: Task, profile: Profile) -> list[Path]:
     if catalogue.get(task["model"]).embedded:
         return []
     writable(paths.scratch(profile.name, "opinion_qa"), "OpinionQA")
-    return sorted(path for path in OPINION_QA.rglob("*") if path.is_file())
+    return sorted(path for path in opinion_qa_folder().rglob("*") if path.is_file())
 
 
 # phase 1: settings from validation questions

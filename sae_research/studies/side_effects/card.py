@@ -12,7 +12,7 @@ import torch
 from sae_research import store
 from sae_research.errors import ResearchError
 from sae_research.studies.side_effects import predictors, screening
-from sae_research.studies.side_effects.card_page import DOSED, format_number, make_page
+from sae_research.studies.side_effects.card_page import DOSED, make_page
 from sae_research.studies.side_effects.screen import FORECASTS, LABELS, Screen
 
 if TYPE_CHECKING:
@@ -58,43 +58,12 @@ class FeatureCard:
         """One self-contained page: no script, no file beside it."""
         return make_page(self.content, whole_page)
 
-    def to_markdown(self) -> str:
-        """The main tables as Markdown."""
-        import pandas as pd
-
-        c = self.content
-        labels = [
-            {
-                "label": row["label"],
-                "forecast": format_number(row["value"]),
-                "90 % interval": f"{format_number(row['low'])} to {format_number(row['high'])}",
-                "measured": format_number(row["measured"]),
-                "random direction": format_number(row["random"]),
-            }
-            for row in c["labels"]
-        ]
-        contexts = [
-            f"- {format_number(row['activation'])}: {row['before']}**{row['token']}**{row['after']}"
-            for row in c["top_contexts"]
-        ]
-        doses = pd.DataFrame(c["doses"]).map(format_number)
-        return "\n\n".join(
-            [
-                f"# {c['title']}",
-                f"{c['prediction']}: {c['reason']} (rank {c['rank']})",
-                *c["notes"],
-                pd.DataFrame(labels).to_markdown(index=False, disable_numparse=True),
-                doses.to_markdown(index=False, disable_numparse=True),
-                "\n".join(contexts),
-            ]
-        )
-
     def save(self, path: str | Path) -> Path:
-        """Write the card by the ending of `path`: .html, .md or .json; returns the path."""
+        """Write the card by the ending of `path`, .html or .json; returns the path."""
         path = Path(path)
-        writers = {".html": self.to_html, ".md": self.to_markdown, ".json": self.to_json}
+        writers = {".html": self.to_html, ".json": self.to_json}
         if path.suffix not in writers:
-            raise ResearchError(f"a card is saved as .html, .md or .json, not as '{path.name}'.")
+            raise ResearchError(f"a card is saved as .html or .json, not as '{path.name}'.")
         store.write_text(path, writers[path.suffix]() + "\n")
         return path
 

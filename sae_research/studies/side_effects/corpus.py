@@ -24,19 +24,11 @@ MIN_CHARACTERS = {"author": 100, "replication": 200}
 """Texts shorter than this are dropped."""
 MAX_TEXTS = 8000
 FRESH_SEED = 123
+_WIDE = {"effect_quantiles": (0.05, 0.95), "frequency_band": (0.001, 0.5)}
 PUBLISHED_DEPARTURES = {
     "gpt2-small": {"selector": "geometry_only"},
-    "pythia-70m": {
-        "effect_quantiles": (0.05, 0.95),
-        "group_size": 30,
-        "frequency_band": (0.001, 0.5),
-    },
-    "gemma-2-2b": {
-        "effect_quantiles": (0.05, 0.95),
-        "group_size": 25,
-        "frequency_band": (0.001, 0.5),
-        "n_fresh_contexts": 256,
-    },
+    "pythia-70m": {**_WIDE, "group_size": 30},
+    "gemma-2-2b": {**_WIDE, "group_size": 25, "n_fresh_contexts": 256},
     "llama-3.1-8b": {
         "holdout_fraction": 0.3,
         "group_size": 25,

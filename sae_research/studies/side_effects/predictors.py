@@ -16,36 +16,15 @@ if TYPE_CHECKING:
 
 GEOMETRY = ("decoder_norm", "encoder_norm", "encoder_decoder_cos", "crowding_max", "crowding")
 FREQUENCY = ("final_frequency", "token_frequency")
-MAGNITUDE = (
-    "final_mean",
-    "final_std",
-    "final_max",
-    "final_q95",
-    "token_mean",
-    "token_std",
-    "token_max",
-)
+MAGNITUDE = ("final_mean", "final_std", "final_max", "final_q95")
+MAGNITUDE += ("token_mean", "token_std", "token_max")
 SHAPE = ("binary_entropy", "activation_entropy", "kurtosis")
 COACTIVATION = ("coactivation_entropy", "coactivation_count", "coactivation_top20")
-DIRECT_LOGIT = (
-    "logit_l2",
-    "logit_linf",
-    "logit_entropy",
-    "logit_exp_entropy",
-    "logit_top10",
-    "logit_top50",
-    "logit_top100",
-    "logit_top500",
-)
-FAMILIES = {
-    "geometry": GEOMETRY,
-    "frequency": FREQUENCY,
-    "magnitude": MAGNITUDE,
-    "shape": SHAPE,
-    "coactivation": COACTIVATION,
-    "direct logit": DIRECT_LOGIT,
-}
-ALL = tuple(name for family in FAMILIES.values() for name in family)
+TOP_LOGITS = (10, 50, 100, 500)
+DIRECT_LOGIT = ("logit_l2", "logit_linf", "logit_entropy", "logit_exp_entropy")
+DIRECT_LOGIT += tuple(f"logit_top{k}" for k in TOP_LOGITS)
+FAMILIES = (GEOMETRY, FREQUENCY, MAGNITUDE, SHAPE, COACTIVATION, DIRECT_LOGIT)
+ALL = tuple(name for family in FAMILIES for name in family)
 BASELINES = ("freq_only", "activation_magnitude_only")
 SETS = {
     "freq_only": FREQUENCY,
@@ -127,7 +106,7 @@ def measure_direct_logits(directions: torch.Tensor, W: torch.Tensor) -> dict[str
         rows["logit_linf"].append(size.max(1).values)
         rows["logit_entropy"].append(entropy)
         rows["logit_exp_entropy"].append(entropy.exp())
-        for k in (10, 50, 100, 500):
+        for k in TOP_LOGITS:
             # all of a small vocabulary is 1 exactly, without the noise of a sum
             whole = k >= top.shape[1]
             rows[f"logit_top{k}"].append(torch.ones_like(top[:, 0]) if whole else top[:, k - 1])
