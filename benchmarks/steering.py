@@ -220,13 +220,13 @@ def label_alone(architecture: str, features: int = 300) -> None:
     with quiet(), torch.no_grad():
         engine = LastToken(bridged(architecture), HOOK, (READ,))
         downstream = StandardSAE(StandardSAEConfig(d_in=D, d_sae=4 * PANEL)).requires_grad_(False)
-        codes = pool.reader(downstream, torch.arange(PANEL))
+        codes = pool.make_latent_encoder(downstream, torch.arange(PANEL))
         tokens = torch.randint(2, VOCAB, (POOL, T))
         contexts = torch.stack([torch.randperm(POOL)[:CONTEXTS] for _ in range(features)])
-        found = labels.measure(
+        found = labels.measure_effects(
             engine, codes, tokens, torch.randn(features, D), contexts, (0.01, 0.05, 0.1)
         )
-        labels.labels(engine, found)
+        labels.compute_labels(engine, found)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)
 
 

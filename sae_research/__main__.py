@@ -32,7 +32,7 @@ def _world(given: argparse.Namespace) -> int:
 
     if not given.build:
         raise ResearchError(
-            "say `world --build` to build the embedded world anew (15 minutes on two cores)."
+            "say `world --build` to build the toy models anew (15 minutes on two cores)."
         )
     build.build()
     return 0
@@ -62,9 +62,22 @@ def _profiles(given: argparse.Namespace) -> int:
     return 0
 
 
+def _stages(given: argparse.Namespace) -> int:
+    from sae_research import stages
+
+    if given.write:
+        stages.write()
+    else:
+        print(stages.text())
+    return 0
+
+
 def _claims(given: argparse.Namespace) -> int:
     from sae_research import claims, ledger
 
+    if given.write:
+        ledger.write_highlights()
+        return 0
     lines = claims.read(given.profile)
     print(ledger.markdown(lines) if given.markdown else ledger.text(lines))
     return 0
@@ -100,13 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command(
         "reproduce", _reproduce, "run what is missing or changed, then compare and report"
-    ).add_argument(
-        "--force", action="store_true", help="run every stage, the embedded world included"
-    )
+    ).add_argument("--force", action="store_true", help="run every stage, the toy models included")
     command(
         "validate", _validate, "run the executed notebooks again and compare every output (nbval)"
     )
-    command("world", _world, "the embedded world", profile=None).add_argument(
+    command("world", _world, "the toy models", profile=None).add_argument(
         "--build",
         action="store_true",
         help="build data/embedded anew; a killed build goes on where it stopped",
@@ -121,9 +132,12 @@ def _parser() -> argparse.ArgumentParser:
         "profiles", _profiles, "settings of each profile against the papers' values", profile=None
     ).add_argument("--write", action="store_true", help="bring docs/settings.md in step")
     command("settings", _settings, "write the settings in force, which the stages depend on")
-    command("claims", _claims, "the verdict table of a profile").add_argument(
-        "--markdown", action="store_true"
-    )
+    command(
+        "stages", _stages, "the stages of dvc.yaml, from the real imports", profile=None
+    ).add_argument("--write", action="store_true", help="bring dvc.yaml in step")
+    shown = command("claims", _claims, "the verdict table of a profile")
+    shown.add_argument("--markdown", action="store_true")
+    shown.add_argument("--write", action="store_true", help="bring README's verdicts in step")
     command(
         "clear", _clear, "clear the outputs of all notebook sources before a commit", profile=None
     )
@@ -147,7 +161,8 @@ def main(words: list[str] | None = None) -> int:
 
         where = relative(error.filename) if error.filename else "a file"
         print(
-            f"{where}: {error.strerror or error}; free disk space or mend the permissions, then run again.",
+            f"{where}: {error.strerror or error}; free disk space or mend the permissions, then "
+            "run again.",
             file=sys.stderr,
         )
     except KeyboardInterrupt:

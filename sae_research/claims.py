@@ -1,7 +1,8 @@
-"""Claims stated before any run, and verdicts computed from what was measured, never written by hand.
+"""Claims stated before any run, and verdicts computed from what was measured, never written by
+hand.
 
-`claims.yaml` maps each study to its claims. A notebook measures them and calls `record`; the verdict follows from
-value, interval, control and rule alone.
+`claims.yaml` maps each study to its claims. A notebook measures them and calls `record`; the
+verdict follows from value, interval, control and rule alone.
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_research import ledger, notebooks, paths, store
+from sae_research import ledger, paths, stages, store
 from sae_research.errors import ResearchError, unknown
 
 if TYPE_CHECKING:
@@ -45,14 +46,16 @@ class Expectation:
     interval: bool = True
     """Whether the whole interval has to lie there, not the value alone."""
 
-    def admits(self, x: float) -> bool:
+    def is_met_at(self, x: float) -> bool:
         """Whether one number lies where it is expected."""
         return _SIDES[self.expect](x, self.threshold)
 
-    def met_by(self, m: "Measurement") -> bool:
-        """Whether the value, and where the rule asks for it the interval, lies where it is expected."""
-        return self.admits(m.value) and (
-            not self.interval or (self.admits(m.low) and self.admits(m.high))
+    def is_met_by(self, m: "Measurement") -> bool:
+        """Whether the value, and where the rule asks for it the interval, lies where it is
+        expected.
+        """
+        return self.is_met_at(m.value) and (
+            not self.interval or (self.is_met_at(m.low) and self.is_met_at(m.high))
         )
 
 
@@ -69,14 +72,16 @@ class Rule(Expectation):
     """When a claim counts as reproduced."""
 
     direction: float | None = None
-    """The value of no effect: beyond it, on the claimed side, the direction holds (without it: the threshold)."""
+    """The value of no effect: beyond it, on the claimed side, the direction holds (without it: the
+    threshold).
+    """
     control: Control | None = None
     """A control whose expectation must be met too; otherwise the claim is confounded."""
 
-    def leans(self, x: float) -> bool:
+    def leans_at(self, x: float) -> bool:
         """Whether the value lies at least in the claimed direction."""
         if self.direction is None:
-            return self.admits(x)
+            return self.is_met_at(x)
         return x > self.direction if self.expect in ("above", "at least") else x < self.direction
 
 
@@ -136,7 +141,9 @@ def _number(x: object) -> bool:
 
 
 def _fill(cls: type, given: object, where: str, **extra: object):
-    """A dataclass from a block of claims.yaml; a key that does not exist names the nearest one that does."""
+    """A dataclass from a block of claims.yaml; a key that does not exist names the nearest one
+    that does.
+    """
     if not isinstance(given, dict):
         raise ResearchError(f"{where} in claims.yaml must be a block of settings, not {given!r}.")
     known = {f.name: f for f in fields(cls)}
@@ -193,9 +200,10 @@ def parse(study: str, given: dict) -> Claim:
     rule = _expectation(Rule, stated, f"the rule of {name}", control=control)
     if rule.direction is not None and (rule.expect == "between" or not _number(rule.direction)):
         raise ResearchError(
-            f"the rule of {name} in claims.yaml: `direction` must be a number, and `between` has none."
+            f"the rule of {name} in claims.yaml: `direction` must be a number, and `between` has "
+            "none."
         )
-    beyond = rule.direction is not None and not Expectation(rule.expect, rule.direction).admits(
+    beyond = rule.direction is not None and not Expectation(rule.expect, rule.direction).is_met_at(
         rule.threshold
     )
     if beyond and rule.direction != rule.threshold:
@@ -205,7 +213,7 @@ def parse(study: str, given: dict) -> Claim:
     return Claim(**{**{f.name: getattr(block, f.name) for f in fields(Claim)}, "rule": rule})
 
 
-def stated(study: str | None = None) -> dict[str, Claim]:
+def load_claims(study: str | None = None) -> dict[str, Claim]:
     """The claims of claims.yaml by id, of one study or of all."""
     import yaml
 
@@ -227,7 +235,8 @@ def stated(study: str | None = None) -> dict[str, Claim]:
             claim = parse(name, given)
             if claim.id in claims:
                 raise ResearchError(
-                    f"claim '{claim.id}' is stated twice in claims.yaml; give each claim its own id."
+                    f"claim '{claim.id}' is stated twice in claims.yaml; give each claim its own "
+                    "id."
                 )
             claims[claim.id] = claim
     return {i: c for i, c in claims.items() if study in (None, c.study)}
@@ -271,15 +280,16 @@ def judge(claim: Claim, measurement: Measurement | None) -> str:
     if (rule.control is None) != (measurement.control is None):
         raise ResearchError(
             f"claim '{claim.id}' states {'a' if rule.control else 'no'} control, "
-            f"but {'none' if rule.control else 'one'} was measured; make rule and measurement agree."
+            f"but {'none' if rule.control else 'one'} was measured; make rule and measurement "
+            "agree."
         )
     stands = True
     if rule.control is not None:
         _check(measurement.control, rule.control, f"the control of claim '{claim.id}'")
-        stands = rule.control.met_by(measurement.control)
-    if rule.met_by(measurement):
+        stands = rule.control.is_met_by(measurement.control)
+    if rule.is_met_by(measurement):
         return REPRODUCED if stands else CONFOUNDED
-    return DIRECTION if rule.leans(measurement.value) and stands else NOT_REPRODUCED
+    return DIRECTION if rule.leans_at(measurement.value) and stands else NOT_REPRODUCED
 
 
 def _plain(x: object) -> object:
@@ -293,7 +303,8 @@ def _plain(x: object) -> object:
 
 
 def entry(claim: Claim, measurement: Measurement | None, notebook: str) -> dict:
-    """The ledger's line for one claim."""
+    """The ledger's line for one claim, judged as written: numbers have 6 significant digits."""
+    measurement = _rounded(measurement)
     m = (
         asdict(measurement)
         if measurement
@@ -308,6 +319,13 @@ def entry(claim: Claim, measurement: Measurement | None, notebook: str) -> dict:
     return {**line, **m, "rule": rule, "verdict": judge(claim, measurement), "notebook": notebook}
 
 
+def _rounded(m: Measurement | None) -> Measurement | None:
+    if m is None:
+        return None
+    value, low, high = typing.cast(list, store.rounded([m.value, m.low, m.high]))
+    return Measurement(value, low, high, m.n, _rounded(m.control))
+
+
 def _file(profile: str, study: str) -> Path:
     return paths.study_data(profile, study) / "claims.json"
 
@@ -315,8 +333,10 @@ def _file(profile: str, study: str) -> Path:
 def record(
     profile: str, study: str, notebook: str, measurements: dict[str, Measurement | None]
 ) -> "pd.DataFrame":
-    """Judge every claim of a study and write `data/<profile>/<study>/claims.json`; returns the table to show."""
-    claims = stated(study)
+    """Judge every claim of a study and write `data/<profile>/<study>/claims.json`; returns the
+    table to show.
+    """
+    claims = load_claims(study)
     for given in measurements:
         if given not in claims:
             raise unknown("claim", given, claims, f"the measurements of {notebook}")
@@ -335,18 +355,21 @@ def read(profile: str) -> list[dict]:
     return typing.cast(list, store.read_json(paths.DATA / profile / "claims.json"))
 
 
-def union(profile: str) -> list[dict]:
-    """Put the ledgers of all studies with notebooks together; `metrics.json` repeats them for `dvc metrics diff`."""
-    written = {out for outs in notebooks.stages(profile).values() for out in outs}
+def unite(profile: str) -> list[dict]:
+    """Put the ledgers of all studies with notebooks together; `metrics.json` repeats them for `dvc
+    metrics diff`.
+    """
+    written = {out for outs in stages.read_outputs(profile).values() for out in outs}
     lines = []
-    for claim in stated().values():
+    for claim in load_claims().values():
         file = _file(profile, claim.study)
         if file not in written:
             continue
         found = {line["id"]: line for line in typing.cast(list, store.read_json(file))}
         if claim.id not in found or found[claim.id]["rule"] != _plain(asdict(claim.rule)):
             raise ResearchError(
-                f"{paths.relative(file)} does not hold claim '{claim.id}' as claims.yaml states it; "
+                f"{paths.relative(file)} does not hold claim '{claim.id}' as claims.yaml states "
+                "it; "
                 "run `make reproduce` to measure it again."
             )
         lines.append(found[claim.id])

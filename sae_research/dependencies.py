@@ -27,6 +27,9 @@ PLUMBING = {
     "sae_research/pipeline.py",
     "sae_research/dependencies.py",
     "sae_research/parallel.py",
+    "sae_research/stages.py",
+    "sae_research/comparison.py",
+    "sae_research/settings_page.py",
 }
 LIBRARIES = ("torch", "transformers", "transformer-lens", "sae-lens", "peft", "numpy", "scipy")
 

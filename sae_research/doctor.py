@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from sae_research import catalogue, config
 from sae_research.machine import GB, Machine, examine
-from sae_research.tables import aligned
 
 _WORKING_MEMORY = 3.0
 """Gigabytes that Python, the libraries and a batch need beside the weights."""
@@ -17,7 +16,9 @@ _RESULTS_DISK = 2.0
 
 
 def run(profile: str | None = None) -> tuple[str, int]:
-    """A report on every profile (or on one), and 0 if the default profile (or that one) can run, else 1."""
+    """A report on every profile (or on one), and 0 if the default profile (or that one) can run,
+    else 1.
+    """
     judged = config.load(profile).name
     shown = [config.load(name) for name in ([judged] if profile else config.profiles())]
     machine = examine(shown)
@@ -29,7 +30,15 @@ def run(profile: str | None = None) -> tuple[str, int]:
             rows.append([settings.name, study, "no" if missing else "yes", reason])
     able = not any(verdicts[judged].values())
     last = f"This machine {'can' if able else 'cannot'} run the profile '{judged}'."
-    return "\n\n".join([_facts(machine), aligned(rows, widest=90), last]), 0 if able else 1
+    return "\n\n".join([_facts(machine), _tabulate(rows), last]), 0 if able else 1
+
+
+def _tabulate(rows: list[list[str]]) -> str:
+    from tabulate import tabulate
+
+    head, *body = rows
+    widths = [None, None, None, 90]
+    return tabulate(body, head, disable_numparse=True, maxcolwidths=widths)
 
 
 def judge(profile: config.Profile, machine: Machine) -> dict[str, list[str]]:
@@ -55,10 +64,10 @@ def _here(machine: Machine) -> list[str]:
 
 
 def _needs(runtime: config.Runtime, names: Sequence[str], machine: Machine) -> list[str]:
-    subjects = [catalogue.get(name) for name in names]
-    missing = [machine.world[s.model] for s in subjects if s.embedded and s.model in machine.world]
+    specs = [catalogue.get(name) for name in names]
+    missing = [machine.world[s.model] for s in specs if s.embedded and s.model in machine.world]
     weights = (
-        max((s.parameters or 0) * _BYTES.get(runtime.dtype, 4) for s in subjects) / GB * _OVERHEAD
+        max((s.parameters or 0) * _BYTES.get(runtime.dtype, 4) for s in specs) / GB * _OVERHEAD
     )
     if runtime.device.startswith("cuda"):
         missing += _gpu(weights + _WORKING_MEMORY, machine)
@@ -66,7 +75,7 @@ def _needs(runtime: config.Runtime, names: Sequence[str], machine: Machine) -> l
         missing.append(
             f"{weights + _WORKING_MEMORY:.0f} GB of memory at least ({machine.memory:.0f} here)"
         )
-    return missing + _from_hub(runtime, [s for s in subjects if not s.embedded], machine)
+    return missing + _from_hub(runtime, [s for s in specs if not s.embedded], machine)
 
 
 def _gpu(needed: float, machine: Machine) -> list[str]:
@@ -82,14 +91,14 @@ def _gpu(needed: float, machine: Machine) -> list[str]:
 
 
 def _from_hub(
-    runtime: config.Runtime, subjects: list[catalogue.ModelSpec], machine: Machine
+    runtime: config.Runtime, specs: list[catalogue.ModelSpec], machine: Machine
 ) -> list[str]:
-    if not subjects:
+    if not specs:
         return []
     if not runtime.hub:
-        return [f"`hub: true` in params.yaml, since {subjects[0].name} comes from the hub"]
+        return [f"`hub: true` in params.yaml, since {specs[0].name} comes from the hub"]
     missing = []
-    away = [s for s in subjects if s.name not in machine.cached]
+    away = [s for s in specs if s.name not in machine.cached]
     if away and machine.hub:
         missing.append(machine.hub)
     gated = sorted({s.model for s in away if s.gated})
@@ -107,7 +116,8 @@ def _from_hub(
     }  # checkpoints in float32 are the largest
     if sum(models.values()) > machine.cache_disk:
         missing.append(
-            f"{sum(models.values()):.0f} GB of disk for downloads ({machine.cache_disk:.0f} are free)"
+            f"{sum(models.values()):.0f} GB of disk for downloads ({machine.cache_disk:.0f} are "
+            "free)"
         )
     return missing
 
@@ -130,6 +140,8 @@ def _facts(machine: Machine) -> str:
         )
     else:
         versions = f"as pinned in constraints.txt (torch {machine.torch})"
+    from tabulate import tabulate
+
     facts = [
         [
             "Python",
@@ -145,9 +157,9 @@ def _facts(machine: Machine) -> str:
         ["GPU", gpus or "none"],
         ["hub token", "present" if machine.token else "none (only gated models need one)"],
         [
-            "embedded world",
+            "toy models",
             f"not usable: {', '.join(machine.world)}" if machine.world else "intact",
         ],
         ["pipeline", machine.pipeline],
     ]
-    return aligned(facts, header=False)
+    return tabulate(facts, tablefmt="plain", disable_numparse=True)

@@ -1,14 +1,31 @@
-"""What became of the claims, to read: the verdict table, distances to the bars, agreement of two ledgers.
+"""What became of the claims, to read: the verdict table, counts, README's short table, agreement.
 
-A ledger is the list of lines that `claims.record` and `claims.union` write: one a claim, with its verdict.
+A ledger is the list of lines that `claims.record` and `claims.unite` write: one per claim, with its
+verdict. Lines of the testbed check the toy models and are counted apart from claims of papers.
 """
 
+from collections import Counter
 from typing import TYPE_CHECKING
+
+from sae_research import paths, store
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from sae_research.stats import Interval
+
+TESTBED = "world"
+"""The owner of checks of the toy models, which are no claims of a paper."""
+README = paths.ROOT / "README.md"
+HIGHLIGHTS = (
+    "opinion_qa.shift.fit",
+    "opinion_qa.rivals.lora",
+    "opinion_qa.shift.sparse",
+    "side_effects.predict.stability_over_frequency",
+    "side_effects.predict.spread_over_frequency",
+)
+"""The verdicts that README shows."""
+_BEGIN, _END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
 
 
 def _show(x: float | None) -> str:
@@ -16,85 +33,112 @@ def _show(x: float | None) -> str:
 
 
 def _interval(m: dict) -> str:
-    return _show(m["value"]) + (
-        f" [{_show(m['low'])}, {_show(m['high'])}]" if m["low"] is not None else ""
-    )
+    ends = f" [{_show(m['low'])}, {_show(m['high'])}]" if m["low"] is not None else ""
+    return _show(m["value"]) + ends
+
+
+def to_interval(m: dict) -> "Interval":
+    """A measurement of a ledger as an interval to draw; a single number has no width."""
+    from sae_research.stats import Interval
+
+    low, high = (m["value"] if m[end] is None else m[end] for end in ("low", "high"))
+    return Interval(m["value"], low, high, m["n"] or 1)
 
 
 def rule_text(rule: dict) -> str:
     """A rule in words: `interval above 0.1; control (shuffled labels): below 0.6`."""
-    bar = rule["threshold"]
-    words = f"{rule['expect']} {_show(bar) if not isinstance(bar, list | tuple) else ' and '.join(map(_show, bar))}"
+    threshold = rule["threshold"]
+    numbers = threshold if isinstance(threshold, list | tuple) else [threshold]
+    words = f"{rule['expect']} {' and '.join(map(_show, numbers))}"
     words = f"interval {words}" if rule["interval"] else words
     control = rule.get("control")
     return f"{words}; control ({control['name']}): {rule_text(control)}" if control else words
 
 
 def table(lines: list[dict]) -> "pd.DataFrame":
-    """The verdict table: one row a claim."""
+    """The verdict table: one row per claim, statement first."""
     import pandas as pd
 
     rows = [
         {
-            "claim": e["id"],
-            "paper": e["paper_value"]
-            if isinstance(e["paper_value"], str)
-            else _show(e["paper_value"]),
-            "measured": _interval(e),
-            "n": "" if e["n"] is None else str(e["n"]),
-            "control": _interval(e["control"]) if e["control"] else "",
-            "rule": rule_text(e["rule"]),
-            "verdict": e["verdict"],
+            "claim": line["statement"],
+            "paper": _paper(line),
+            "measured": _interval(line),
+            "n": "" if line["n"] is None else str(line["n"]),
+            "control": _interval(line["control"]) if line["control"] else "",
+            "rule": rule_text(line["rule"]),
+            "verdict": line["verdict"],
+            "id": line["id"],
         }
-        for e in lines
+        for line in lines
     ]
-    return pd.DataFrame(
-        rows, columns=["claim", "paper", "measured", "n", "control", "rule", "verdict"]
-    )
+    columns = ["claim", "paper", "measured", "n", "control", "rule", "verdict", "id"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _paper(line: dict) -> str:
+    value = line["paper_value"]
+    return value if isinstance(value, str) else _show(value)
 
 
 def text(lines: list[dict]) -> str:
-    """The verdict table for a terminal."""
-    return table(lines).drop(columns="rule").to_string(index=False)
+    """The verdict table for a terminal: ids in place of statements."""
+    columns = ["id", "paper", "measured", "n", "control", "verdict"]
+    return table(lines)[columns].to_string(index=False)
 
 
 def markdown(lines: list[dict]) -> str:
     """The verdict table for a page."""
-    frame = table(lines)
-    rows = [frame.columns, ["---"] * frame.shape[1], *frame.itertuples(index=False)]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows
-    )
+    frame = table(lines).replace(r"\|", r"\\|", regex=True)
+    return frame.to_markdown(index=False, disable_numparse=True)
 
 
-def margins(lines: list[dict], reach: float = 2.0) -> "list[Interval]":
-    """How far each number lies past its bar (above 0: where it is expected), in units of the bar, cut at `reach`."""
-    from sae_research.stats import Interval
+def count_verdicts(lines: list[dict]) -> "pd.DataFrame":
+    """How many claims of each study have which verdict; the testbed's checks have a row of their
+    own.
+    """
+    import pandas as pd
 
-    def margin(x: float, rule: dict) -> float:
-        bar = rule["threshold"]
-        if rule["expect"] == "between":
-            middle, half = (bar[0] + bar[1]) / 2, (bar[1] - bar[0]) / 2 or 1
-            past = 1 - abs(x - middle) / half
-        else:
-            past = (
-                (x - bar) / (abs(bar) or 1) * (1 if rule["expect"] in ("above", "at least") else -1)
-            )
-        return max(-reach, min(reach, past))
+    counts = Counter((line["study"], line["verdict"]) for line in lines)
+    frame = pd.Series(counts).unstack(fill_value=0)
+    return frame.sort_index(key=lambda names: [(n == TESTBED, n) for n in names])
 
-    found = []
+
+def group_families(lines: list[dict]) -> dict[str, list[dict]]:
+    """Lines by study and family (the second part of an id), in the order of the ledger."""
+    found: dict[str, list[dict]] = {}
     for line in lines:
-        points = [
-            margin(x, line["rule"])
-            for x in (line["value"], line["low"], line["high"])
-            if x is not None
-        ]
-        found.append(Interval(points[0], min(points), max(points), line["n"] or 1))
+        found.setdefault(".".join(line["id"].split(".")[:2]), []).append(line)
     return found
 
 
 def agreement(lines: list[dict], published: list[dict]) -> tuple[int, list[tuple[str, str, str]]]:
-    """How many verdicts are the same in two ledgers, and (id, ours, theirs) of those that differ."""
-    theirs = {e["id"]: e["verdict"] for e in published}
+    """How many verdicts are the same in two ledgers, and (id, ours, theirs) of those that
+    differ.
+    """
+    theirs = {line["id"]: line["verdict"] for line in published}
     both = [(e["id"], e["verdict"], theirs[e["id"]]) for e in lines if e["id"] in theirs]
     return sum(a == b for _, a, b in both), [line for line in both if line[1] != line[2]]
+
+
+def highlights(lines: list[dict]) -> str:
+    """README's table: five claims with their numbers, controls and verdicts."""
+    by_id = {line["id"]: line for line in lines}
+    chosen = table([by_id[i] for i in HIGHLIGHTS if i in by_id])
+    shown = chosen[["claim", "measured", "control", "verdict"]]
+    return shown.to_markdown(index=False, disable_numparse=True)
+
+
+def insert_highlights(readme: str, lines: list[dict]) -> str:
+    """The README with the verdicts of `lines` between its markers."""
+    before, _, rest = readme.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    return f"{before}{_BEGIN}\n{highlights(lines)}\n{_END}{after}"
+
+
+def write_highlights() -> None:
+    """Bring README in step with the published verdicts."""
+    from sae_research import claims
+
+    readme = README.read_text(encoding="utf-8")
+    store.write_text(README, insert_highlights(readme, claims.read("full")))

@@ -43,7 +43,7 @@ class Machine:
     torch: str | None = None
     """Version of torch, with its build, such as `2.13.0+cpu`."""
     world: dict[str, str] = field(default_factory=dict)
-    """What is wrong with the embedded world, by specimen; empty if it is intact."""
+    """What is wrong with each toy model; empty if all are intact."""
     pipeline: str = ""
     """State of the DVC chain."""
     hub: str | None = None
@@ -53,7 +53,7 @@ class Machine:
     refused: dict[str, str] = field(default_factory=dict)
     """Gated models that the token does not open, with the reason."""
     cached: frozenset[str] = frozenset()
-    """Subjects whose model and main SAEs are on this disk already."""
+    """Models whose weights and main SAEs are on this disk already."""
 
 
 def examine(profiles: Sequence[config.Profile]) -> Machine:
@@ -98,7 +98,9 @@ def examine(profiles: Sequence[config.Profile]) -> Machine:
 
 
 def packages() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Packages that pyproject.toml asks for and that are absent, and installed ones that differ from their pins."""
+    """Packages that pyproject.toml asks for and that are absent, and installed ones that differ
+    from their pins.
+    """
     import tomllib
 
     from packaging.requirements import Requirement
@@ -121,16 +123,18 @@ def packages() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def world_problems(root: Path = paths.EMBEDDED) -> dict[str, str]:
-    """What is wrong with each specimen: a missing piece, or the file that does not match its checksum."""
+    """What is wrong with each toy model: a missing piece, or the file that does not match its
+    checksum.
+    """
     from sae_research.world import build
 
     problems = {}
-    for specimen in build.SPECIMENS:
+    for name in build.SPECIMENS:
         try:
             for piece in ("model", "saes"):
-                store.verified(root / specimen / piece)
+                store.verified(root / name / piece)
         except ResearchError as error:
-            problems[specimen] = str(error).rstrip(".")
+            problems[name] = str(error).rstrip(".")
     return problems
 
 
@@ -153,18 +157,18 @@ def hub_problem(endpoint: str, offline: bool = False, timeout: float = 4.0) -> s
     return None
 
 
-def downloaded(subject: catalogue.ModelSpec, folder: Path) -> bool:
+def downloaded(spec: catalogue.ModelSpec, folder: Path) -> bool:
     """Whether the model and its primary and downstream SAEs lie in the hub's cache folder."""
 
     def present(repository: str, pattern: str) -> bool:
         snapshots = folder / f"models--{repository.replace('/', '--')}" / "snapshots"
         return any(path.exists() for path in snapshots.glob(f"*/{pattern}"))
 
-    if not (present(subject.model, "*.safetensors") or present(subject.model, "*.bin")):
+    if not (present(spec.model, "*.safetensors") or present(spec.model, "*.bin")):
         return False
-    releases = _releases() if subject.saes else {}
+    releases = _releases() if spec.saes else {}
     for release, sae_id in (
-        subject.saes[role] for role in ("primary", "downstream") if role in subject.saes
+        spec.saes[role] for role in ("primary", "downstream") if role in spec.saes
     ):
         entry = releases[release]
         path = next(sae["path"] for sae in entry["saes"] if sae["id"] == sae_id)

@@ -1,6 +1,7 @@
-"""Run a notebook for the record: papermill executes it, a normaliser makes two runs give the same bytes."""
+"""Run a notebook for the record: papermill executes it, a normaliser makes two runs give the same
+bytes.
+"""
 
-import fcntl
 import os
 import re
 import shutil
@@ -38,24 +39,16 @@ def source(name: str) -> Path:
 
 
 def stamp(profile: str, name: str) -> Path:
-    """The file that proves that a notebook ran here; it is never committed, so that a fresh clone runs everything."""
+    """The file that proves that a notebook ran here; it is never committed, so that a fresh clone
+    runs everything.
+    """
     return paths.DATA / profile / "runs" / f"{name}.json"
 
 
-def stages(profile: str) -> dict[str, list[Path]]:
-    """The stages of dvc.yaml with what each declares to write in a profile."""
-    import yaml
-
-    found = {}
-    for name, stage in yaml.safe_load((paths.ROOT / "dvc.yaml").read_text())["stages"].items():
-        declared = [*stage.get("outs", []), *stage.get("metrics", [])]
-        given = [out if isinstance(out, str) else next(iter(out)) for out in declared]
-        found[name] = [paths.ROOT / out.replace("${profile}", profile) for out in given]
-    return found
-
-
 def environment(profile: config.Profile, folder: Path) -> dict[str, str]:
-    """Environment of the kernel: fixed seeds and threads, no bars, no user configuration, no network unless wanted."""
+    """Environment of the kernel: fixed seeds and threads, no bars, no user configuration, no
+    network unless wanted.
+    """
     threads = str(profile.runtime.threads)
     return {
         "SAE_RESEARCH_PROGRESS": "0",
@@ -87,30 +80,25 @@ def _environ(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def alone(lock: Path, what: str, patience: float = 15) -> Iterator[None]:
+def hold_lock(lock: Path, what: str, patience: float = 15) -> Iterator[None]:
     """Hold a lock that dies with the process; if another process keeps it, say which."""
+    from filelock import FileLock, Timeout
+
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a+") as file:
-        end = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > end:
-                    file.seek(0)
-                    raise ResearchError(
-                        f"{what} is already running (process {file.read().strip()}); wait for it or stop it."
-                    ) from error
-                time.sleep(0.2)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    holder = lock.with_suffix(".pid")
+    try:
+        with FileLock(lock, timeout=patience):
+            holder.write_text(str(os.getpid()))
+            yield
+    except Timeout as error:
+        known = f" (process {holder.read_text()})" if holder.exists() else ""
+        raise ResearchError(f"{what} is already running{known}; wait for it or stop it.") from error
 
 
 def _die_with_pipeline() -> None:
-    """End this process and its kernel soon after the pipeline that started it was killed; by hand, do nothing."""
+    """End this process and its kernel soon after the pipeline that started it was killed; by hand,
+    do nothing.
+    """
     if "DVC_STAGE" not in os.environ:
         return
     import psutil
@@ -141,7 +129,9 @@ def _relative(text: str) -> str:
 
 
 def _outputs(outputs: "list[NotebookNode]") -> "list[NotebookNode]":
-    """Outputs that two runs share: streams joined, bars and library warnings (stderr) and widgets dropped."""
+    """Outputs that two runs share: streams joined, bars and library warnings (stderr) and widgets
+    dropped.
+    """
     kept: list[NotebookNode] = []
     for out in outputs:
         if out.output_type == "stream":
@@ -246,8 +236,9 @@ def _execute(name: str, profile: config.Profile, folder: Path) -> "NotebookNode"
             cwd=str(paths.NOTEBOOKS),
             extra_arguments=["--log-level=CRITICAL"],
             config=Config(
-                KernelManager={"transport": "ipc"}
-            ),  # no port that others on the machine could reach
+                # no port that others on the machine could reach
+                KernelManager={"transport": "ipc" if os.name == "posix" else "tcp"}
+            ),
         )
     except papermill.PapermillExecutionError as error:
         fault = error.evalue if error.ename == "ResearchError" else f"{error.ename}: {error.evalue}"
@@ -257,7 +248,8 @@ def _execute(name: str, profile: config.Profile, folder: Path) -> "NotebookNode"
         ) from error
     except DeadKernelError as error:
         raise ResearchError(
-            f"the kernel of notebook {name} died, most likely for want of memory; close other programs and run again "
+            f"the kernel of notebook {name} died, most likely for want of memory; close other "
+            "programs and run again "
             f"({read})"
         ) from error
 
@@ -268,16 +260,19 @@ def run(name: str, profile: str) -> Path:
 
     settings = config.load(profile)
     source(name)
-    declared = stages(profile).get(name)
+    from sae_research.stages import read_outputs
+
+    declared = read_outputs(profile).get(name)
     if declared is None:
         raise ResearchError(
-            f"notebook {name} has no stage in dvc.yaml; add one with the files that it uses."
+            f"notebook {name} has no stage in dvc.yaml; run `python -m sae_research stages "
+            "--write`."
         )
     scratch = paths.scratch(profile, name)
     published = paths.executed(profile) / f"{name}.ipynb"
     _die_with_pipeline()
     started = time.monotonic()
-    with alone(scratch.with_name(f"{name}.lock"), f"notebook {name} ({profile})"):
+    with hold_lock(scratch.with_name(f"{name}.lock"), f"notebook {name} ({profile})"):
         scratch.mkdir(parents=True, exist_ok=True)
         with _environ(environment(settings, scratch)):
             notebook = normalised(_execute(name, settings, scratch), profile)
@@ -286,14 +281,17 @@ def run(name: str, profile: str) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
     order = names()
     print(
-        f"[{order.index(name) + 1}/{len(order)}] {name} ({profile}): {time.monotonic() - started:.0f} s",
+        f"[{order.index(name) + 1}/{len(order)}] {name} ({profile}): "
+        f"{time.monotonic() - started:.0f} s",
         flush=True,
     )
     return published
 
 
 def validate(profile: str) -> int:
-    """Run the executed notebooks of a profile again (nbval) and compare every output; returns pytest's exit code."""
+    """Run the executed notebooks of a profile again (nbval) and compare every output; returns
+    pytest's exit code.
+    """
     settings = config.load(profile)
     if not any(paths.executed(profile).glob("*.ipynb")):
         raise ResearchError(

@@ -1,14 +1,17 @@
-"""The whole chain of a profile: DVC runs what is missing or changed, then the results are compared with known ones."""
+"""The whole chain of a profile: DVC runs what is missing or changed, then the results are compared
+with known ones.
+"""
 
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sae_research import claims, config, ledger, notebooks, paths, store
+from sae_research import claims, comparison, config, ledger, notebooks, paths, store
 from sae_research.errors import ResearchError
 
 STATE = paths.ROOT / ".reproduce"
@@ -34,7 +37,7 @@ def has_git() -> bool:
     return top is not None and Path(top.decode().strip()).resolve() == paths.ROOT
 
 
-# --- the profile that DVC sees -----------------------------------------------------------------------------------
+# the profile that DVC sees
 
 
 def _profile_lock(profile: str) -> Path:
@@ -97,7 +100,9 @@ def _restore(state: dict) -> None:
 
 @contextmanager
 def selected(profile: str) -> Iterator[None]:
-    """Make `profile` the one that DVC runs, with its own lock; the former one comes back even after a kill."""
+    """Make `profile` the one that DVC runs, with its own lock; the former one comes back even
+    after a kill.
+    """
     marker = STATE / "state.json"
     if marker.exists():
         _restore(store.read_json(marker))
@@ -127,7 +132,9 @@ def selected(profile: str) -> Iterator[None]:
 
 
 def _heal(lock: Path) -> None:
-    """Bring back the last whole lock if DVC was killed while it wrote; keep a copy of a whole one."""
+    """Bring back the last whole lock if DVC was killed while it wrote; keep a copy of a
+    whole one.
+    """
     good = STATE / "last-good" / lock.name
     if _read_lock(lock) is not None:
         store.write_bytes(good, lock.read_bytes())
@@ -141,7 +148,9 @@ def _heal(lock: Path) -> None:
 
 
 def _forget_dead_readers() -> None:
-    """Remove DVC's list of readers and writers if it is damaged or names only processes that ended."""
+    """Remove DVC's list of readers and writers if it is damaged or names only processes that
+    ended.
+    """
     import psutil
 
     path = paths.ROOT / ".dvc" / "tmp" / "rwlock"
@@ -195,11 +204,13 @@ def _dvc(force: bool) -> int:
         raise ResearchError(f"DVC stopped: {error}") from error
 
 
-# --- what was known before -----------------------------------------------------------------------------------
+# what was known before
 
 
 def _results(profile: str) -> list[str]:
-    """What a profile publishes: claims, figures and executed notebooks, as paths in the repository."""
+    """What a profile publishes: claims, figures and executed notebooks, as paths in the
+    repository.
+    """
     ledgers = (paths.DATA / profile).glob("**/claims.json")
     drawn = (paths.ROOT / "figures" / profile).glob("**/*.*")
     return sorted(
@@ -208,7 +219,9 @@ def _results(profile: str) -> list[str]:
 
 
 def _known(profile: str) -> Path | None:
-    """Where the results lie that came with the repository if there is no git: a copy made before the first run."""
+    """Where the results lie that came with the repository if there is no git: a copy made before
+    the first run.
+    """
     return None if has_git() else STATE / "as-delivered" / profile
 
 
@@ -220,8 +233,8 @@ def _keep_delivered(profile: str) -> None:
         known.mkdir(parents=True, exist_ok=True)
 
 
-def compared(profile: str) -> list[str]:
-    """One line each for claims, figures and notebooks: how many are the same as those that came with the repository."""
+def compare_with_delivered(profile: str) -> list[str]:
+    """One line each for claims, figures and notebooks, against what came with the repository."""
     known = _known(profile)
 
     def before(name: str) -> bytes | None:
@@ -235,38 +248,40 @@ def compared(profile: str) -> list[str]:
         ("figures", (".png", ".svg")),
         ("notebooks", ".ipynb"),
     ):
-        now = [name for name in _results(profile) if name.endswith(end)]
-        old = {name: before(name) for name in now}
-        changed = [
-            name
-            for name in now
-            if old[name] is not None and old[name] != (paths.ROOT / name).read_bytes()
-        ]
-        new = [name for name in now if old[name] is None]
-        same = len(now) - len(changed) - len(new)
-        words = [f"{same} as committed"]
-        words += [f"{len(changed)} differ ({', '.join(changed)})"] if changed else []
-        words += [f"{len(new)} with nothing to compare to"] if new else []
-        lines.append(f"{kind}: {'; '.join(words)}")
+        words = {}
+        for name in (name for name in _results(profile) if name.endswith(end)):
+            old = before(name)
+            words[name] = "nothing to compare to"
+            if old is not None:
+                words[name] = comparison.compare(name, (paths.ROOT / name).read_bytes(), old)
+        counts = Counter(words.values())
+        said = [f"{n} {word}" for word, n in counts.items() if word in _UNCHANGED]
+        said += [f"{name}: {word}" for name, word in words.items() if word not in _UNCHANGED]
+        lines.append(f"{kind}: {'; '.join(said)}")
     return lines
+
+
+_UNCHANGED = (comparison.SAME, comparison.AGREES, "nothing to compare to")
 
 
 def report(profile: str) -> str:
     """The last lines of a run: the verdicts, how they compare, and where to look."""
     found = claims.read(profile)
-    lines = ["", ledger.text(found), "", *compared(profile)]
+    lines = ["", ledger.text(found), "", *compare_with_delivered(profile)]
     published = paths.DATA / PUBLISHED / "claims.json"
     if profile != PUBLISHED and published.exists():
         agree, differ = ledger.agreement(found, claims.read(PUBLISHED))
         total = agree + len(differ)
         lines.append(
-            f"{agree} of {total} verdicts agree with the published ones ({paths.relative(published)})"
+            f"{agree} of {total} verdicts agree with the published ones "
+            f"({paths.relative(published)})"
         )
         lines += [f"  {i}: {ours} here, {theirs} published" for i, ours, theirs in differ]
     elif profile != PUBLISHED:
         lines.append("no published verdicts to agree with yet (they come from the profile `full`)")
     lines += [
-        f"read: {paths.relative(paths.executed(profile))}/ (start with {notebooks.names()[0]}.ipynb)",
+        f"read: {paths.relative(paths.executed(profile))}/ (start with "
+        f"{notebooks.names()[0]}.ipynb)",
         f"figures: figures/{profile}/",
         f"claims: data/{profile}/claims.json",
     ]
@@ -274,7 +289,9 @@ def report(profile: str) -> str:
 
 
 def write_settings(profile: str) -> None:
-    """Write the settings in force to `data/<profile>/settings.json`: what each stage depends on, and a record."""
+    """Write the settings in force to `data/<profile>/settings.json`: what each stage depends on,
+    and a record.
+    """
     store.write_json(paths.DATA / profile / "settings.json", config.as_json(config.load(profile)))
 
 
@@ -282,7 +299,7 @@ def reproduce(profile: str, force: bool = False) -> str:
     """Bring every result of a profile up to date and return the closing report."""
     config.load(profile)
     STATE.mkdir(exist_ok=True)
-    with notebooks.alone(STATE / "lock", "`reproduce`", patience=3):
+    with notebooks.hold_lock(STATE / "lock", "`reproduce`", patience=3):
         _keep_delivered(profile)
         _forget_dead_readers()
         with selected(profile):

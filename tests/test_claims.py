@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from sae_research import claims, ledger, notebooks, paths
+from sae_research import claims, ledger, paths, stages
 from sae_research.claims import (
     CONFOUNDED,
     DIRECTION,
@@ -197,7 +197,7 @@ def test_a_mistake_in_a_stated_claim_is_named(change, says):
 
 
 def test_every_claim_of_the_repository_is_stated_well_and_once():
-    stated = claims.stated()
+    stated = claims.load_claims()
     assert len(stated) == len(re.findall(r"(?m)(?:^\s*(?:- )?|, )id:", paths.CLAIMS.read_text()))
     for c in stated.values():
         assert c.statement.endswith(".")
@@ -220,17 +220,17 @@ two:
     monkeypatch.setattr(paths, "CLAIMS", tmp_path / "claims.yaml")
     monkeypatch.setattr(paths, "DATA", tmp_path)
     monkeypatch.setattr(
-        notebooks,
-        "stages",
+        stages,
+        "read_outputs",
         lambda profile: {"10_one": [tmp_path / profile / "one" / "claims.json"]},
     )
     return tmp_path
 
 
-def test_record_and_union(folder):
+def test_record_and_unite(folder):
     frame = claims.record("cpu", "one", "10_one", {"one.a": m(0.5, 0.3, 0.7), "one.b": None})
     assert list(frame["verdict"]) == [REPRODUCED, NOT_TESTABLE]
-    lines = claims.union("cpu")
+    lines = claims.unite("cpu")
     assert claims.read("cpu") == lines
     keys = "id study statement paper_value evidence value low high n control rule verdict notebook"
     assert set(lines[0]) == set(keys.split())
@@ -258,4 +258,32 @@ def test_a_ledger_that_was_judged_by_another_rule_is_refused(folder):
         paths.CLAIMS.read_text().replace("threshold: 0}, paper", "threshold: .1}, paper")
     )
     with pytest.raises(ResearchError, match=r"one.a.*as claims.yaml states it"):
-        claims.union("cpu")
+        claims.unite("cpu")
+
+
+def test_numbers_are_written_with_six_digits_and_judged_as_written(folder):
+    exact = m(1 / 3, 0.3 + 1e-12, 2 / 3)
+    claims.record("cpu", "one", "10_one", {"one.a": exact, "one.b": None})
+    (line, _) = claims.unite("cpu")
+    assert (line["value"], line["low"], line["high"]) == (0.333333, 0.3, 0.666667)
+    assert ledger.to_interval(line).value == 0.333333
+
+
+def test_readme_shows_the_published_verdicts():
+    readme = ledger.README.read_text(encoding="utf-8")
+    assert readme == ledger.insert_highlights(readme, claims.read("full")), (
+        "run `python -m sae_research claims --write`"
+    )
+    for line in claims.read("full"):
+        if line["id"] in ledger.HIGHLIGHTS:
+            assert line["statement"] in readme
+
+
+def test_checks_of_the_testbed_are_counted_apart():
+    lines = claims.read("full")
+    counts = ledger.count_verdicts(lines)
+    assert counts.index[-1] == ledger.TESTBED
+    assert int(counts.to_numpy().sum()) == len(lines)
+    families = ledger.group_families(lines)
+    assert sum(map(len, families.values())) == len(lines)
+    assert all(line["id"].startswith(f"{name}.") for name, own in families.items() for line in own)

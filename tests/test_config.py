@@ -1,7 +1,9 @@
-"""Settings: the papers' values by default, typed overrides, and a sentence with the nearest name on any mistake."""
+"""Settings: the papers' values by default, typed overrides, and a sentence with the nearest name
+on any mistake.
+"""
 
 import typing
-from dataclasses import FrozenInstanceError, dataclass, field
+from dataclasses import FrozenInstanceError, field
 
 import pytest
 
@@ -9,7 +11,7 @@ from sae_research import config
 from sae_research.errors import ResearchError
 
 
-@dataclass(frozen=True)
+@config.settings
 class Inner:
     """A nested block."""
 
@@ -17,9 +19,11 @@ class Inner:
     """A rate."""
 
 
-@dataclass(frozen=True)
+@config.settings
 class Example:
     """Every kind of setting."""
+
+    RENAMED: typing.ClassVar[dict[str, str]] = {"pace": "rate"}
 
     steps: int = 10
     rate: float = 0.5
@@ -39,7 +43,6 @@ class Example:
     [
         ({"steps": 3}, 3),
         ({"rate": 1}, 1.0),
-        ({"rate": "1e-4"}, 1e-4),
         ({"flag": True}, True),
         ({"sizes": [4, 5, 6]}, (4, 5, 6)),
         ({"sizes": []}, ()),
@@ -66,19 +69,20 @@ def test_overrides_take_the_declared_type(given, expected):
         ({"step": 3}, "unknown setting 'step' in here; did you mean 'steps'"),
         ({"zzzz": 3}, "unknown setting 'zzzz' in here; valid: flag, grid"),
         ({"inner": {"rte": 1}}, "unknown setting 'rte' in here.inner; did you mean 'rate'"),
-        ({"steps": "3"}, "'here.steps' must be int, not '3'"),
-        ({"steps": 3.5}, "'here.steps' must be int, not 3.5"),
-        ({"steps": True}, "'here.steps' must be int, not True"),
-        ({"rate": "fast"}, "'here.rate' must be float, not 'fast'"),
-        ({"rate": None}, "'here.rate' must be float, not None"),
-        ({"flag": 1}, "'here.flag' must be bool, not 1"),
-        ({"sizes": 4}, "'here.sizes' must be tuple"),
-        ({"sizes": [1, "2"]}, "'here.sizes' must be int, not '2'"),
-        ({"pair": [1.0]}, "'here.pair' must be tuple"),
-        ({"limit": "x"}, "'here.limit' must be int, not 'x'"),
-        ({"jobs": 1.5}, "'here.jobs' must be int | str, not 1.5"),
+        ({"pace": 3}, "setting 'pace' in here is now called 'rate'"),
+        ({"steps": "3"}, "'here.steps': input should be a valid integer, not '3'"),
+        ({"steps": 3.5}, "'here.steps': input should be a valid integer"),
+        ({"steps": True}, "'here.steps': input should be a valid integer, not True"),
+        ({"rate": "fast"}, "'here.rate': input should be a valid number, not 'fast'"),
+        ({"rate": None}, "'here.rate': input should be a valid number, not None"),
+        ({"flag": 1}, "'here.flag': input should be a valid boolean, not 1"),
+        ({"sizes": 4}, "'here.sizes': input should be a valid array, not 4"),
+        ({"sizes": [1, "2"]}, "'here.sizes': input should be a valid integer, not '2'"),
+        ({"pair": [1.0]}, "'here.pair'"),
+        ({"limit": "x"}, "'here.limit': input should be a valid integer, not 'x'"),
+        ({"jobs": 1.5}, "'here.jobs'"),
         ({"mode": "spars"}, "unknown choice 'spars' in here.mode; did you mean 'sparse'"),
-        ({"inner": 3}, "'here.inner' must be Inner, not 3"),
+        ({"inner": 3}, "'here.inner'"),
         ([1], "'here' in params.yaml must be a block of settings"),
     ],
 )
@@ -93,14 +97,15 @@ def test_every_profile_of_the_repository_loads(name):
     profile = config.load(name)
     assert profile.name == name
     assert profile.runtime.seeds >= 2
-    for study in config.STUDIES:
-        assert getattr(profile, study).subjects
+    for study in config.study_names():
+        assert getattr(profile, study).models
 
 
 def test_the_profiles_of_the_design_are_there_and_cpu_is_the_default():
     assert {"cpu", "full", "smoke", "laptop", "gpu"} <= set(config.profiles())
     assert config.load().name == "cpu"
-    assert config.load("gpu").opinion_qa == config.OpinionQA()  # the papers' values
+    # the papers' values
+    assert config.load("gpu").opinion_qa == config.block_classes()["opinion_qa"]()
 
 
 def test_an_unknown_profile_or_study_names_the_nearest(tmp_path, monkeypatch):
@@ -131,3 +136,29 @@ def test_settings_are_frozen_and_defaults_are_found():
         config.load("cpu").runtime.seeds = 1
     assert config.default_of(config.Runtime, "seeds") == 5
     assert config.default_of(Example, "inner") == Inner()
+
+
+def test_settings_that_changed_their_name_are_refused_with_the_new_one():
+    from dataclasses import fields, is_dataclass
+
+    def walk(cls, place):
+        names = {f.name for f in fields(cls)}
+        for old, new in getattr(cls, "RENAMED", {}).items():
+            assert old not in names
+            assert new in names
+            with pytest.raises(ResearchError, match=f"'{old}' in {place} is now called '{new}'"):
+                config.build(cls, {old: 1}, place)
+        for f in fields(cls):
+            if is_dataclass(f.type):
+                walk(f.type, f"{place}.{f.name}")
+
+    for study, cls in config.block_classes().items():
+        walk(cls, study)
+
+
+def test_numbers_without_a_point_are_read_as_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "PARAMS", tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(
+        "profile: a\nprofiles: {a: {opinion_qa: {training: {lr: 1e-4}}}}\n"
+    )
+    assert config.load().opinion_qa.training.lr == 1e-4

@@ -76,7 +76,7 @@ def test_what_is_missing_is_named(profile, study, changes, words):
 def test_only_what_a_study_needs_is_asked_of_it():
     assert (
         missing("cpu", "opinion_qa", world={"text": "broken"}) == ""
-    )  # it stands on the survey specimen
+    )  # it stands on the survey model
     assert missing("cpu", "meta_saes", gpus={}, hub="none", token=False, torch="2.13.0+cpu") == ""
     assert (
         missing("laptop", "opinion_qa", gpus={}, token=False, world={"text": "x", "survey": "y"})
@@ -89,7 +89,7 @@ def test_only_what_a_study_needs_is_asked_of_it():
 def test_memory_follows_parameters_and_number_format(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_text(
         "profile: big\nprofiles:\n  big:\n    runtime: {device: cpu, dtype: float32}\n"
-        "    opinion_qa: {subjects: [llama-3.1-8b]}\n"
+        "    opinion_qa: {models: [llama-3.1-8b]}\n"
     )
     monkeypatch.setattr(config, "PARAMS", tmp_path / "params.yaml")
     assert "39 GB of memory" in missing(
@@ -99,9 +99,9 @@ def test_memory_follows_parameters_and_number_format(tmp_path, monkeypatch):
 
 
 def test_the_world_is_intact_missing_or_damaged(tmp_path):
-    for specimen in ("text", "survey"):
+    for name in ("text", "survey"):
         for piece in ("model", "saes"):
-            with store.writing(tmp_path / specimen / piece) as partial:
+            with store.writing(tmp_path / name / piece) as partial:
                 (partial / "weights").write_text("w")
     assert machine.world_problems(tmp_path) == {}
     (tmp_path / "text" / "saes" / "weights").write_text("v")
@@ -112,13 +112,13 @@ def test_the_world_is_intact_missing_or_damaged(tmp_path):
 
 
 def test_a_subject_is_downloaded_when_its_model_and_main_saes_are(hub_cache, tmp_path):
-    away = [subject for subject in catalogue.MODEL_SPECS.values() if not subject.embedded]
-    assert [subject.name for subject in away if not machine.downloaded(subject, hub_cache)] == []
+    away = [spec for spec in catalogue.MODEL_SPECS.values() if not spec.embedded]
+    assert [spec.name for spec in away if not machine.downloaded(spec, hub_cache)] == []
     left_out = {"models--jbloom--GPT2-Small-SAEs-Reformatted", "models--gpt2-large"}
     for repository in hub_cache.iterdir():
         if repository.name not in left_out:
             (tmp_path / repository.name).symlink_to(repository)
-    gone = {subject.name for subject in away if not machine.downloaded(subject, tmp_path)}
+    gone = {spec.name for spec in away if not machine.downloaded(spec, tmp_path)}
     assert gone == {"gpt2-small", "gpt2-large"}
 
 

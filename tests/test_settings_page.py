@@ -1,90 +1,47 @@
-"""The table of what is scaled down says exactly what the profiles change, and the README carries it."""
+"""The settings page says exactly what the profiles change, and is in step with them."""
 
-import typing
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 
 import pytest
 
 from sae_research import config, settings_page
-from sae_research.errors import ResearchError
 
 
-def settings_classes(cls: type = config.Profile) -> list[type]:
-    kinds = typing.get_type_hints(cls)
-    nested = [kinds[f.name] for f in fields(cls) if is_dataclass(kinds[f.name])]
-    return nested + [deeper for kind in nested for deeper in settings_classes(kind)]
+def settings_classes(classes=None):
+    for cls in classes or config.block_classes().values():
+        yield cls
+        yield from (
+            settings_classes([f.type for f in fields(cls) if is_dataclass(f.type)] or None)
+            if (any(is_dataclass(f.type) for f in fields(cls)))
+            else ()
+        )
 
 
-@pytest.mark.parametrize("cls", settings_classes(), ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", list(settings_classes()), ids=lambda c: c.__qualname__)
 def test_every_setting_is_explained(cls):
-    assert [f.name for f in fields(cls) if not settings_page.explanations(cls).get(f.name)] == []
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """A nested block."""
-
-    k: int = 32
-    """Active latents | of each token."""
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """A block."""
-
-    steps: int = 100_000
-    """Training
-    steps."""
-    rate: float = 3e-4
-    """Learning rate."""
-    limit: int | None = None
-    """Some limit."""
-    sparse: Sparse = field(default_factory=Sparse)
-    """How sparse."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Blocks."""
-
-    name: str
-    runtime: Runtime = field(default_factory=Runtime)
+    for f in fields(cls):
+        assert config.explanation(cls, f.name).strip(), f.name
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_text(
-        "profile: cpu\nprofiles: {cpu: {runtime: {steps: 50, sparse: {k: 4}}}, "
-        "full: {runtime: {steps: 100000, limit: 3}}}\n"
+        "profile: cpu\nprofiles:\n  cpu: {runtime: {threads: 2}, opinion_qa: {training: {steps: "
+        "50}}}\n"
+        "  full: {world: {rebuilds: [1, 2]}}\n"
     )
     monkeypatch.setattr(config, "PARAMS", tmp_path / "params.yaml")
-    monkeypatch.setattr(config, "Profile", Profile)
 
 
 @pytest.mark.usefixtures("toy")
-def test_only_departures_are_listed_with_paper_and_profile_values():
-    assert settings_page.markdown().splitlines() == [
-        "| study | setting | what it is | paper or default | cpu | full |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| runtime | steps | Training steps. | 100,000 | 50 | = |",
-        "| runtime | limit | Some limit. | none | = | 3 |",
-        r"| runtime | sparse.k | Active latents \| of each token. | 32 | 4 | = |",
+def test_only_departures_are_listed_with_default_and_profile_values():
+    rows = [row[:2] + row[3:] for row in settings_page._table(("cpu", "full"))]
+    assert rows == [
+        ["runtime", "threads", "8", "2", "="],
+        ["world", "rebuilds", "none", "=", "1, 2"],
+        ["opinion_qa", "training.steps", "500", "50", "="],
     ]
-    assert settings_page.text().splitlines()[2].split() == [
-        "runtime",
-        "steps",
-        "100,000",
-        "50",
-        "=",
-    ]
-    assert settings_page.text(("cpu",)).splitlines()[0].split() == [
-        "study",
-        "setting",
-        "paper",
-        "or",
-        "default",
-        "cpu",
-    ]
+    assert settings_page.text(("cpu",)).splitlines()[2].split() == ["runtime", "threads", "8", "2"]
 
 
 def test_values_are_shown_as_people_write_them():
@@ -93,36 +50,20 @@ def test_values_are_shown_as_people_write_them():
         (1e-4, "0.0001"),
         (0.5, "0.5"),
         (9999, "9999"),
+        (10_000, "10,000"),
         ((), "none"),
         ({"a": 1.0}, "a: 1"),
     ]:
-        assert settings_page._show(value) == shown
+        assert settings_page.show(value) == shown
 
 
-@pytest.mark.usefixtures("toy")
-def test_refreshing_replaces_what_is_between_the_markers_and_nothing_else():
-    text = "# Title\n<!-- scaled down: begin -->\nold\n<!-- scaled down: end -->\nafter\n"
-    new = settings_page.refreshed(text)
-    assert new == text.replace("old", settings_page.markdown())
-    assert settings_page.refreshed(new) == new
-    with pytest.raises(ResearchError, match="must hold the lines"):
-        settings_page.refreshed("# Title\n")
-
-
-def test_the_readme_is_in_step_with_the_profiles():
-    readme = settings_page.README.read_text()
-    assert readme == settings_page.refreshed(readme), (
-        "run `python -m sae_research profiles --write` and commit README.md"
+def test_the_page_is_in_step_with_the_profiles():
+    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page(), (
+        "run `python -m sae_research profiles --write` and commit docs/settings.md"
     )
 
 
 def test_the_terminal_table_holds_every_override_of_every_profile():
     shown = settings_page.text()
-    for name in config.profiles():
-        for block, overrides in config.read_params()["profiles"][name].items():
-            for setting in overrides or {}:
-                if getattr(getattr(config.load(name), block), setting) != getattr(
-                    config.default_of(config.Profile, block), setting
-                ):
-                    assert f"{block}" in shown
-                    assert f" {setting}" in shown
+    for row in config.departures(config.profiles()):
+        assert f" {row['setting']} " in shown

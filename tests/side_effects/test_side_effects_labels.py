@@ -7,13 +7,7 @@ from side_effects_toys import HOOK, READ, D, make_sae, unit
 from test_last_token import tiny
 
 from sae_research.last_token import LastToken
-from sae_research.studies.side_effects import (
-    forecasters,
-    labels,
-    pool,
-    prediction,
-    predictors,
-)
+from sae_research.studies.side_effects import forecasters, labels, pool, prediction, predictors
 from sae_research.studies.side_effects.screen import LABELS
 
 # engine and labels

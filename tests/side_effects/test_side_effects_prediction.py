@@ -194,11 +194,7 @@ def test_clean_scores_of_the_replication_know_nothing_of_held_out_labels():
 
 def test_the_ladder_of_widths_has_no_vote_outside_the_comparison_of_widths():
     rows = pd.DataFrame(
-        {
-            "model": "gpt2-small",
-            "sae": ["primary", "width_768", "wide"],
-            "rho": [0.2, 9.0, 0.4],
-        }
+        {"model": "gpt2-small", "sae": ["primary", "width_768", "wide"], "rho": [0.2, 9.0, 0.4]}
     )
     assert tables.summarize_saes(rows, "rho").value == pytest.approx(0.3)
     assert tables.is_wide("width_98304", "width_24576")

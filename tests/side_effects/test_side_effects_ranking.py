@@ -70,7 +70,8 @@ def test_the_card_is_complete_and_saved_by_its_ending(ranking, tmp_path):
         )
         assert "<!doctype" not in found._repr_html_()
     row = next(r for r in ranking.card(steered).content["labels"] if r["label"] == "C")
-    assert row["measured"] == pytest.approx(ranking.screen.frame.loc[steered, "C"])
+    measured = ranking.screen.frame.loc[steered, "C"]
+    assert row["measured"] == pytest.approx(measured, rel=1e-5)
     with pytest.raises(ResearchError, match="feature 4000 is out of range"):
         ranking.card(4000)
     with pytest.raises(ResearchError, match=r"saved as \.html or \.json"):
@@ -166,6 +167,7 @@ def test_texts_are_enough_and_a_small_corpus_says_what_it_gives(model, screened)
     assert found.notes[0] in repr(found)
 
 
+@pytest.mark.filterwarnings("ignore:The corpus gives")
 def test_defaults_and_n_features_work_on_few_texts(model, screened):
     with pytest.warns(UserWarning, match=r"Each feature is steered in \d+ contexts, not 48"):
         found = screen_features(model, screened.sae, TEXTS[:80], n_features=25)

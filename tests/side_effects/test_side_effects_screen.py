@@ -12,7 +12,15 @@ from test_last_token import tiny
 from sae_research import catalogue, claims, config
 from sae_research.errors import ResearchError
 from sae_research.studies import runner
-from sae_research.studies.side_effects import analysis, corpus, findings, pool, prediction, tables
+from sae_research.studies.side_effects import (
+    analysis,
+    corpus,
+    findings,
+    pool,
+    prediction,
+    study,
+    tables,
+)
 from sae_research.studies.side_effects.screen import FORECASTS, LABELS, Fixed, Screen
 from sae_research.studies.side_effects.settings import Settings
 
@@ -176,8 +184,9 @@ def results(model, tokens, screened):
         found |= analysis.make_tables(one.frame, settings, 0)
         found |= analysis.confirm_on_fresh(one, tokens[:40], settings, 0)
         made.append(runner.Result(found, task={"model": "world-text", "sae": name, "seed": 0}))
-    ranking = runner.Result({"ranked": pd.DataFrame()})
-    return {"": runner.concatenate(made), "ranking": ranking}
+    ranked = pd.DataFrame({"latent": [0]})
+    made.append(runner.Result({"ranked": ranked}, task={"output": study.RANKING}))
+    return study.summarise(made, config.load("smoke"))
 
 
 def test_every_claim_is_measured_or_needs_real_weights(results):

@@ -91,11 +91,7 @@ def _predict(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "Tables"
         "random": prediction.compare_with_random(frame, ("C", "S_abs", "S_loo"), **given),
         "leaders": prediction.find_leaders(frame, "C", seed=seed),
         "as_published": prediction.score_sets(
-            frame,
-            ("S_abs", "S"),
-            nuisances=prediction.AUTHOR_NUISANCES,
-            everywhere=True,
-            **given,
+            frame, ("S_abs", "S"), nuisances=prediction.AUTHOR_NUISANCES, everywhere=True, **given
         ),
         "boosted": prediction.compare_boosted_trees(frame, ("C", "S_abs"), **given),
         "null": pd.DataFrame(null),

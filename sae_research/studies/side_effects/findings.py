@@ -204,10 +204,7 @@ MEASURES_OF_MODELS: dict[str, tuple[str, Callable[["Tables", str], Measurement]]
     "table2.gpt2_crowding": ("gpt2-small", lambda t, m: get_correlation(t, m, "crowding", "C")),
     "table2.pythia_logit": ("pythia-70m", lambda t, m: get_correlation(t, m, "logit_l2", "C")),
     "table2.pythia_stability": ("pythia-70m", lambda t, m: get_correlation(t, m, "crowding", "S")),
-    "table2.gemma_encoder": (
-        "gemma-2-2b",
-        lambda t, m: get_correlation(t, m, "encoder_norm", "S"),
-    ),
+    "table2.gemma_encoder": ("gemma-2-2b", lambda t, m: get_correlation(t, m, "encoder_norm", "S")),
     "table2.llama_logit": ("llama-3.1-8b", lambda t, m: get_correlation(t, m, "logit_l2", "C")),
     "screening.gpt2": ("gpt2-small", count_improved_axes),
     "screening.pythia": ("pythia-70m", compare_axes),

@@ -78,12 +78,21 @@ def is_wide(sae: str, base: str | None = None) -> bool:
 
 def make_tables(results: "dict[str, Result]") -> "Tables":
     """Every table of the run with readable names of its SAEs, and those that figures add."""
+    import pandas as pd
+
     tables = {name: t.copy() for name, t in results[""].tables.items()}
     for table in tables.values():
         if "sae" in table:
             keys = zip(table["model"], table["sae"], strict=True)
             table["name"] = [name_sae(model, sae) for model, sae in keys]
     tables["ranked"] = results["ranking"].tables["ranked"]
+    stabilities = ["S", "S_abs", "S_loo"]
+    floor = {
+        "pure noise (mean)": tables["noise"][stabilities].mean(),
+        "features (median)": select(tables["features"], seed=0)[stabilities].median(),
+    }
+    tables["floor"] = pd.DataFrame(floor) + 0.0  # no negative zero
+    tables["null_range"] = tables["null"][["C", "S_abs"]].quantile([0.025, 0.5, 0.975])
     tables["leads"] = _find_leads(tables["univariate"])
     tables["means"] = _average_random(tables["random"])
     tables["widths"] = _compare_widths(tables)
