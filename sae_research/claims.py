@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 
     from sae_research.stats import Interval
 
-REPRODUCED = "reproduced"
-DIRECTION = "direction only"
-CONFOUNDED = "confounded"
-NOT_REPRODUCED = "not reproduced"
-NOT_TESTABLE = "not testable here"
-VERDICTS = (REPRODUCED, DIRECTION, CONFOUNDED, NOT_REPRODUCED, NOT_TESTABLE)
+VERDICTS = ledger.VERDICTS
+REPRODUCED, DIRECTION, CONFOUNDED, NOT_REPRODUCED, NOT_TESTABLE = VERDICTS
 
 _SIDES = {
     "above": lambda x, bar: x > bar,

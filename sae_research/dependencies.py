@@ -105,13 +105,3 @@ def notebook_code(path: Path) -> list[ast.Module]:
 
     cells = nbformat.read(path, as_version=4).cells
     return [ast.parse(cell.source) for cell in cells if cell.cell_type == "code"]
-
-
-def stage_dependencies(files: Iterable[Path]) -> list[str]:
-    """What a stage that rests on `files` depends on: folders for subpackages, files at the top."""
-    found = set()
-    for path in files:
-        parts = path.relative_to(PACKAGE).parts
-        depth = 2 if parts[0] == "studies" and len(parts) > 2 else 1
-        found.add("/".join((PACKAGE.name, *parts[:depth])))
-    return sorted(found)

@@ -4,6 +4,7 @@ A ledger is the list of lines that `claims.record` and `claims.unite` write: one
 verdict. Lines of the testbed check the toy models and are counted apart from claims of papers.
 """
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 
     from sae_research.stats import Interval
 
+VERDICTS = (
+    "reproduced",
+    "direction only",
+    "confounded",
+    "not reproduced",
+    "not testable here",
+)
+"""From the best to the worst; notebook 90 says what each means."""
 TESTBED = "world"
 """The owner of checks of the toy models, which are no claims of a paper."""
 README = paths.ROOT / "README.md"
@@ -81,6 +90,14 @@ def _paper(line: dict) -> str:
     return value if isinstance(value, str) else _show(value)
 
 
+def paper_number(line: dict) -> float | None:
+    """The paper's value to draw; None if the paper gives none, or several."""
+    try:
+        return float(line["paper_value"])
+    except ValueError:
+        return None
+
+
 def text(lines: list[dict]) -> str:
     """The verdict table for a terminal: ids in place of statements."""
     columns = ["id", "paper", "measured", "n", "control", "verdict"]
@@ -101,14 +118,17 @@ def count_verdicts(lines: list[dict]) -> "pd.DataFrame":
 
     counts = Counter((line["study"], line["verdict"]) for line in lines)
     frame = pd.Series(counts).unstack(fill_value=0)
+    frame = frame[[v for v in VERDICTS if v in frame]]
     return frame.sort_index(key=lambda names: [(n == TESTBED, n) for n in names])
 
 
 def group_families(lines: list[dict]) -> dict[str, list[dict]]:
-    """Lines by study and family (the second part of an id), in the order of the ledger."""
+    """Lines by study and family, the second part of an id (h1, h2, ... are one), in order."""
     found: dict[str, list[dict]] = {}
     for line in lines:
-        found.setdefault(".".join(line["id"].split(".")[:2]), []).append(line)
+        study, family = line["id"].split(".")[:2]
+        family = "hypotheses" if re.fullmatch(r"h\d+", family) else family
+        found.setdefault(f"{study}.{family}", []).append(line)
     return found
 
 
@@ -142,3 +162,28 @@ def write_highlights() -> None:
 
     readme = README.read_text(encoding="utf-8")
     store.write_text(README, insert_highlights(readme, claims.read("full")))
+
+
+def summarize(lines: list[dict]) -> str:
+    """How the claims came out, in a few sentences of Markdown."""
+    tested = [line for line in lines if line["study"] != TESTBED]
+    measured = Counter(line["verdict"] for line in tested if line["value"] is not None)
+    checks = [line["verdict"] for line in lines if line["study"] == TESTBED]
+    said = ", ".join(f"**{n} {verdict}**" for verdict, n in measured.most_common())
+    words = [
+        f"Of {len(tested)} claims of papers, this profile can test {measured.total()}: {said}.",
+        f"{len(tested) - measured.total()} need weights or data that it lacks.",
+    ]
+    if checks:
+        held = checks.count("reproduced")
+        words.append(f"{held} of {len(checks)} checks of the toy models hold.")
+    failed = [line["statement"] for line in tested if line["verdict"] == "confounded"]
+    if failed:
+        words.append(f"Explained by its control: {' '.join(failed)}")
+    return " ".join(words)
+
+
+def family_title(name: str, lines: list[dict]) -> str:
+    """What a family's figure finds: how many of its claims have which verdict."""
+    counts = Counter(line["verdict"] for line in lines)
+    return f"{name.replace('.', ', ')}: {', '.join(f'{n} {v}' for v, n in counts.items())}"

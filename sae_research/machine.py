@@ -68,7 +68,8 @@ def examine(profiles: Sequence[config.Profile]) -> Machine:
         for name in getattr(p, study).models
     }
     away = [s for s in map(catalogue.get, sorted(named)) if not s.embedded]
-    cached = frozenset(s.name for s in away if downloaded(s, Path(constants.HF_HUB_CACHE)))
+    files = cached_files(Path(constants.HF_HUB_CACHE)) if away else {}
+    cached = frozenset(s.name for s in away if downloaded(s, files))
     away = [s for s in away if s.name not in cached]
     hub = hub_problem(constants.ENDPOINT, constants.HF_HUB_OFFLINE) if away else None
     token = get_token()
@@ -157,22 +158,33 @@ def hub_problem(endpoint: str, offline: bool = False, timeout: float = 4.0) -> s
     return None
 
 
-def downloaded(spec: catalogue.ModelSpec, folder: Path) -> bool:
-    """Whether the model and its primary and downstream SAEs lie in the hub's cache folder."""
+def cached_files(folder: Path) -> dict[str, set[str]]:
+    """Paths of the files in the hub's cache folder, by repository."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
 
-    def present(repository: str, pattern: str) -> bool:
-        snapshots = folder / f"models--{repository.replace('/', '--')}" / "snapshots"
-        return any(path.exists() for path in snapshots.glob(f"*/{pattern}"))
+    try:
+        repositories = scan_cache_dir(folder).repos
+    except CacheNotFound:
+        return {}
+    return {
+        repository.repo_id: {
+            file.file_path.relative_to(revision.snapshot_path).as_posix()
+            for revision in repository.revisions
+            for file in revision.files
+        }
+        for repository in repositories
+    }
 
-    if not (present(spec.model, "*.safetensors") or present(spec.model, "*.bin")):
+
+def downloaded(spec: catalogue.ModelSpec, files: dict[str, set[str]]) -> bool:
+    """Whether the model and its primary and downstream SAEs are among the cached `files`."""
+    if not any(name.endswith((".safetensors", ".bin")) for name in files.get(spec.model, ())):
         return False
-    releases = _releases() if spec.saes else {}
-    for release, sae_id in (
-        spec.saes[role] for role in ("primary", "downstream") if role in spec.saes
-    ):
-        entry = releases[release]
+    for role in {"primary", "downstream"} & set(spec.saes):
+        release, sae_id = spec.saes[role]
+        entry = _releases()[release]
         path = next(sae["path"] for sae in entry["saes"] if sae["id"] == sae_id)
-        if not present(entry["repo_id"], path):
+        if not any(name.startswith(path) for name in files.get(entry["repo_id"], ())):
             return False
     return True
 

@@ -279,6 +279,9 @@ def run(name: str, profile: str) -> Path:
         store.write_text(published, nbformat.writes(notebook) + "\n")
         _stamp(profile, name, [out for out in declared if out != stamp(profile, name)])
         shutil.rmtree(scratch, ignore_errors=True)
+        study = re.fullmatch(r"\d\d_(.+)_run", name)
+        if study:  # its shards are published now
+            shutil.rmtree(paths.scratch(profile, study[1]), ignore_errors=True)
     order = names()
     print(
         f"[{order.index(name) + 1}/{len(order)}] {name} ({profile}): "

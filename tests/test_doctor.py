@@ -111,14 +111,13 @@ def test_the_world_is_intact_missing_or_damaged(tmp_path):
     assert set(machine.world_problems(tmp_path / "nowhere")) == {"text", "survey"}
 
 
-def test_a_subject_is_downloaded_when_its_model_and_main_saes_are(hub_cache, tmp_path):
+def test_a_model_is_downloaded_when_its_model_and_main_saes_are(hub_cache, tmp_path):
     away = [spec for spec in catalogue.MODEL_SPECS.values() if not spec.embedded]
-    assert [spec.name for spec in away if not machine.downloaded(spec, hub_cache)] == []
-    left_out = {"models--jbloom--GPT2-Small-SAEs-Reformatted", "models--gpt2-large"}
-    for repository in hub_cache.iterdir():
-        if repository.name not in left_out:
-            (tmp_path / repository.name).symlink_to(repository)
-    gone = {spec.name for spec in away if not machine.downloaded(spec, tmp_path)}
+    files = machine.cached_files(hub_cache)
+    assert [spec.name for spec in away if not machine.downloaded(spec, files)] == []
+    assert machine.cached_files(tmp_path / "nowhere") == {}
+    del files["jbloom/GPT2-Small-SAEs-Reformatted"], files["gpt2-large"]
+    gone = {spec.name for spec in away if not machine.downloaded(spec, files)}
     assert gone == {"gpt2-small", "gpt2-large"}
 
 

@@ -1,137 +1,120 @@
-"""Two studies of a few seconds, put into a working copy the way any study is added: module, notebooks, settings,
-claims and stages. They stand in for the real ones where a test is about the pipeline and not about a study."""
+"""A whole study in about a hundred lines, added to a working copy by the four steps of
+CONTRIBUTING.md. It stands in for the real ones where a test is about the pipeline.
+"""
 
+import re
 import shutil
 
 import nbformat
-import yaml
 from workspace import Workspace
 
 from sae_research import notebooks
 
-SETTINGS = '''@dataclass(frozen=True)
-class Tiny:
+# Step 1: a folder with settings, the work, and what is found
+
+SETTINGS = '''"""Settings of a study of random numbers."""
+
+from typing import ClassVar
+
+from sae_research.config import settings
+
+
+@settings
+class Settings:
     """Means of random numbers."""
+
+    ORDER: ClassVar[int] = 9
+    RENAMED: ClassVar[dict[str, str]] = {"middle": "mean"}
 
     mean: float = 0.5
     """Their mean."""
-    parts: int = 4
+    tasks: int = 4
     """Pieces, each resumable."""
     attempt: int = 0
     """Nothing; a change runs the study again."""
-    names: tuple[str, ...] = ("a", "b")
-    """Nothing; a setting of this type."""
-
-
-@dataclass(frozen=True)
-class Other:
-    """A second study, which must not run when the first changes."""
-
-    size: int = 3
-    """A number."""
-
-
 '''
 
-TINY = '''"""Means of random numbers, in resumable pieces."""
+STUDY = '''"""Means of random numbers, one task per seed."""
 
 import time
-from pathlib import Path
 
-from sae_research import paths, store
+import numpy as np
+import pandas as pd
+
+from sae_research import paths
+from sae_research.studies.runner import Result
 
 
-def samples(settings, scratch: Path):
-    """All pieces, those of a killed run included."""
-    import numpy as np
+def tasks(profile) -> list[dict]:
+    """One per seed."""
+    return [{"seed": seed} for seed in range(profile.tiny.tasks)]
 
-    def build(part: Path, seed: int) -> None:
-        while seed == 2 and (paths.ROOT / "hold").exists():  # how a test stops it in the middle
-            time.sleep(0.05)
-        np.save(part / "x.npy", np.random.default_rng(seed).normal(settings.mean, 1, 50))
 
-    key = [settings.mean, settings.parts]
-    made = [store.resumed(scratch / str(i), [*key, i], lambda part, i=i: build(part, i)) for i in range(settings.parts)]
-    return np.concatenate([np.load(folder / "x.npy") for folder in made])
+def run(task, profile) -> Result:
+    """Draw numbers."""
+    while task["seed"] == 2 and (paths.ROOT / "hold").exists():  # a test stops it here
+        time.sleep(0.05)
+    x = np.random.default_rng(task["seed"]).normal(profile.tiny.mean, 1, 50)
+    return Result({"numbers": pd.DataFrame({"x": x})}, {"mean": float(x.mean())})
 '''
+
+FINDINGS = '''"""What the claims measure."""
+
+from sae_research.claims import Measurement
+
+
+def measure_claims(results) -> dict:
+    """Measurements by claim."""
+    x = results[""].tables["numbers"]["x"]
+    half = 2 * x.std() / len(x) ** 0.5
+    mean = Measurement(x.mean(), x.mean() - half, x.mean() + half, len(x))
+    return {"tiny.draws.mean": mean, "tiny.draws.real": None}
+'''
+
+# Step 2: a block in params.yaml (here an empty one in each profile) and one in claims.yaml
+
+CLAIMS = """tiny:
+  - id: tiny.draws.mean
+    statement: The mean is positive.
+    measure: the mean
+    rule: {expect: above, threshold: 0}
+  - id: tiny.draws.real
+    statement: It is real.
+    measure: the mean
+    rule: {expect: above, threshold: 0}
+    needs: real weights
+"""
+
+# Step 3: a notebook that runs and one that judges
 
 RUN = """import sys
 
-import numpy as np
-
-from sae_research import config, paths, store
-from tqdm.auto import tqdm
-from sae_research.studies import tiny
+from sae_research import config, paths
+from sae_research.studies import runner
 ---
-settings = config.load(profile).tiny
-for _ in tqdm(range(3), desc="nothing"):
-    x = tiny.samples(settings, paths.scratch(profile, "60_tiny_run"))
-with store.writing(paths.artefacts(profile, "tiny")) as folder:
-    np.save(folder / "x.npy", x)
+results = runner.run_study("tiny", config.load(profile))
 ---
-print("noise that differs", id(x), file=sys.stderr)
-print(len(x), "numbers", object(), paths.ROOT / "data")
+print("noise that differs", id(results), file=sys.stderr)
+print(len(results[""].tables["numbers"]), "numbers", object(), paths.ROOT / "data")
 """
 
-RESULTS = """import numpy as np
-
-from sae_research import claims, paths, store
+RESULTS = """from sae_research import claims, figures, paths
+from sae_research.studies import runner
+from sae_research.studies.tiny import findings
 ---
-x = np.load(store.verified(paths.artefacts(profile, "tiny")) / "x.npy")
-half = 2 * x.std() / len(x) ** 0.5
-store.write_text(paths.figures(profile, "tiny") / "mean.svg", f"<svg><title>{x.mean():.3f}</title></svg>\\n")
-print(f"{x.mean():.3f}")
+results = runner.read(profile, "tiny")
+figure, axes = figures.canvas("Numbers are positive", x="number")
+axes.hist(results[""].tables["numbers"]["x"])
+path = figures.save(figure, paths.figures(profile, "tiny"), "numbers")
+measured = findings.measure_claims(results)
+print(f"{measured['tiny.draws.mean'].value:.3f}")
 ---
-measured = claims.Measurement(x.mean(), x.mean() - half, x.mean() + half, len(x))
-claims.record(profile, "tiny", "61_tiny_results", {"tiny.mean": measured})
+claims.record(profile, "tiny", "61_tiny_results", measured)
 """
 
-OTHER = """from sae_research import claims, config
----
-size = config.load(profile).other.size
-claims.record(profile, "other", "62_other", {"other.size": claims.Measurement(size), "other.real": None})
-"""
+# What follows makes a working copy small; it is no part of adding a study.
 
-CLAIMS = """tiny:
-  - {id: tiny.mean, statement: The mean is positive., measure: the mean, rule: {expect: above, threshold: 0}}
-other:
-  - {id: other.size, statement: It is big., measure: size, rule: {expect: at least, threshold: 3, interval: false}}
-  - {id: other.real, statement: It is real., measure: size, rule: {expect: above, threshold: 0}, needs: real weights}
-"""
-
-STAGES = """
-  60_tiny_run:
-    cmd: python -m sae_research run 60_tiny_run --profile ${profile}
-    deps: [notebooks/60_tiny_run.ipynb, sae_research/studies/tiny.py, data/embedded]
-    params:
-      - data/${profile}/settings.json: [runtime, tiny]
-    outs:
-      - data/${profile}/runs/60_tiny_run.json
-      - data/${profile}/tiny/artefacts
-      - notebooks/executed/${profile}/60_tiny_run.ipynb: {cache: false}
-  61_tiny_results:
-    cmd: python -m sae_research run 61_tiny_results --profile ${profile}
-    deps: [notebooks/61_tiny_results.ipynb, 'data/${profile}/tiny/artefacts']
-    params:
-      - claims.yaml: [tiny]
-    outs:
-      - data/${profile}/runs/61_tiny_results.json
-      - data/${profile}/tiny/claims.json: {cache: false}
-      - figures/${profile}/tiny: {cache: false}
-      - notebooks/executed/${profile}/61_tiny_results.ipynb: {cache: false}
-  62_other:
-    cmd: python -m sae_research run 62_other --profile ${profile}
-    deps: [notebooks/62_other.ipynb]
-    params:
-      - data/${profile}/settings.json: [other]
-      - claims.yaml: [other]
-    outs:
-      - data/${profile}/runs/62_other.json
-      - data/${profile}/other/claims.json: {cache: false}
-      - notebooks/executed/${profile}/62_other.ipynb: {cache: false}
-"""
-
-BUILD = '''"""A world of one file."""
+BUILD = '''"""Toy models of one file."""
 
 from sae_research import paths, store
 
@@ -146,45 +129,41 @@ def notebook(text: str) -> str:
     """The source of a notebook from its cells."""
     stated = nbformat.v4.new_code_cell('profile = "cpu"', metadata={"tags": ["parameters"]})
     cells = [nbformat.v4.new_code_cell(cell.strip()) for cell in text.split("---\n")]
-    return (
-        nbformat.writes(notebooks.cleared(nbformat.v4.new_notebook(cells=[stated, *cells]))) + "\n"
-    )
+    made = nbformat.v4.new_notebook(cells=[stated, *cells])
+    return nbformat.writes(notebooks.cleared(made)) + "\n"
+
+
+def configure(copy: Workspace, **settings) -> None:
+    """Set the study's block in every profile of params.yaml."""
+    params = copy.root / "params.yaml"
+    text = re.sub(r"(?m)^    tiny: .*\n", "", params.read_text())
+    params.write_text(re.sub(r"(?m)^(    runtime: .*\n)", rf"\1    tiny: {settings}\n", text))
+
+
+def add_study(copy: Workspace) -> None:
+    """The four steps but for the run."""
+    folder = copy.root / "sae_research/studies/tiny"
+    folder.mkdir()
+    sources = {"__init__": '"""Random numbers."""\n', "settings": SETTINGS, "study": STUDY}
+    for name, text in {**sources, "findings": FINDINGS}.items():
+        (folder / f"{name}.py").write_text(text)
+    configure(copy)
+    with (copy.root / "claims.yaml").open("a") as file:
+        file.write(CLAIMS)
+    for name, cells in (("60_tiny_run", RUN), ("61_tiny_results", RESULTS)):
+        (copy.root / f"notebooks/{name}.ipynb").write_text(notebook(cells))
+    copy.run("stages", "--write")
 
 
 def alone_in(copy: Workspace) -> Workspace:
-    """Replace the studies and the world of a working copy by the two small ones."""
-    stages = yaml.safe_load((copy.root / "dvc.yaml").read_text())["stages"]
+    """Replace the studies and toy models of a working copy by this small study."""
     for path in (copy.root / "notebooks").glob("[0-9]*.ipynb"):
         if path.stem != "90_claims":
             path.unlink()
     for folder in ("data", "figures", "notebooks/executed"):
         shutil.rmtree(copy.root / folder, ignore_errors=True)
     (copy.root / "dvc.lock").unlink(missing_ok=True)
+    (copy.root / "claims.yaml").write_text("")
     (copy.root / "sae_research/world/build.py").write_text(BUILD)
-    (copy.root / "sae_research/studies/tiny.py").write_text(TINY)
-    for name, cells in (("60_tiny_run", RUN), ("61_tiny_results", RESULTS), ("62_other", OTHER)):
-        (copy.root / f"notebooks/{name}.ipynb").write_text(notebook(cells))
-    (copy.root / "claims.yaml").write_text(CLAIMS)
-    copy.edit(
-        "sae_research/config.py",
-        "@dataclass(frozen=True)\nclass Profile:",
-        f"{SETTINGS}@dataclass(frozen=True)\nclass Profile:",
-    )
-    added = "    tiny: Tiny = field(default_factory=Tiny)\n    other: Other = field(default_factory=Other)\n\n\nSTUDIES ="
-    copy.edit("sae_research/config.py", "\n\nSTUDIES =", added)
-    params = yaml.safe_load((copy.root / "params.yaml").read_text())
-    for block in params["profiles"].values():
-        block.update(tiny={}, other={})
-    (copy.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    kept = {**stages["world"], "deps": ["sae_research/world/build.py"]}
-    ledgers = [f"data/${{profile}}/{study}/claims.json" for study in ("tiny", "other")]
-    last = stages["90_claims"]
-    last["deps"] = [d for d in last["deps"] if not d.endswith("/claims.json")] + ledgers
-    made = {
-        "world": kept,
-        "settings": stages["settings"],
-        **yaml.safe_load(STAGES),
-        "90_claims": last,
-    }
-    (copy.root / "dvc.yaml").write_text(yaml.safe_dump({"stages": made}, sort_keys=False))
+    add_study(copy)
     return copy

@@ -5,7 +5,6 @@ A study is a folder `studies/<study>/` with `settings.py` and `study.py`. The la
 - `tasks(profile)`: a list of dicts, one per independent piece of work, such as
   `{"model": "gpt2-small", "seed": 0}`;
 - `run(task, profile)`: a pure function from one task to a `Result`;
-- `findings(tables, facts)`: what the study's claims measure, from what was published;
 
 and, if it needs more, `PHASES`: pairs `(tasks, run)`, each later `tasks` taking the results before
 it as a second argument; `summarise(results, profile)`: published results by folder name, in place

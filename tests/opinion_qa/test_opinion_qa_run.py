@@ -13,6 +13,7 @@ from miniatures import random_sae  # noqa: E402
 from sae_research import claims  # noqa: E402
 from sae_research.studies import runner  # noqa: E402
 from sae_research.studies.opinion_qa import evaluate, experiment, findings, methods, study
+from sae_research.studies.opinion_qa import tables as tables_of  # noqa: E402
 from sae_research.studies.opinion_qa.evaluate import EvalSet  # noqa: E402
 from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE  # noqa: E402
 from sae_research.studies.opinion_qa.settings import LoRATraining, Settings, ShiftTraining
@@ -117,7 +118,7 @@ def test_a_model_is_run_judged_saved_and_every_claim_measured(
     assert all(len(card["main_latents"]) <= 5 for card in cards.values())
 
     by_seed = {r.task["seed"]: study.unpack(r) for r in saved}
-    tables = findings.make_tables(exp.eval_set, by_seed, plan) | findings.join_seeds(saved)
+    tables = tables_of.make_tables(exp.eval_set, by_seed, plan) | tables_of.join_seeds(saved)
     prompt = next(name for name in names if name.endswith("(best on validation)"))
     about = {"headline": plan.headline, "prompt": prompt, "noop": 0.0, "model": "world-survey"}
     found = findings.measure_claims(tables, about)

@@ -1,7 +1,6 @@
-"""What the seeds add up to: tables with intervals, what the claims measure, the answer in words."""
+"""What the claims measure, the answer in words, and what the figures show."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -10,8 +9,7 @@ from sae_research import stats
 from sae_research.claims import Measurement
 from sae_research.stats import Interval
 from sae_research.studies.opinion_qa import evaluate
-from sae_research.studies.opinion_qa.evaluate import EvalSet
-from sae_research.studies.opinion_qa.methods import ERROR_KEEPING, MethodResult, Plan
+from sae_research.studies.opinion_qa.methods import ERROR_KEEPING
 from sae_research.studies.opinion_qa.settings import (
     DENSE,
     FREE,
@@ -25,199 +23,7 @@ from sae_research.studies.opinion_qa.settings import (
     SPARSEST,
     UNSTEERED,
 )
-from sae_research.studies.runner import Result
-from sae_research.surveys.survey import deviations
-
-Tables = dict[str, pd.DataFrame]
-BySeed = Mapping[int, Sequence[MethodResult]]
-"""Results of every method by seed."""
-
-
-# tables of a run
-
-
-def make_tables(eval_set: EvalSet, by_seed: BySeed, plan: Plan) -> Tables:
-    """Every table of a model."""
-    answers = stack_answers(by_seed)
-    return {
-        "choices": tabulate_choices(plan),
-        "scores": tabulate_scores(eval_set, by_seed, answers[UNSTEERED][0]),
-        "intervals": tabulate_intervals(eval_set, answers),
-        "paired": tabulate_pairs(eval_set, answers, plan.headline),
-        "groups": tabulate_groups(eval_set, answers),
-        "topics": tabulate_topics(eval_set, answers),
-        "attributes": tabulate_attributes(eval_set, answers, [plan.headline, SHUFFLED]),
-    }
-
-
-def join_seeds(results: Sequence[Result]) -> Tables:
-    """The tables that each seed made itself, joined."""
-    names = dict.fromkeys(name for r in results for name in r.tables if name != "results")
-    return {
-        name: pd.concat(
-            [r.tables[name].assign(seed=r.task["seed"]) for r in results if name in r.tables],
-            ignore_index=True,
-        )
-        for name in names
-    }
-
-
-def stack_answers(by_seed: BySeed) -> dict[str, np.ndarray]:
-    """Answers of every method, [seeds, groups, questions, options]."""
-    names = dict.fromkeys(r.name for results in by_seed.values() for r in results)
-    return {
-        name: np.stack(
-            [r.answers for results in by_seed.values() for r in results if r.name == name]
-        )
-        for name in names
-    }
-
-
-_COLUMNS = ("parameters", "coordinates", "moved", "silent", "size", "coefficient", "mass", "order")
-
-
-def tabulate_scores(eval_set: EvalSet, by_seed: BySeed, unsteered: np.ndarray) -> pd.DataFrame:
-    """One row per method and seed: every score, the cost on other text, numbers trained."""
-    rows = []
-    for seed, results in by_seed.items():
-        for r in results:
-            about = {"method": r.name, "seed": seed}
-            about |= {"cost": r.cost.loss, "divergence": r.cost.divergence}
-            about |= {name: getattr(r, name) for name in _COLUMNS}
-            rows.append(about | asdict(evaluate.compute_scores(eval_set, r.answers, unsteered)))
-    return pd.DataFrame(rows)
-
-
-def tabulate_choices(plan: Plan) -> pd.DataFrame:
-    """What validation chose for every method, and how close it came there."""
-    return pd.DataFrame(
-        {
-            "method": name,
-            "edit": choice.best.kind,
-            "rank": choice.best.rank,
-            "kl_weight": choice.best.kl_weight,
-            "sparsity_weight": choice.best.sparsity_weight,
-            "sparsest": choice.sparse.sparsity_weight,
-            "validation_kl": choice.loss,
-            "validation_cost": choice.harm,
-        }
-        for name, choice in plan.choices.items()
-    )
-
-
-_METRICS = {
-    "wd": evaluate.wd_interval,
-    "kl": evaluate.kl_interval,
-    "rho_dev": evaluate.rho_dev_interval,
-    "slope": evaluate.slope_interval,
-    "identification": evaluate.identification_interval,
-    "quietest": evaluate.quietest_share_interval,
-}
-
-
-def tabulate_intervals(
-    eval_set: EvalSet, answers: dict[str, np.ndarray], seed: int = 0
-) -> pd.DataFrame:
-    """Scores of every method, intervals over clusters of questions and the seeds it ran with."""
-    return pd.DataFrame(
-        {"method": name, "metric": metric, "seeds": len(found)}
-        | asdict(interval(eval_set, found, seed))
-        for name, found in answers.items()
-        for metric, interval in _METRICS.items()
-    )
-
-
-def list_pairs(headline: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The headline with all, all with no steering, each edit in SAE space with itself elsewhere."""
-    yield from ((headline, name) for name in names if name != headline)
-    yield from ((name, UNSTEERED) for name in names if name not in (headline, UNSTEERED))
-    for kind in ERROR_KEEPING:
-        own = f"SAE {kind}"
-        others = [f"random {kind}", f"PCA {kind}", DENSE, PER_TOKEN, RAW]
-        yield from ((own, other) for other in others if own != headline and other in names)
-
-
-def tabulate_pairs(
-    eval_set: EvalSet, answers: dict[str, np.ndarray], headline: str, seed: int = 0
-) -> pd.DataFrame:
-    """First minus second method on the same questions, for every pair and metric.
-
-    `wd_ratio` is the ratio of distances, `worst_group` the largest change of any group.
-    """
-    rows = []
-    for first, second in list_pairs(headline, list(answers)):
-        a, b = _of_equal_seeds(answers[first], answers[second])
-        found = {
-            "wd": evaluate.wd_interval(eval_set, a, seed, b),
-            "kl": evaluate.kl_interval(eval_set, a, seed, b),
-            "rho_dev": evaluate.rho_dev_interval(eval_set, a, seed, b),
-            "wd_ratio": evaluate.wd_ratio_interval(eval_set, a, b, seed),
-            "worst_group": evaluate.worst_change_interval(eval_set, a, b, seed),
-        }
-        rows += [
-            {"first": first, "second": second, "metric": metric} | asdict(interval)
-            for metric, interval in found.items()
-        ]
-    return pd.DataFrame(rows)
-
-
-def _of_equal_seeds(a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
-    """A method that no seed changes has one row: it is set against every seed of the other."""
-    seeds = max(len(a), len(b))
-    return [x if len(x) == seeds else np.repeat(x[:1], seeds, 0) for x in (a, b)]
-
-
-def tabulate_groups(eval_set: EvalSet, answers: dict[str, np.ndarray]) -> pd.DataFrame:
-    """WD of every method and group, mean over seeds."""
-    rows = []
-    for name, found in answers.items():
-        wd = eval_set.distance(found, eval_set.truth).mean((0, 2))
-        rows += [
-            {"method": name, "group": g.name, "attribute": g.attribute, "wd": w}
-            for g, w in zip(eval_set.survey.groups, wd, strict=True)
-        ]
-    return pd.DataFrame(rows)
-
-
-def tabulate_topics(eval_set: EvalSet, answers: dict[str, np.ndarray]) -> pd.DataFrame:
-    """WD of every method by topic (the wave, of a real survey), and whether training saw it."""
-    questions = eval_set.survey.questions
-    topic = np.array([questions[i].topic for i in eval_set.questions])
-    seen = {q.topic for q in questions if q.split == "train"}
-    rows = []
-    for name, found in answers.items():
-        wd = eval_set.distance(found, eval_set.truth).mean((0, 1))
-        for t in dict.fromkeys(topic):
-            own = topic == t
-            about = {"method": name, "topic": t, "seen": t in seen, "questions": int(own.sum())}
-            rows.append(about | {"wd": wd[own].mean()})
-    return pd.DataFrame(rows)
-
-
-def tabulate_attributes(
-    eval_set: EvalSet, answers: dict[str, np.ndarray], methods: Sequence[str]
-) -> pd.DataFrame:
-    """Root mean square deviation of each attribute's groups, predicted and true, by seed."""
-    names = np.array([g.attribute for g in eval_set.survey.groups])
-
-    def deviate(p: np.ndarray) -> np.ndarray:
-        return deviations(p, eval_set.survey.weights)[:, eval_set.mask]
-
-    true = deviate(eval_set.truth)
-    rows = []
-    for method in methods:
-        for seed, found in enumerate(answers[method]):
-            predicted = deviate(found)
-            for attribute in dict.fromkeys(names.tolist()):
-                own = names == attribute
-                about = {"method": method, "seed": seed, "attribute": attribute}
-                sizes = {
-                    name: float(np.sqrt((x[own] ** 2).mean()))
-                    for name, x in (("predicted", predicted), ("true", true))
-                }
-                rows.append(about | sizes)
-    return pd.DataFrame(rows)
-
+from sae_research.studies.opinion_qa.tables import Tables
 
 # what the claims measure
 
@@ -399,17 +205,17 @@ def summarize(t: Tables, facts: dict, verdicts: Mapping[str, str]) -> str:
         return f"*{verdicts[f'opinion_qa.{claim}']}*"
 
     sentences = [
-        f"{article} {kind} shift in SAE space leaves {_show(fit)} of the distance between the frozen "
-        f"model's answers and each group's ({said('shift.fit')}); on other text it costs "
+        f"{article} {kind} shift in SAE space leaves {_show(fit)} of the distance between the "
+        f"frozen model's answers and each group's ({said('shift.fit')}); on other text it costs "
         f"{_show(cost)} nats per token ({said('shift.harm')}).",
         f"It follows how groups differ, with a correlation of {_show(rho)} on unseen questions, "
         f"where the same training on shuffled groups has {_show(shuffled)} "
         f"({said('shift.sensitivity')}).",
         f"Against a random dictionary of the same size and L0, the SAE changes the distance by "
         f"{_show(space)} ({said(f'space.{kind}_random')}).",
-        f"The best group prompt is a different story: against it the shift changes the distance "
-        f"by {_show(prompt)} ({said('rivals.prompt')}: no word on the group is in the shift's "
-        f"prompt), and LoRA is {said('rivals.lora')}.",
+        f"Prompts that name the group come closer: against the best form the shift changes the "
+        f"distance by {_show(prompt)} ({said('rivals.prompt')}); the claim against LoRA is "
+        f"{said('rivals.lora')}.",
         f"The shift is not sparse ({said('shift.sparse')}).",
     ]
     if verdicts["opinion_qa.shift.sparse"] == "reproduced":
@@ -419,3 +225,155 @@ def summarize(t: Tables, facts: dict, verdicts: Mapping[str, str]) -> str:
 
 def _show(found: Interval) -> str:
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+# what figures show
+
+
+def make_titles(t: Tables, facts: dict) -> dict[str, str]:
+    """The finding of each figure in one sentence."""
+    best = facts["headline"]
+    fit = compare(t, best, UNSTEERED, "wd_ratio").value
+    rho = measure(t, best, "rho_dev").value
+    cost = column(t, best, "cost").mean()
+    spaces = compare_spaces(t)
+    won = sum(interval.high < 0 for interval in spaces["interval"])
+    groups = t["groups"].pivot_table(index="group", columns="method", values="wd")
+    gained = int((groups[best] < groups[UNSTEERED]).sum())
+    late = deepest_layer(t)
+    off = t["off_target"].set_index("shift")
+    size = off[list(off.index)].abs().to_numpy() > off["on_target"].abs().to_numpy()[:, None] / 4
+    titles = {
+        "methods": f"The shift leaves {fit:.0%} of the distance and follows groups (rho {rho:.2f})",
+        "cost": f"The headline costs other text {cost:.4f} nats per token",
+        "dose": "Distance, group sensitivity and cost as the shift is scaled",
+        "space": f"SAE space is better in {won} of {len(spaces)} comparisons",
+        "groups": f"{gained} of {len(groups)} groups come closer to their own answers",
+        "off_target": f"{size.mean():.0%} of changes exceed a quarter of the shift's own",
+        "layers": "At the deepest layer rho is "
+        f"{measure(t, late['all'], 'rho_dev').value:.2f} on all tokens, "
+        f"{measure(t, late['answer'], 'rho_dev').value:.2f} on the last alone",
+    }
+    few = compare_new_groups(t, ("scores, U frozen", 10), ("population", 0))
+    if few is not None:
+        titles["few_shot"] = f"Ten answers change a new group's distance by {few.value:+.3f}"
+    if not t["composition"].empty:
+        gap = compare_composition(t)
+        titles["composition"] = f"Added shifts minus the better margin: {gap.value:+.4f}"
+    if not t["axes"].empty:
+        pair = [measure_axis(t, 2, which).value for which in ("correlation", "chance")]
+        titles["axes"] = f"The second axis has correlation {pair[0]:.2f}, chance {pair[1]:.2f}"
+    return titles
+
+
+def list_methods(t: Tables, facts: dict) -> dict[str, str]:
+    """Methods of the main figure with their labels, from those that know nothing to prompts."""
+    names = list(dict.fromkeys(t["scores"]["method"]))
+    best = facts["headline"]
+    spaces = ("random ", "PCA ", RAW, "dense vector", PER_TOKEN)
+    order = [
+        "uniform",
+        UNSTEERED,
+        HUMAN_OVERALL,
+        "calibration only",
+        "temperature and letter bias",
+        SHUFFLED,
+        best,
+        *(m for m in names if m.startswith("SAE ") and NO_KL not in m and m != best),
+        *(m for m in names if m.startswith(spaces)),
+        "screened SAE latents (SAE-SSV)",
+        "top 20 SAE latents, calibrated",
+        MEANS,
+        "letter unembedding, per group",
+        *(m for m in names if m.startswith(("LoRA", "multinomial probe"))),
+        facts["prompt"],
+    ]
+    no_competitors = {"uniform", UNSTEERED, HUMAN_OVERALL}
+    labels = {m: m.replace(" (best on validation)", ", best form") for m in order if m in names}
+    labels |= {m: f"{m}*" for m in no_competitors if m in names}
+    return labels | {best: f"{best} (headline)"}
+
+
+def tabulate_costs(t: Tables, facts: dict) -> pd.DataFrame:
+    """WD and cost on other text of every trained method, by family of spaces."""
+    means = t["scores"].groupby("method", sort=False)[["wd", "cost"]].mean()
+    families = {
+        "SAE": [f"SAE {kind}" for kind in (*ERROR_KEEPING, "literal")],
+        "random dictionary": [f"random {kind}" for kind in ERROR_KEEPING],
+        "principal components": [f"PCA {kind}" for kind in ERROR_KEEPING],
+        "residual itself": [DENSE, FREE, RAW],
+        PER_TOKEN: [PER_TOKEN],
+        "untrained": [MEANS, "top 20 SAE latents, calibrated"],
+        LORA_PER_GROUP: [LORA_PER_GROUP],
+    }
+    return pd.DataFrame(
+        {"family": family, "method": method, **means.loc[method]}
+        for family, methods in families.items()
+        for method in methods
+        if method in means.index
+    )
+
+
+def compare_spaces(t: Tables) -> pd.DataFrame:
+    """WD of each edit in SAE space minus the same elsewhere, paired."""
+    rows = []
+    for kind in ERROR_KEEPING:
+        others = {"random dictionary": f"random {kind}", "PCA": f"PCA {kind}", "dense": DENSE}
+        if kind == "multiplicative":
+            others["residual coordinates"] = RAW
+        if _has(t, PER_TOKEN):
+            others["per-token vector"] = PER_TOKEN
+        for short, other in others.items():
+            interval = compare(t, f"SAE {kind}", other)
+            rows.append({"comparison": f"{kind}: SAE minus {short}", "interval": interval})
+    return pd.DataFrame(rows)
+
+
+def tabulate_group_distances(t: Tables, facts: dict) -> pd.DataFrame:
+    """WD of every group under the methods that say most."""
+    chosen = [UNSTEERED, HUMAN_OVERALL, "calibration only", SHUFFLED, facts["headline"], DENSE]
+    chosen += [m for m in dict.fromkeys(t["groups"]["method"]) if m.startswith("LoRA")]
+    chosen.append(facts["prompt"])
+    order = list(dict.fromkeys(t["groups"]["group"]))
+    table = t["groups"].pivot_table(index="group", columns="method", values="wd", sort=False)
+    table = table.loc[order, [m for m in chosen if m in table]]
+    return table.rename(columns=lambda m: m.replace(" (best on validation)", ", best form"))
+
+
+def compare_ways_to_intersections(
+    t: Tables,
+) -> tuple[list[str], dict[str, list[Interval]]] | None:
+    """WD to each pair of attributes' intersections by way, ordered by what the ways know."""
+    table = t["composition"]
+    if table.empty:
+        return None
+    ways = {
+        "margin 1": "first margin alone",
+        "margin 2": "second margin alone",
+        "composed": "composed",
+        "people's margins, added": "people's margins, added",
+    }
+    means = table.groupby(["pair", "cluster"], sort=False)[list(ways)].mean()
+    pairs = list(dict.fromkeys(table["pair"]))
+    found = {
+        label: [
+            stats.cluster_bootstrap(means.loc[pair, way].to_numpy(), seed=0, draws=2000)
+            for pair in pairs
+        ]
+        for way, label in ways.items()
+    }
+    return [pair.replace("|", " and ") for pair in pairs], found
+
+
+def compare_few_shot(t: Tables) -> tuple[list[int], dict[str, list[Interval]], Interval]:
+    """WD of new groups minus the population's shift, by way and number of questions."""
+    table = t["new_groups"]
+    sizes = sorted(table.query("n_questions > 0")["n_questions"].unique().tolist())
+    found = {}
+    for way in table.query("n_questions > 0")["way"].unique():
+        suffix = ", attribute unseen" if way.endswith(", attribute unseen") else ""
+        if way.startswith("whole vector") and suffix:
+            continue
+        base = (f"population{suffix}", 0)
+        found[way] = [compare_new_groups(t, (way, n), base) for n in sizes]
+    return sizes, found, compare_new_groups(t, ("from the prompt", 0), ("population", 0))

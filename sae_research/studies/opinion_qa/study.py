@@ -16,11 +16,11 @@ from sae_research.config import Profile
 from sae_research.studies.opinion_qa import (
     baselines,
     evaluate,
-    findings,
     generalise,
     meaning,
     methods,
     readers,
+    tables,
 )
 from sae_research.studies.opinion_qa.cache import OffTaskCost
 from sae_research.studies.opinion_qa.experiment import (
@@ -142,15 +142,15 @@ def run(task: Task, profile: Profile) -> Result:
     exp = load_experiment(profile, name, seed)
     layers = [role for role in exp.settings.layers if role in catalogue.get(name).roles()]
     deeper = {role: load_experiment(profile, name, seed, role) for role in layers}
-    results, tables, shift = measure_seed(exp, deeper, plan, seed)
-    tables["results"], tensors = _pack(results)
+    results, own, shift = measure_seed(exp, deeper, plan, seed)
+    own["results"], tensors = _pack(results)
     template = "toy"
     if not catalogue.get(name).embedded:
         template = "english chat" if catalogue.get(name).chat else "english"
     fitted = FittedShift(shift, exp.cache.model, load_shift_sae(profile, name), template)
     saved = _read_saved(fitted, make_cards(shift, exp))
     return Result(
-        tables, {}, {**tensors, "shift.deltas": shift.deltas, "shift.part": _part(shift)}, saved
+        own, {}, {**tensors, "shift.deltas": shift.deltas, "shift.part": _part(shift)}, saved
     )
 
 
@@ -168,7 +168,7 @@ def measure_seed(
     prompted = baselines.run_group_prompts(exp) if first else None
     by_layer, layers = _evaluate_layers(exp, deeper, plan, prompted, seed)
     results += [methods.train_shuffled(exp, best, seed), *by_layer]
-    tables = {
+    own = {
         "composition": generalise.measure_composition(exp, shift, best, seed),
         "axes": meaning.measure_axes(exp, shift, seed),
         "new_groups": generalise.measure_new_groups(exp, best, prompted, seed),
@@ -176,14 +176,14 @@ def measure_seed(
     if first:
         results += [*_evaluate_baselines(exp, best, prompted, seed)]
         results += [*_evaluate_ranks(exp, best, seed)]
-        tables |= {
+        own |= {
             "layers": layers,
             "dose": _measure_doses(exp, {r.name: r for r in results}),
             "off_target": _measure_off_target(exp, shift),
             "off_topic": _measure_off_topic(exp, shift),
             **meaning.describe_shift(exp, shift, prompted),
         }
-    return results, tables, shift
+    return results, own, shift
 
 
 def _skipped(exp: Experiment, name: str, seed: int) -> bool:
@@ -408,8 +408,7 @@ def summarise(results: list[Result], profile: Profile) -> dict[str, Result]:
         exp = load_experiment(profile, name, 0)
         seeds = {r.task["seed"]: unpack(r) for r in own}
         plan = _plan(own[0].task)
-        tables = findings.make_tables(exp.eval_set, seeds, plan)
-        tables |= findings.join_seeds(own)
+        made = tables.make_tables(exp.eval_set, seeds, plan) | tables.join_seeds(own)
         parts = [r.tensors["shift.part"] for r in own]
         overlap, cosine = meaning.measure_stability(parts)
         prompt = next(r.name for r in seeds[0] if r.name.endswith("(best on validation)"))
@@ -419,5 +418,5 @@ def summarise(results: list[Result], profile: Profile) -> dict[str, Result]:
             "jaccard": overlap,
             "cosine": cosine,
         }
-        published[name] = Result(tables, facts, files=own[0].files)
+        published[name] = Result(made, facts, files=own[0].files)
     return published
