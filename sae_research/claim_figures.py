@@ -15,14 +15,19 @@ _ROW = 0.62
 
 def group_panels(lines: list[dict]) -> dict[tuple[str, str], list[dict]]:
     """Measured lines by what they measure and where its bar lies: one panel each."""
-    stated = claims.load_claims()
+    measures = _measures()
     found: dict[tuple[str, str], list[dict]] = {}
     for line in lines:
         if line["value"] is not None:
-            quantity = re.split("[,;]", stated[line["id"]].measure)[0].strip()
+            quantity = re.split("[,;]", measures[line["id"]])[0]
             bar = ledger.rule_text({**line["rule"], "control": None, "interval": False})
             found.setdefault((quantity, bar), []).append(line)
     return found
+
+
+def _measures() -> dict[str, str]:
+    """What each claim measures, without what its interval covers."""
+    return {i: claim.measure.partition(";")[0] for i, claim in claims.load_claims().items()}
 
 
 def draw_family(lines: list[dict], title: str) -> "Figure | None":
@@ -32,6 +37,7 @@ def draw_family(lines: list[dict], title: str) -> "Figure | None":
     panels = group_panels(lines)
     if not panels:
         return None
+    measures = _measures()
     sizes = [len(own) for own in panels.values()]
     figure, axes = figures.canvas(
         title, height=1.2 + _ROW * sum(sizes) + 0.55 * len(sizes), rows=len(sizes)
@@ -51,7 +57,9 @@ def draw_family(lines: list[dict], title: str) -> "Figure | None":
         threshold = own[0]["rule"]["threshold"]
         for number in threshold if isinstance(threshold, list | tuple) else [threshold]:
             panel.axvline(number, color=figures.GREY, linestyle="--", linewidth=1.2)
-        panel.set_xlabel(textwrap.fill(f"{quantity} (claimed: {bar})", 62), fontsize=8)
+        shared = f"{quantity}, as each claim compares it"
+        measure = measures[own[0]["id"]] if len(own) == 1 else shared
+        panel.set_xlabel(textwrap.fill(f"{measure} (claimed: {bar})", 62), fontsize=8)
         panel.tick_params(labelsize=8)
         panel.locator_params(axis="x", nbins=5)
     return figure

@@ -5,11 +5,14 @@ hand.
 verdict follows from value, interval, control and rule alone.
 """
 
+import json
 import math
 import typing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pydantic
 
 from sae_research import ledger, paths, stages, store
 from sae_research.errors import ResearchError, unknown
@@ -29,18 +32,31 @@ _SIDES = {
     "at most": lambda x, bar: x <= bar,
     "between": lambda x, bar: bar[0] <= x <= bar[1],
 }
+Number = int | Annotated[float, pydantic.AllowInfNan(False)]
+_stated = pydantic.dataclasses.dataclass(
+    frozen=True, config=pydantic.ConfigDict(extra="forbid", strict=True)
+)
 
 
-@dataclass(frozen=True)
+@_stated
 class Expectation:
     """Where a number has to lie."""
 
-    expect: str
-    """`above`, `below`, `at least`, `at most` or `between`."""
-    threshold: float | tuple[float, float]
+    expect: Literal["above", "below", "at least", "at most", "between"]
+    """On which side of the threshold."""
+    threshold: Number | tuple[Number, Number]
     """The bar; two numbers for `between`."""
     interval: bool = True
     """Whether the whole interval has to lie there, not the value alone."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_threshold(self) -> "Expectation":
+        if self.expect != "between":
+            if isinstance(self.threshold, tuple):
+                raise ValueError(f"the threshold of `{self.expect}` must be one number")
+        elif not isinstance(self.threshold, tuple) or self.threshold[0] > self.threshold[1]:
+            raise ValueError("`between` needs two numbers, the smaller first")
+        return self
 
     def is_met_at(self, x: float) -> bool:
         """Whether one number lies where it is expected."""
@@ -55,7 +71,7 @@ class Expectation:
         )
 
 
-@dataclass(frozen=True)
+@_stated
 class Control(Expectation):
     """What the same measurement has to show under a control for the claim to stand."""
 
@@ -63,16 +79,28 @@ class Control(Expectation):
     """The control, in words that a reader understands."""
 
 
-@dataclass(frozen=True)
+@_stated
 class Rule(Expectation):
     """When a claim counts as reproduced."""
 
-    direction: float | None = None
+    direction: Number | None = None
     """The value of no effect: beyond it, on the claimed side, the direction holds (without it: the
     threshold).
     """
     control: Control | None = None
     """A control whose expectation must be met too; otherwise the claim is confounded."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_direction(self) -> "Rule":
+        if self.direction is None:
+            return self
+        if isinstance(self.threshold, tuple):
+            raise ValueError("`between` has no `direction`")
+        if self.direction != self.threshold and not _SIDES[self.expect](
+            self.threshold, self.direction
+        ):
+            raise ValueError("`direction` lies beyond the threshold")
+        return self
 
     def leans_at(self, x: float) -> bool:
         """Whether the value lies at least in the claimed direction."""
@@ -81,7 +109,7 @@ class Rule(Expectation):
         return x > self.direction if self.expect in ("above", "at least") else x < self.direction
 
 
-@dataclass(frozen=True)
+@_stated
 class Claim:
     """One claim of a paper, and how we decide it."""
 
@@ -95,7 +123,7 @@ class Claim:
     """When the claim counts as reproduced."""
     paper: str = ""
     """The paper and where in it."""
-    paper_value: str | float = ""
+    paper_value: str | Number = ""
     """The paper's number; empty when unknown."""
     evidence: str = ""
     """Where the paper's number comes from (abstract, table, figure, code); empty when unknown."""
@@ -103,6 +131,12 @@ class Claim:
     """What some profiles lack to test the claim; only a claim that names it may go unmeasured."""
     study: str = ""
     """The study; given by the claim's place in claims.yaml."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_id(self) -> "Claim":
+        if not self.id.startswith(f"{self.study}."):
+            raise ValueError(f"its id must start with '{self.study}.'")
+        return self
 
 
 @dataclass(frozen=True)
@@ -136,77 +170,40 @@ def _number(x: object) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def _fill(cls: type, given: object, where: str, **extra: object):
-    """A dataclass from a block of claims.yaml; a key that does not exist names the nearest one
-    that does.
-    """
-    if not isinstance(given, dict):
-        raise ResearchError(f"{where} in claims.yaml must be a block of settings, not {given!r}.")
-    known = {f.name: f for f in fields(cls)}
-    for key in given:
-        if key not in known or key in extra:
-            raise unknown("field", str(key), set(known) - set(extra), f"{where} of claims.yaml")
-    missing = (
-        {n for n, f in known.items() if f.default is f.default_factory} - set(given) - set(extra)
-    )
-    if missing:
-        raise ResearchError(
-            f"{where} in claims.yaml lacks {', '.join(sorted(missing))}; state it before any run."
-        )
-    return cls(**{**given, **extra})
-
-
-def _expectation(cls: type, given: object, where: str, **extra: object) -> Expectation:
-    made = _fill(cls, given, where, **extra)
-    if made.expect not in _SIDES:
-        raise unknown("expectation", str(made.expect), _SIDES, f"{where} of claims.yaml")
-    if made.expect == "between":
-        pair = made.threshold
-        if not (
-            isinstance(pair, list | tuple)
-            and len(pair) == 2
-            and all(map(_number, pair))
-            and pair[0] <= pair[1]
-        ):
-            raise ResearchError(
-                f"{where} in claims.yaml: `between` needs two numbers, the smaller first."
-            )
-        made = cls(
-            **{**{f.name: getattr(made, f.name) for f in fields(cls)}, "threshold": tuple(pair)}
-        )
-    elif not _number(made.threshold):
-        raise ResearchError(
-            f"{where} in claims.yaml: the threshold of `{made.expect}` must be one number."
-        )
-    if not isinstance(made.interval, bool):
-        raise ResearchError(f"{where} in claims.yaml: `interval` must be true or false.")
-    return made
-
-
 def parse(study: str, given: dict) -> Claim:
     """One claim from its block in claims.yaml, checked."""
-    name = f"claim '{given.get('id', '?')}'" if isinstance(given, dict) else f"a claim of {study}"
-    block = _fill(Claim, given, name, study=study)
-    if not isinstance(block.id, str) or not block.id.startswith(f"{study}."):
-        raise ResearchError(f"{name} in claims.yaml must have an id that starts with '{study}.'.")
-    stated = dict(given["rule"]) if isinstance(given["rule"], dict) else given["rule"]
-    control = stated.pop("control", None) if isinstance(stated, dict) else None
-    if control is not None:
-        control = _expectation(Control, control, f"the control of {name}")
-    rule = _expectation(Rule, stated, f"the rule of {name}", control=control)
-    if rule.direction is not None and (rule.expect == "between" or not _number(rule.direction)):
-        raise ResearchError(
-            f"the rule of {name} in claims.yaml: `direction` must be a number, and `between` has "
-            "none."
-        )
-    beyond = rule.direction is not None and not Expectation(rule.expect, rule.direction).is_met_at(
-        rule.threshold
-    )
-    if beyond and rule.direction != rule.threshold:
-        raise ResearchError(
-            f"the rule of {name} in claims.yaml: `direction` lies beyond the threshold."
-        )
-    return Claim(**{**{f.name: getattr(block, f.name) for f in fields(Claim)}, "rule": rule})
+    named = isinstance(given, dict) and "id" in given
+    name = f"claim '{given['id']}'" if named else f"a claim of {study}"
+    block = {**given, "study": study} if isinstance(given, dict) else given
+    try:
+        # JSON mode takes lists for tuples and still refuses text where a number belongs
+        return pydantic.TypeAdapter(Claim).validate_json(json.dumps(block, default=str))
+    except pydantic.ValidationError as error:
+        raise _explain(error.errors()[0], name) from None
+
+
+def _explain(error: Any, name: str) -> ResearchError:
+    """One sentence for the first mistake in a claim, with the nearest valid name."""
+    where, cls = name, Claim
+    path = [str(key) for key in error["loc"]]
+    for level, inner in (("rule", Rule), ("control", Control)):
+        if path[:1] == [level]:
+            where, cls = f"the {level} of {name}", inner
+            path.pop(0)
+    kind, place = error["type"], f"{where} in claims.yaml"
+    if kind == "unexpected_keyword_argument":
+        return unknown("field", path[-1], [f.name for f in fields(cls)], place)
+    if kind == "literal_error":
+        return unknown("expectation", str(error["input"]), _SIDES, place)
+    if kind == "missing":
+        return ResearchError(f"{place} lacks {path[-1]}; state it before any run.")
+    if kind == "dataclass_type":
+        return ResearchError(f"{place} must be a block of settings, not {error['input']!r}.")
+    if kind == "value_error":
+        return ResearchError(f"{place}: {error['ctx']['error']}.")
+    wanted = {"interval": "true or false", "threshold": "one number, or two for `between`"}
+    reason = wanted.get(path[0]) or ("a number" if path[0] == "direction" else "text")
+    return ResearchError(f"{place}: `{path[0]}` must be {reason}, not {error['input']!r}.")
 
 
 def load_claims(study: str | None = None) -> dict[str, Claim]:
@@ -240,27 +237,22 @@ def load_claims(study: str | None = None) -> dict[str, Claim]:
 
 def _check(m: Measurement, wanted: Expectation, what: str) -> None:
     """Refuse a measurement that no verdict can rest on."""
+    problem = ""
     if not _number(m.value):
-        raise ResearchError(f"{what} was measured as {m.value}; a verdict needs a finite number.")
-    if (m.low is None) != (m.high is None):
-        raise ResearchError(
-            f"{what} has one end of its interval only; give `low` and `high`, or neither."
-        )
-    if m.low is None:
+        problem = f"was measured as {m.value}; a verdict needs a finite number"
+    elif (m.low is None) != (m.high is None):
+        problem = "has one end of its interval only; give `low` and `high`, or neither"
+    elif m.low is None:
         if wanted.interval:
-            raise ResearchError(
-                f"{what} has no interval, but its rule asks for one; measure `low` and `high`."
-            )
-        return
-    if not (_number(m.low) and _number(m.high)):
-        raise ResearchError(
-            f"{what} has the interval [{m.low}, {m.high}]; both ends must be finite numbers."
-        )
-    slack = 1e-9 * max(1.0, abs(m.value))
-    if not m.low - slack <= m.value <= m.high + slack:
-        raise ResearchError(
-            f"{what} has a value of {m.value} outside its interval [{m.low}, {m.high}]."
-        )
+            problem = "has no interval, but its rule asks for one; measure `low` and `high`"
+    elif not (_number(m.low) and _number(m.high)):
+        problem = f"has the interval [{m.low}, {m.high}]; both ends must be finite numbers"
+    else:
+        slack = 1e-9 * max(1.0, abs(m.value))  # rounding may put the value on an end
+        if not m.low - slack <= m.value <= m.high + slack:
+            problem = f"has a value of {m.value} outside its interval [{m.low}, {m.high}]"
+    if problem:
+        raise ResearchError(f"{what} {problem}.")
 
 
 def judge(claim: Claim, measurement: Measurement | None) -> str:
@@ -288,31 +280,27 @@ def judge(claim: Claim, measurement: Measurement | None) -> str:
     return DIRECTION if rule.leans_at(measurement.value) and stands else NOT_REPRODUCED
 
 
-def _plain(x: object) -> object:
-    return (
-        {k: _plain(v) for k, v in x.items()}
-        if isinstance(x, dict)
-        else list(x)
-        if isinstance(x, tuple)
-        else x
-    )
+def _as_json(rule: Rule) -> dict:
+    """A rule as a ledger holds it: lists for tuples."""
+    return json.loads(json.dumps(asdict(rule)))
 
 
 def entry(claim: Claim, measurement: Measurement | None, notebook: str) -> dict:
     """The ledger's line for one claim, judged as written: numbers have 6 significant digits."""
     measurement = _rounded(measurement)
-    m = (
-        asdict(measurement)
-        if measurement
-        else {"value": None, "low": None, "high": None, "n": None, "control": None}
-    )
-    if m["control"] is not None:
-        m["control"] = {k: v for k, v in m["control"].items() if k != "control"}
-    line = {
-        key: getattr(claim, key) for key in ("id", "study", "statement", "paper_value", "evidence")
+    numbers = dict.fromkeys(("value", "low", "high", "n", "control"))
+    if measurement is not None:
+        numbers = asdict(measurement)
+        if numbers["control"] is not None:
+            del numbers["control"]["control"]
+    stated = ("id", "study", "statement", "paper_value", "evidence")
+    return {
+        **{key: getattr(claim, key) for key in stated},
+        **numbers,
+        "rule": _as_json(claim.rule),
+        "verdict": judge(claim, measurement),
+        "notebook": notebook,
     }
-    rule = _plain(asdict(claim.rule))
-    return {**line, **m, "rule": rule, "verdict": judge(claim, measurement), "notebook": notebook}
 
 
 def _rounded(m: Measurement | None) -> Measurement | None:
@@ -362,7 +350,7 @@ def unite(profile: str) -> list[dict]:
         if file not in written:
             continue
         found = {line["id"]: line for line in typing.cast(list, store.read_json(file))}
-        if claim.id not in found or found[claim.id]["rule"] != _plain(asdict(claim.rule)):
+        if claim.id not in found or found[claim.id]["rule"] != _as_json(claim.rule):
             raise ResearchError(
                 f"{paths.relative(file)} does not hold claim '{claim.id}' as claims.yaml states "
                 "it; "

@@ -22,7 +22,7 @@ def compare(name: str, now: bytes, before: bytes) -> str:
         texts = [_readable(name, content) for content in (now, before)]
     except (UnicodeDecodeError, ValueError):
         return "not readable"
-    return _compare_text(*texts)
+    return _compare_text(*texts, printed=name.endswith(".ipynb"))
 
 
 def _readable(name: str, content: bytes) -> str:
@@ -39,20 +39,20 @@ def _readable(name: str, content: bytes) -> str:
     return json.dumps(cells, indent=1, sort_keys=True)
 
 
-def _compare_text(now: str, before: str) -> str:
+def _compare_text(now: str, before: str, printed: bool) -> str:
     words = [_NUMBER.split(text) for text in (now, before)]
     numbers = [_NUMBER.findall(text) for text in (now, before)]
     for ours, theirs in zip(*words, strict=False):
         if ours.split() != theirs.split():
-            return f"'{_short(ours)}' in place of '{_short(theirs)}'"
+            return _first_difference(ours.split(), theirs.split())
     if len(numbers[0]) != len(numbers[1]):
         return f"{len(numbers[0])} numbers in place of {len(numbers[1])}"
     for ours, theirs in zip(*numbers, strict=True):
         a = float(ours)
         b = float(theirs)
-        # tables are printed with few digits: one unit of the last one is no difference
-        last = max(_last_digit(ours), _last_digit(theirs))
-        if abs(a - b) > max(TOLERANCE * max(abs(a), abs(b), 1e-2), 1.01 * last):
+        # what a notebook prints has few digits, of which rounding may move the last one by a unit
+        unit = min(_last_digit(ours), _last_digit(theirs)) if printed else 0.0
+        if abs(a - b) > max(TOLERANCE * max(abs(a), abs(b), 1e-2), 1.01 * unit):
             return f"{ours} in place of {theirs}"
     return AGREES
 
@@ -64,6 +64,9 @@ def _last_digit(number: str) -> float:
     return 10.0 ** (int(exponent or 0) - decimals) if decimals else 0.0
 
 
-def _short(text: str) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= 40 else f"{words[:37]}..."
+def _first_difference(ours: list[str], theirs: list[str]) -> str:
+    """The first words that differ, with a few that follow."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+    a, b = (" ".join(words[same : same + 5]) or "nothing" for words in (ours, theirs))
+    return f"'{a}' in place of '{b}'"

@@ -26,14 +26,14 @@ VERDICTS = (
 TESTBED = "world"
 """The owner of checks of the toy models, which are no claims of a paper."""
 README = paths.ROOT / "README.md"
-HIGHLIGHTS = (
-    "opinion_qa.shift.fit",
-    "opinion_qa.rivals.lora",
-    "opinion_qa.shift.sparse",
-    "side_effects.predict.stability_over_frequency",
-    "side_effects.predict.spread_over_frequency",
-)
-"""The verdicts that README shows."""
+HIGHLIGHTS = {
+    "opinion_qa.shift.fit": "of the distance is left",
+    "opinion_qa.rivals.lora": "WD minus LoRA's",
+    "opinion_qa.shift.sparse": "of the latents are moved",
+    "side_effects.predict.stability_over_frequency": "more rank correlation",
+    "side_effects.predict.spread_over_frequency": "more rank correlation",
+}
+"""The verdicts that README shows, with what their numbers are."""
 _BEGIN, _END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
 
 
@@ -144,9 +144,11 @@ def agreement(lines: list[dict], published: list[dict]) -> tuple[int, list[tuple
 def highlights(lines: list[dict]) -> str:
     """README's table: five claims with their numbers, controls and verdicts."""
     by_id = {line["id"]: line for line in lines}
-    chosen = table([by_id[i] for i in HIGHLIGHTS if i in by_id])
-    shown = chosen[["claim", "measured", "control", "verdict"]]
-    return shown.to_markdown(index=False, disable_numparse=True)
+    known = [i for i in HIGHLIGHTS if i in by_id]
+    shown = table([by_id[i] for i in known])
+    measured = [f"{m} {HIGHLIGHTS[i]}" for m, i in zip(shown["measured"], known, strict=True)]
+    columns = ["claim", "measured", "control", "verdict"]
+    return shown.assign(measured=measured)[columns].to_markdown(index=False, disable_numparse=True)
 
 
 def insert_highlights(readme: str, lines: list[dict]) -> str:

@@ -107,7 +107,9 @@ def packages() -> tuple[tuple[str, ...], tuple[str, ...]]:
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    asked = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    asked = tomllib.loads((paths.ROOT / "pyproject.toml").read_text("utf-8"))["project"][
+        "dependencies"
+    ]
     absent = tuple(
         name for name in (Requirement(line).name for line in asked) if _version(name) is None
     )
@@ -130,7 +132,7 @@ def world_problems(root: Path = paths.EMBEDDED) -> dict[str, str]:
     from sae_research.world import build
 
     problems = {}
-    for name in build.SPECIMENS:
+    for name in build.TOY_MODELS:
         try:
             for piece in ("model", "saes"):
                 store.verified(root / name / piece)
@@ -195,7 +197,7 @@ def _releases() -> dict:
     import yaml
 
     package = importlib.util.find_spec("sae_lens")
-    text = (Path(package.origin).parent / "pretrained_saes.yaml").read_text()
+    text = (Path(package.origin).parent / "pretrained_saes.yaml").read_text("utf-8")
     return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 

@@ -51,8 +51,9 @@ def environment(profile: config.Profile, folder: Path) -> dict[str, str]:
     """
     threads = str(profile.runtime.threads)
     return {
-        "SAE_RESEARCH_PROGRESS": "0",
         "TQDM_DISABLE": "1",
+        # tqdm.auto's widget ignores that; taking the kernel for a console, tqdm draws no widget
+        "SPYDER_CONSOLE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
@@ -167,7 +168,7 @@ def clear() -> list[str]:
 
     changed = []
     for name in names():
-        before = source(name).read_text()
+        before = source(name).read_text(encoding="utf-8")
         after = nbformat.writes(cleared(nbformat.reads(before, as_version=4))) + "\n"
         if after != before:
             store.write_text(source(name), after)

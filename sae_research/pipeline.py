@@ -49,7 +49,7 @@ def _read_lock(path: Path) -> dict | None:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return None
     return (
@@ -69,7 +69,10 @@ def _write_lock(path: Path, stages: dict) -> None:
 
 def _set_profile(profile: str) -> None:
     text, found = re.subn(
-        r"(?m)^profile:.*$", f"profile: {profile}", paths.PARAMS.read_text(), count=1
+        r"(?m)^profile:.*$",
+        f"profile: {profile}",
+        paths.PARAMS.read_text(encoding="utf-8"),
+        count=1,
     )
     if not found:
         raise ResearchError(

@@ -164,9 +164,7 @@ def verified(folder: Path, remedy: str = "run `make reproduce` to make it.") -> 
     folder = Path(folder)
     _recover(folder)
     if not (folder / CHECKSUMS).is_file():
-        raise ResearchError(
-            f"{relative(folder)} is missing or incomplete; {remedy}"
-        )
+        raise ResearchError(f"{relative(folder)} is missing or incomplete; {remedy}")
     try:
         sums = dict(json.loads((folder / CHECKSUMS).read_text()))
     except (TypeError, ValueError) as error:
@@ -234,7 +232,7 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> object:
     """Read JSON, or say which file is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ResearchError(
             f"{relative(path)} is missing; run `make reproduce` to make it."

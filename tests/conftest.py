@@ -14,7 +14,7 @@ def hub_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def offline_hub(hub_cache):
-    """The hub client reads that cache and no network, in this process and in those that it starts."""
+    """The hub client reads that cache and no network, here and in processes started from here."""
     from huggingface_hub import constants
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 

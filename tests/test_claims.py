@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from sae_research import claims, ledger, paths, stages
+from sae_research import claim_figures, claims, ledger, paths, stages
 from sae_research.claims import (
     CONFOUNDED,
     DIRECTION,
@@ -167,7 +167,7 @@ def test_numbers_of_numpy_become_plain_ones():
     ("change", "says"),
     [
         ({"statment": "x"}, "did you mean 'statement'"),
-        ({"id": "other.a"}, "starts with 's.'"),
+        ({"id": "other.a"}, "must start with 's.'"),
         ({"rule": {"expect": "abov", "threshold": 0}}, "did you mean 'above'"),
         ({"rule": {"expect": "above"}}, "lacks threshold"),
         ({"rule": {"expect": "above", "threshold": "high"}}, "one number"),
@@ -211,8 +211,10 @@ def test_every_claim_of_the_repository_is_stated_well_and_once():
 def folder(tmp_path, monkeypatch):
     book = """
 one:
-  - {id: one.a, statement: A., measure: a, rule: {expect: above, threshold: 0}, paper_value: .58, evidence: Table 2}
-  - {id: one.b, statement: B., measure: b, rule: {expect: below, threshold: 1, interval: false}, needs: real weights}
+  - {id: one.a, statement: A., measure: a, rule: {expect: above, threshold: 0}, paper_value: .58,
+     evidence: Table 2}
+  - {id: one.b, statement: B., measure: b, rule: {expect: below, threshold: 1, interval: false},
+     needs: real weights}
 two:
   - {id: two.a, statement: C., measure: c, rule: {expect: above, threshold: 0}}
 """
@@ -286,4 +288,30 @@ def test_checks_of_the_testbed_are_counted_apart():
     assert int(counts.to_numpy().sum()) == len(lines)
     families = ledger.group_families(lines)
     assert sum(map(len, families.values())) == len(lines)
-    assert all(line["id"].startswith(f"{name}.") for name, own in families.items() for line in own)
+    assert {line["study"] for line in families["opinion_qa.hypotheses"]} == {"opinion_qa"}
+
+
+def test_a_panel_holds_claims_of_one_measure_and_one_bar():
+    lines = claims.read("full")
+    for name, own in ledger.group_families(lines).items():
+        panels = claim_figures.group_panels(own)
+        shown = [line for panel in panels.values() for line in panel]
+        assert sorted(line["id"] for line in shown) == sorted(
+            line["id"] for line in own if line["value"] is not None
+        ), name
+        for panel in panels.values():
+            assert len({str(line["rule"]["threshold"]) for line in panel}) == 1
+
+
+def test_a_family_that_cannot_be_tested_has_no_figure():
+    lines = [line for line in claims.read("full") if line["value"] is None]
+    assert claim_figures.draw_family(lines, "none") is None
+
+
+def test_the_summary_counts_every_claim():
+    lines = claims.read("full")
+    said = ledger.summarize(lines)
+    tested = [line for line in lines if line["study"] != ledger.TESTBED]
+    assert f"Of {len(tested)} claims of papers" in said
+    numbers = re.findall(r"\*\*(\d+) ", said)
+    assert sum(map(int, numbers)) == sum(line["value"] is not None for line in tested)

@@ -1,4 +1,6 @@
-"""Intersections of two attributes: the law that log-probabilities add, and cells guessed from all other cells."""
+"""Intersections of two attributes: the law that log-probabilities add, and cells guessed from all
+other cells.
+"""
 
 import os
 from dataclasses import replace
@@ -9,14 +11,15 @@ import pytest
 
 from sae_research import paths
 from sae_research.errors import ResearchError
-from sae_research.surveys.crossings import FLOOR, added, leave_cell_out
-from sae_research.surveys.survey import Group, Question, Survey, load_table, wasserstein
+from sae_research.surveys.crossings import FLOOR, add_log_probabilities, leave_cell_out
+from sae_research.surveys.files import load_survey
+from sae_research.surveys.survey import Group, Question, Survey, wasserstein
 
 OPINIONS = (
     Path(os.environ.get("SAE_RESEARCH_REAL", paths.ROOT.parent / "shared" / "real")) / "opinions"
 )
-LADDERS = (3, 2, 4)
-MASK = np.arange(max(LADDERS)) < np.array(LADDERS)[:, None]
+N_OPTIONS = (3, 2, 4)
+MASK = np.arange(max(N_OPTIONS)) < np.array(N_OPTIONS)[:, None]
 GUESSES = ["overall", "first margin", "second margin", "mean of margins", "added", "noise"]
 
 
@@ -32,7 +35,7 @@ def random_answers(draws, *shape):
 def crossed(counts, ordered=True):
     """A survey of counts [first values, second values, questions, options]."""
     counts = np.asarray(counts)
-    ladders = (counts.sum((0, 1)) > 0).sum(-1)
+    n_options = (counts.sum((0, 1)) > 0).sum(-1)
     questions = tuple(
         Question(
             f"q{i}",
@@ -41,7 +44,7 @@ def crossed(counts, ordered=True):
             tuple(map(float, range(k))),
             ordered=ordered,
         )
-        for i, k in enumerate(ladders)
+        for i, k in enumerate(n_options)
     )
     names = [(a, b) for a in range(counts.shape[0]) for b in range(counts.shape[1])]
     cells = counts.reshape(-1, *counts.shape[2:])
@@ -51,7 +54,9 @@ def crossed(counts, ordered=True):
 
 
 def polled(truth, n, seed):
-    """`n` respondents of each cell of answer distributions [first values, second values, questions, options]."""
+    """`n` respondents of each cell of answer distributions [first values, second values,
+    questions, options].
+    """
     return crossed(np.random.default_rng(seed).multinomial(n, truth))
 
 
@@ -62,7 +67,7 @@ def test_intersections_come_back_exactly_where_attributes_are_independent_given_
     joint = np.einsum(
         "qk,qka,qkb->abqk", answer, first, second
     )  # true shares of people, so margins are mixtures
-    ours = added(
+    ours = add_log_probabilities(
         shares(joint.sum(1))[:, None], shares(joint.sum(0)), shares(joint.sum((0, 1))), MASK
     )
     assert np.allclose(ours, shares(joint), rtol=0, atol=1e-9)
@@ -80,7 +85,7 @@ def test_intersections_come_back_exactly_where_log_probabilities_add():
         for x in (base, base + first, base + second, base + first + second)
     )
     assert min(x[MASK].min() for x in (p, p1, p2)) > FLOOR
-    assert np.allclose(added(p1, p2, p, MASK), both, rtol=0, atol=1e-9)
+    assert np.allclose(add_log_probabilities(p1, p2, p, MASK), both, rtol=0, atol=1e-9)
 
 
 def test_a_margin_like_everybody_adds_nothing_and_margins_can_be_swapped():
@@ -90,9 +95,16 @@ def test_a_margin_like_everybody_adds_nothing_and_margins_can_be_swapped():
         random_answers(draws, 7),
         random_answers(draws),
     )
-    assert np.allclose(added(first, overall, overall, MASK), first, rtol=0, atol=1e-12)
-    assert np.allclose(added(overall, second, overall, MASK), second, rtol=0, atol=1e-12)
-    assert np.array_equal(added(first, second, overall, MASK), added(second, first, overall, MASK))
+    assert np.allclose(
+        add_log_probabilities(first, overall, overall, MASK), first, rtol=0, atol=1e-12
+    )
+    assert np.allclose(
+        add_log_probabilities(overall, second, overall, MASK), second, rtol=0, atol=1e-12
+    )
+    assert np.array_equal(
+        add_log_probabilities(first, second, overall, MASK),
+        add_log_probabilities(second, first, overall, MASK),
+    )
 
 
 def test_padding_stays_zero_and_options_that_nobody_chose_are_kept_at_the_floor():
@@ -100,7 +112,7 @@ def test_padding_stays_zero_and_options_that_nobody_chose_are_kept_at_the_floor(
     first, second, overall = (random_answers(draws) for _ in range(3))
     first[0] = [0.6, 0.4, 0.0, 0.0]
     overall[2] = [0.0, 0.2, 0.3, 0.5]
-    ours = added(first, second, overall, MASK)
+    ours = add_log_probabilities(first, second, overall, MASK)
     assert (ours[~MASK] == 0).all()
     assert (ours[MASK] > 0).all()
     assert np.allclose(ours.sum(-1), 1)
@@ -141,7 +153,7 @@ def test_cells_of_different_pairs_are_kept_apart():
 def test_each_question_counts_on_its_own_scale():
     survey = polled(random_answers(np.random.default_rng(7), 3, 3), 200, 0)
     counts = survey.counts.reshape(3, 3, *MASK.shape)
-    alone = [leave_cell_out(crossed(counts[:, :, [i], :k])) for i, k in enumerate(LADDERS)]
+    alone = [leave_cell_out(crossed(counts[:, :, [i], :k])) for i, k in enumerate(N_OPTIONS)]
     together = leave_cell_out(survey)
     for name in GUESSES[:-1]:
         assert together[name] == pytest.approx(np.mean([a[name] for a in alone])), name
@@ -213,7 +225,7 @@ def test_on_real_intersections_adding_comes_closest_but_not_as_close_as_a_redraw
     table = OPINIONS / "gss2018_spending_intersections.csv"
     if not table.is_file():
         pytest.skip(f"{table} is missing")
-    found = leave_cell_out(load_table(table))
+    found = leave_cell_out(load_survey(table))
     measured = dict(zip(GUESSES, (0.0669, 0.0794, 0.0564, 0.0530, 0.0469, 0.0203), strict=True))
     assert found == pytest.approx(measured, abs=0.002)
     ranking = sorted(found, key=found.__getitem__)

@@ -1,4 +1,4 @@
-"""Shards: the same results in item order, however many run at once, and a failure that names its shard."""
+"""Shards: the same results in item order, however many run at once; a failure names its shard."""
 
 import os
 import subprocess
@@ -70,7 +70,10 @@ def test_a_wrong_number_of_jobs_is_one_sentence(n_jobs):
 
 
 def test_without_ray_the_sentence_says_how_to_get_it():
-    code = "import sys; sys.modules['ray'] = None\nfrom sae_research.parallel import shards\nshards(str, [1, 2], 'ray')"
+    code = (
+        "import sys; sys.modules['ray'] = None\n"
+        "from sae_research.parallel import shards\nshards(str, [1, 2], 'ray')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode
     assert "Ray is not installed; run `pip install -e '.[ray]'" in done.stderr.splitlines()[-1]

@@ -86,6 +86,15 @@ def waits(copy):
     return bool({p.suffix[1:] for p in parts} & {str(p.pid) for p in alive_in(copy)})
 
 
+@pytest.fixture
+def hold(tiny):
+    """While this file is there, the study waits in its third task."""
+    path = tiny.root / "hold"
+    path.touch()
+    yield path
+    path.unlink(missing_ok=True)
+
+
 def test_a_study_is_added_in_four_steps(tiny):
     assert ran(tiny.first) == CHAIN
     assert {f"notebooks/executed/smoke/{name}.ipynb" for name in CHAIN} < set(tiny.results)
@@ -120,10 +129,9 @@ def test_a_forced_run_gives_the_same_bytes(tiny):
 @pytest.mark.parametrize(
     ("victim", "change"), [("everything", "nothing"), ("kernel", "n_jobs"), ("pipeline", "code")]
 )
-def test_a_killed_run_is_finished_by_the_next_one_with_the_same_results(tiny, victim, change):
+def test_a_killed_run_is_finished_by_the_next_one_with_the_same_results(tiny, hold, victim, change):
     configure(tiny, "tiny", attempt=len(victim))
-    hold = tiny.root / "hold"
-    hold.touch()
+    configure(tiny, "runtime", n_jobs=1)
     process = tiny.start(*SMOKE)
     until(lambda: waits(tiny))
     if victim == "pipeline":

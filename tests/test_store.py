@@ -1,4 +1,4 @@
-"""Artefacts survive killed writers, damage is named, and a full or closed disk is one clear sentence."""
+"""Artefacts survive killed writers, damage is named, and a full disk is one clear sentence."""
 
 import json
 import os
@@ -252,7 +252,7 @@ def test_fingerprints_are_stable_across_processes_and_refuse_what_is_not():
 
 
 def test_a_full_disk_is_one_sentence_and_nothing_is_left(tmp_path):
-    """A limit on file size gives the same kind of error as a full disk, at any place and for any user."""
+    """A limit on file size gives the same error as a full disk, at any place and for any user."""
     folder = make(tmp_path / "art")
     code = f"""
 import resource, signal

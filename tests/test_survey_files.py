@@ -1,4 +1,4 @@
-"""Loaders of published surveys: small files in the true layouts, every kind of damage named by file and line."""
+"""Published surveys in their true layouts: small files, and every kind of damage named."""
 
 import csv
 import json
@@ -11,7 +11,9 @@ import pytest
 from sae_research import paths, store
 from sae_research.errors import ResearchError
 from sae_research.paths import ROOT
-from sae_research.surveys import files, survey
+from sae_research.surveys import published, survey
+from sae_research.surveys.files import load_survey
+from sae_research.surveys.splits import find_families, split_by_wave
 
 SHARED = ROOT.parent / "shared" / "real" / "opinions"
 
@@ -26,7 +28,9 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 @pytest.fixture
 def opinion_qa(tmp_path):
-    """One wave of three questions: the middle option listed last, a nominal item, refusals, weights."""
+    """One wave of three questions: the middle option listed last, a nominal item, refusals,
+    weights.
+    """
     place = tmp_path / "human_resp" / "American_Trends_Panel_W27"
     write_csv(place / "info.csv", [
         {"key": "CARS_W27", "question": "More or fewer?", "references": str(["More", "Fewer", "Same", "Refused"]),
@@ -45,7 +49,7 @@ def opinion_qa(tmp_path):
 
 
 def test_opinion_qa_sorts_options_weights_respondents_and_leaves_refusals_out(opinion_qa):
-    found = files.load_opinion_qa(opinion_qa, [27])
+    found = published.load_opinion_qa(opinion_qa, [27])
     cars, industry = found.questions
     assert cars.options == ("More", "Same", "Fewer")
     assert cars.ordinal == (1.0, 1.5, 2.0)
@@ -92,7 +96,7 @@ def test_damage_to_opinion_qa_is_named_by_file_line_and_reason(opinion_qa, file,
     path = opinion_qa / "human_resp" / "American_Trends_Panel_W27" / file
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ResearchError, match=reason):
-        files.load_opinion_qa(opinion_qa, [27])
+        published.load_opinion_qa(opinion_qa, [27])
 
 
 def test_near_duplicates_are_found_across_waves_by_wording():
@@ -104,8 +108,8 @@ def test_near_duplicates_are_found_across_waves_by_wording():
     questions = [
         survey.Question(f"Q{i}", text, ("No", "Yes"), (1, 2)) for i, text in enumerate(texts)
     ]
-    assert files.families(questions, 0.6) == ("Q0", "Q0", "Q2", "Q3", "Q0", "Q2")
-    assert files.families(questions, 0.999) == tuple(q.key for q in questions)
+    assert find_families(questions, 0.6) == ("Q0", "Q0", "Q2", "Q3", "Q0", "Q2")
+    assert find_families(questions, 0.999) == tuple(q.key for q in questions)
 
 
 def test_whole_waves_are_kept_for_the_test_and_families_stay_together():
@@ -118,19 +122,19 @@ def test_whole_waves_are_kept_for_the_test_and_families_stay_together():
     names[0] = names[1] = names[40]  # asked again in an unseen wave
     p = np.full((1, 80, 2), 0.5)
     asked = survey.Survey(tuple(questions), (survey.Group("a", "b", 1.0),), p, p[0])
-    found = files.split_by_wave(asked, [34], names, seed=0)
+    found = split_by_wave(asked, [34], names, seed=0)
     splits = np.array([q.split for q in found.questions])
     assert (splits[40:] == "test").all()
     assert (splits[:2] == "test").all()
     assert [(splits[2:40] == s).sum() for s in ("train", "validation", "test")] == [24, 6, 8]
     assert (splits[:40:2] == splits[1:40:2]).all()
-    again = files.split_by_wave(asked, [34], names, seed=1)
+    again = split_by_wave(asked, [34], names, seed=1)
     assert [q.split for q in again.questions] != splits.tolist()
 
 
 def test_a_missing_wave_is_named(opinion_qa):
     with pytest.raises(ResearchError, match=r"info.csv cannot be read"):
-        files.load_opinion_qa(opinion_qa, [92])
+        published.load_opinion_qa(opinion_qa, [92])
 
 
 def subpop_row(**changes):
@@ -145,7 +149,7 @@ def test_subpop_lines_become_a_survey(tmp_path):
     rows = [subpop_row(), subpop_row(group="Female", responses=[0.2, 0.8])]
     path = tmp_path / "subpop.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    found = files.load_subpop(path)
+    found = published.load_subpop(path)
     assert found.questions[0].options == ("No", "Yes")
     assert np.allclose(found.distributions[:, 0], [[0.3, 0.7], [0.8, 0.2]])
     assert np.allclose(found.overall, found.distributions.mean(0))
@@ -167,10 +171,10 @@ def test_damage_to_subpop_is_named(tmp_path, changes, reason):
         json.dumps(subpop_row()) + "\n" + json.dumps(subpop_row(group="Female", **changes))
     )
     with pytest.raises(ResearchError, match=f"subpop.jsonl, line 2: .*{reason}"):
-        files.load_subpop(path)
+        published.load_subpop(path)
     path.write_text(json.dumps(subpop_row()) + "\n{cut")
     with pytest.raises(ResearchError, match="line 2: it is not JSON"):
-        files.load_subpop(path)
+        published.load_subpop(path)
 
 
 def test_global_opinions_are_nominal_and_only_questions_of_all_countries_count(tmp_path):
@@ -181,25 +185,25 @@ def test_global_opinions_are_nominal_and_only_questions_of_all_countries_count(t
         {"question": "Good or bad?", "selections": both, "options": "['Good', 'Bad']", "source": "GAS"},
         {"question": "Rich or poor?", "selections": one, "options": "['Rich', 'Poor']", "source": "WVS"},
     ])  # fmt: skip
-    found = files.load_global_opinions(path, ["Peru", "Chad"])
+    found = published.load_global_opinions(path, ["Peru", "Chad"])
     assert len(found.questions) == 1
     assert not found.questions[0].ordered
     assert found.distance(*found.distributions)[0] == pytest.approx(0.4)
-    assert len(files.load_global_opinions(path, ["Peru"]).questions) == 2
+    assert len(published.load_global_opinions(path, ["Peru"]).questions) == 2
     with pytest.raises(ResearchError, match="no question that all of Peru, Mars"):
-        files.load_global_opinions(path, ["Peru", "Mars"])
+        published.load_global_opinions(path, ["Peru", "Mars"])
     path.write_text(path.read_text().replace("[0.1, 0.9]", "[0.9]"))
     with pytest.raises(
         ResearchError, match=r"global.csv, line 2: 'Chad' has no share for each of the 2 options"
     ):
-        files.load_global_opinions(path, ["Peru", "Chad"])
+        published.load_global_opinions(path, ["Peru", "Chad"])
 
 
 def test_groups_that_skipped_a_question_are_left_out(tmp_path):
     rows = [subpop_row(), subpop_row(qkey="Q2"), subpop_row(group="Female")]
     path = tmp_path / "subpop.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert [g.name for g in files.load_subpop(path).groups] == ["Male"]
+    assert [g.name for g in published.load_subpop(path).groups] == ["Male"]
 
 
 def test_pew_data_is_never_written_where_git_would_pick_it_up(tmp_path):
@@ -212,26 +216,26 @@ def test_pew_data_is_never_written_where_git_would_pick_it_up(tmp_path):
         "pew.csv",
     ):
         with pytest.raises(ResearchError, match="may not be redistributed"):
-            files.writable(ROOT / place, "OpinionQA")
-        assert files.writable(ROOT / place, "GSS") == ROOT / place
-    assert files.writable(tmp_path / "pew.csv", "OpinionQA") == (tmp_path / "pew.csv").resolve()
-    assert files.writable(ROOT / "data" / "scratch" / "pew.csv", "SubPOP")
+            published.writable(ROOT / place, "OpinionQA")
+        assert published.writable(ROOT / place, "GSS") == ROOT / place
+    assert published.writable(tmp_path / "pew.csv", "OpinionQA") == (tmp_path / "pew.csv").resolve()
+    assert published.writable(ROOT / "data" / "scratch" / "pew.csv", "SubPOP")
 
 
 def test_artefacts_may_hold_it_while_they_are_written_too(tmp_path, monkeypatch):
     for profile in ("gpu", "laptop"):
         folder = paths.artefacts(profile, "opinion_qa")
         for place in (folder, store._partial(folder), paths.scratch(profile, "10_opinion_qa_run")):
-            assert files.writable(place / "gemma-2-2b", "OpinionQA")
-    monkeypatch.setattr(files, "ROOT", tmp_path)  # no repository there
-    assert files.writable(tmp_path / "pew.csv", "OpinionQA")
+            assert published.writable(place / "gemma-2-2b", "OpinionQA")
+    monkeypatch.setattr(published, "ROOT", tmp_path)  # no repository there
+    assert published.writable(tmp_path / "pew.csv", "OpinionQA")
 
 
 def test_the_real_opinions_give_their_reference_numbers():
     table = SHARED / "gss2018_spending_groups.csv"
     if not table.exists():
         pytest.skip(f"{table} is not here")
-    found = survey.load_table(table)
+    found = load_survey(table)
     assert found.distance(found.uniform, found.distributions).mean() == pytest.approx(
         0.214, abs=0.001
     )

@@ -1,7 +1,7 @@
-"""The survey schema and its statistics, the planted survey's exact truth, and the specimen that learns it."""
+"""The survey schema and its statistics, the planted survey's exact truth, and the toy model that
+learns it.
+"""
 
-import csv
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +11,14 @@ import pytest
 
 from sae_research import paths
 from sae_research.errors import ResearchError
+from sae_research.surveys.files import load_survey
 from sae_research.surveys.survey import (
     divergence,
-    group_part,
-    load_table,
     logit,
     ordinal_gaps,
     reliability,
     sampling_noise,
+    score_groups,
     spectrum,
     total_variation,
     wasserstein,
@@ -33,8 +33,15 @@ from sae_research.world.survey.population import (
     Population,
     PopulationSettings,
 )
-from sae_research.world.survey.prompts import CONTEXT, LETTERS, WORDS, Writer, by_letter, prompt
-from sae_research.world.toy_model import word_tokenizer
+from sae_research.world.survey.prompts import (
+    CONTEXT,
+    LETTERS,
+    WORDS,
+    Writer,
+    order_by_letter,
+    prompt,
+)
+from sae_research.world.toy_model import make_word_tokenizer
 
 OPINIONS = (
     Path(os.environ.get("SAE_RESEARCH_REAL", paths.ROOT.parent / "shared" / "real")) / "opinions"
@@ -56,7 +63,7 @@ def polls():
     table = OPINIONS / "gss2018_spending_groups.csv"
     if not table.is_file():
         pytest.skip(f"{table} is missing")
-    return load_table(table)
+    return load_survey(table)
 
 
 # statistics
@@ -99,22 +106,22 @@ def test_padding_beyond_the_last_option_changes_nothing(survey):
         assert padded == pytest.approx(alone, abs=1e-15)
 
 
-def test_group_part_is_perfect_for_the_truth_and_halves_its_slope_with_halved_deviations(survey):
+def test_score_groups_is_perfect_for_the_truth_and_halves_its_slope_with_halved_deviations(survey):
     true, mask, weights = survey.distributions, survey.mask, survey.weights
-    perfect = group_part(true, true, weights, mask)
+    perfect = score_groups(true, true, weights, mask)
     assert perfect.rho == pytest.approx(1)
     assert perfect.slope == pytest.approx(1)
-    flat = group_part(np.broadcast_to(survey.overall, true.shape), true, weights, mask)
+    flat = score_groups(np.broadcast_to(survey.overall, true.shape), true, weights, mask)
     assert np.isnan(flat.rho)
     mean = np.tensordot(weights, true, axes=1)
     squeezed = 1 / (1 + np.exp(-(logit(mean) + 0.5 * (logit(true) - logit(mean)))))
-    assert group_part(squeezed, true, weights, mask).slope == pytest.approx(0.5, abs=0.02)
+    assert score_groups(squeezed, true, weights, mask).slope == pytest.approx(0.5, abs=0.02)
     assert np.isnan(perfect.by_group[-2:]).all(), "handedness does not deviate"
 
 
-def test_shuffled_groups_have_no_group_part(survey):
+def test_shuffled_groups_have_no_score_groups(survey):
     rotated = survey.distributions[[1, 2, 0, *range(3, 14)]]
-    swapped = group_part(
+    swapped = score_groups(
         rotated[:3], survey.distributions[:3], np.array(SHARES["party"]), survey.mask
     )
     assert swapped.rho < 0.1
@@ -148,65 +155,10 @@ def test_real_polls_give_their_reference_numbers(polls):
 
 
 def test_real_intersections_load_without_an_overall_row(polls):
-    cells = load_table(OPINIONS / "gss2018_spending_intersections.csv")
+    cells = load_survey(OPINIONS / "gss2018_spending_intersections.csv")
     assert [q.key for q in cells.questions] == [q.key for q in polls.questions]
     assert len(cells.groups) == 40
     assert wasserstein(cells.overall, polls.overall, polls.gaps).max() < 0.02
-
-
-COLUMNS = ["qkey", "attribute", "group", "question", "options", "ordinal", "counts", "n"]
-GOOD = {
-    "qkey": "space", "attribute": "SEX", "group": "Female", "question": "Space?",
-    "options": '["More", "Same", "Less"]', "ordinal": "[3, 2, 1]", "counts": "[5, 3, 2]", "n": "10",
-}  # fmt: skip
-
-
-def table(path: Path, *rows: dict) -> Path:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def test_table_sorts_options_by_ordinal(tmp_path):
-    loaded = load_table(table(tmp_path / "t.csv", GOOD))
-    assert loaded.questions[0].options == ("Less", "Same", "More")
-    assert loaded.distributions[0, 0] == pytest.approx([0.2, 0.3, 0.5])
-
-
-@pytest.mark.parametrize(
-    ("wrong", "reason"),
-    [
-        ({"counts": "[5, 3"}, "'counts' is not a JSON list"),
-        ({"counts": "[5, 5]"}, "3 options, 3 ordinals and 2 counts"),
-        ({"counts": "[5, -3, 8]"}, "whole numbers"),
-        ({"counts": "[0, 0, 0]", "n": "0"}, "not all 0"),
-        ({"ordinal": "[1, 1, 2]"}, "different numbers"),
-        ({"n": "11"}, "n is '11' but the counts sum to 10"),
-        ({}, "appears twice"),
-        ({"group": "Male", "options": '["A", "B", "C"]'}, "another wording or other options"),
-    ],
-)
-def test_malformed_row_is_named_by_file_line_and_reason(tmp_path, wrong, reason):
-    path = table(tmp_path / "poll.csv", GOOD, {**GOOD, **wrong})
-    with pytest.raises(ResearchError, match=reason) as error:
-        load_table(path)
-    assert "poll.csv, line 3:" in str(error.value)
-
-
-def test_table_without_column_rows_or_question_of_a_group_is_refused(tmp_path):
-    path = tmp_path / "poll.csv"
-    path.write_text("qkey,group\nspace,Female\n")
-    with pytest.raises(ResearchError, match=r"line 1: column 'attribute' is missing"):
-        load_table(path)
-    with pytest.raises(ResearchError, match="no rows"):
-        load_table(table(path))
-    other = {**GOOD, "qkey": "parks", "group": "Male"}
-    with pytest.raises(ResearchError, match="group 'Female' has no row for question 'parks'"):
-        load_table(table(path, GOOD, other))
-    with pytest.raises(ResearchError, match="cannot be read"):
-        load_table(tmp_path / "absent.csv")
 
 
 # the planted survey
@@ -230,7 +182,10 @@ def test_handedness_moves_nothing(population):
     for stated in ({}, {"party": "red"}, {"party": "blue", "age": "old", "region": "south"}):
         for hand in ATTRIBUTES["hand"]:
             assert (
-                np.abs(population.given({**stated, "hand": hand}) - population.given(stated)).max()
+                np.abs(
+                    population.answers_given({**stated, "hand": hand})
+                    - population.answers_given(stated)
+                ).max()
                 < 1e-14
             )
     assert not population.effects["hand"].any()
@@ -263,7 +218,7 @@ def test_exact_answers_agree_with_persons_drawn_one_by_one(settings):
     member = np.exp(theta @ corners.T)
     member = (draws.random((n, 1)) > (member / member.sum(1, keepdims=True)).cumsum(1)).sum(1)
     theta = theta + corners[member] + draws.normal(0, settings.spread, theta.shape)
-    exact = population.given(stated)
+    exact = population.answers_given(stated)
     for q in range(0, 216, 7):
         question = population.questions[q]
         taus = np.array(THRESHOLDS[question.n_options - 2])
@@ -327,7 +282,7 @@ def test_splits_hold_whole_pairs_of_topic_and_verb(survey):
 
 @pytest.fixture(scope="module")
 def writer(population) -> Writer:
-    return Writer(population, word_tokenizer(WORDS).get_vocab())
+    return Writer(population, make_word_tokenizer(WORDS).get_vocab())
 
 
 def test_prompt_in_both_orders(survey):
@@ -340,16 +295,18 @@ def test_prompt_in_both_orders(survey):
 
 def test_reversing_the_options_permutes_the_distribution():
     p = np.array([0.1, 0.2, 0.7, 0.0])
-    assert by_letter(p, 3, True) == pytest.approx([0.7, 0.2, 0.1, 0.0])
-    assert by_letter(p, 3, False) == pytest.approx(p)
+    assert order_by_letter(p, 3, True) == pytest.approx([0.7, 0.2, 0.1, 0.0])
+    assert order_by_letter(p, 3, False) == pytest.approx(p)
     both = np.stack([p, p])
-    ladder, reverse = np.array([3, 3]), np.array([True, False])
-    assert by_letter(by_letter(both, ladder, reverse), ladder, reverse) == pytest.approx(both)
+    n_options, reverse = np.array([3, 3]), np.array([True, False])
+    assert order_by_letter(
+        order_by_letter(both, n_options, reverse), n_options, reverse
+    ) == pytest.approx(both)
 
 
 def test_documents_carry_the_exact_answers_of_their_persons(population, writer):
-    tokenizer = word_tokenizer(WORDS)
-    batch = writer.survey(300, np.random.default_rng(0), most_stated=4)
+    tokenizer = make_word_tokenizer(WORDS)
+    batch = writer.write_survey(300, np.random.default_rng(0), most_stated=4)
     by_text = {q.text: q for q in population.questions}
     seen = set()
     for row, at, target in zip(batch.tokens, batch.answer, batch.target, strict=True):
@@ -368,7 +325,7 @@ def test_documents_carry_the_exact_answers_of_their_persons(population, writer):
             for i, q in enumerate(population.questions)
             if q.text == wording and sorted(q.options) == sorted(options)
         )
-        exact = (population.given(stated) if stated else population.web)[index]
+        exact = (population.answers_given(stated) if stated else population.web)[index]
         expected = [exact[population.questions[index].options.index(o)] for o in options]
         assert target[: len(options)] == pytest.approx(expected)
         assert tokenizer.decode(row[at + 1]) in LETTERS[: len(options)]
@@ -378,8 +335,10 @@ def test_documents_carry_the_exact_answers_of_their_persons(population, writer):
 
 
 def test_off_task_surprisal_is_the_entropy_of_what_is_written(writer):
-    """Mean surprisal against the closed-form entropy; the first word of a document is not scored."""
-    batch = writer.off_task(4000, np.random.default_rng(0))
+    """Mean surprisal against the closed-form entropy; the first word of a document is not
+    scored.
+    """
+    batch = writer.write_off_task(4000, np.random.default_rng(0))
     sums, stories = (
         np.nansum(batch.surprisal[::2], axis=1),
         np.nansum(batch.surprisal[1::2], axis=1),
@@ -392,22 +351,22 @@ def test_off_task_surprisal_is_the_entropy_of_what_is_written(writer):
 
 
 def test_every_document_reaches_the_screening_length(writer):
-    batch = writer.mixed(500, np.random.default_rng(0), 4, 0.12)
+    batch = writer.write_mixed(500, np.random.default_rng(0), 4, 0.12)
     lengths = (batch.tokens != 0).sum(1)
     assert lengths.min() >= CONTEXT
     assert lengths.max() <= 48
     assert ((batch.answer < 0).sum()) == 60
 
 
-# the specimen
+# the toy model
 
 
 def tiny_settings():
     from sae_research.training import SAETraining
     from sae_research.world.survey.model import SurveySettings
-    from sae_research.world.toy_saes import SpecimenSAEs
+    from sae_research.world.toy_saes import ToySAEs
 
-    saes = SpecimenSAEs(
+    saes = ToySAEs(
         hooks=("blocks.0.hook_resid_post",),
         latents=64,
         l0=6,
@@ -416,7 +375,7 @@ def tiny_settings():
         calibration=100,
         training=SAETraining(steps=60, batch_size=256, warmup_steps=5),
     )
-    return SurveySettings(width=32, blocks=2, heads=2, inner=64, batch=64, steps=80, saes=saes)
+    return SurveySettings(width=32, blocks=2, heads=2, inner=64, batch_size=64, steps=80, saes=saes)
 
 
 @pytest.mark.slow
@@ -424,51 +383,47 @@ def test_tiny_training_lowers_the_answer_kl_and_repeats_itself(tmp_path, populat
     import torch
 
     from sae_research import models
-    from sae_research.world.survey.checks import answer_kl
+    from sae_research.world.survey.checks import measure_answer_kl
     from sae_research.world.survey.model import train_model
 
     tiny = tiny_settings()
     kl = {}
     for name, steps in (("none", 1), ("some", 80), ("again", 80)):
         train_model(replace(tiny, steps=max(steps, 2)), 0, tmp_path / name, threads=1)
-        lens = models.load_model(tmp_path / name)
-        writer = Writer(population, lens.tokenizer.get_vocab())
-        kl[name] = answer_kl(lens, writer.survey(256, np.random.default_rng(1), 4))
+        model = models.load_model(tmp_path / name)
+        writer = Writer(population, model.tokenizer.get_vocab())
+        kl[name] = measure_answer_kl(model, writer.write_survey(256, np.random.default_rng(1), 4))
     assert kl["some"] < 0.6 * kl["none"]
     assert kl["some"] == kl["again"]
     with pytest.raises(ResearchError, match="not finite"):
-        train_model(replace(tiny, rate=float("inf")), 0, tmp_path / "nan", threads=1)
+        train_model(replace(tiny, lr=float("inf")), 0, tmp_path / "nan", threads=1)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.mark.slow
-def test_tiny_world_has_saes_that_open_and_gates_that_fail(tmp_path):
+def test_tiny_model_has_saes_that_open_and_checks_that_fail(tmp_path):
     from sae_research import models, saes
-    from sae_research.world.survey.checks import measure, sae_quality
+    from sae_research.world.survey.checks import measure, measure_saes
     from sae_research.world.survey.model import NAME, train_model, train_saes
 
     tiny = tiny_settings()
     train_model(tiny, 0, tmp_path / "model", threads=1)
     train_saes(tiny, tmp_path / "model", 0, tmp_path / "saes")
-    lens = models.load_model(tmp_path / "model", name=NAME)
+    model = models.load_model(tmp_path / "model", name=NAME)
     names = {"block0_topk", "block0_jumprelu", "block0_relu", "block0_topk_wide"}
     assert {p.name for p in (tmp_path / "saes").iterdir()} == names
     for name in names:
         sae = saes.load_sae(tmp_path / "saes" / name)
-        assert saes.check_fit(lens, sae) == "blocks.0.hook_out"
+        assert saes.check_fit(model, sae) == "blocks.0.hook_out"
         assert sae.cfg.d_sae == (256 if name.endswith("wide") else 64)
-    table = {row["sae"]: row for row in sae_quality(tmp_path / "model", tmp_path / "saes", tiny, 0)}
+    table = {
+        row["sae"]: row for row in measure_saes(tmp_path / "model", tmp_path / "saes", tiny, 0)
+    }
     assert table["block0_topk"]["l0"] <= 6
     assert table["block0_jumprelu"]["l0"] == pytest.approx(6, rel=0.1)
     assert table["block0_topk"]["explained_variance"] > 0.3
-    gates = {gate.name: gate for gate in measure(tmp_path / "model", tmp_path / "saes", tiny, 0)}
-    assert all(gate.passed for name, gate in gates.items() if name.startswith("planted"))
-    assert not gates["persona prompt: rho_dev"].passed
-
-
-def test_table_reader_ignores_columns_it_does_not_need(tmp_path):
-    path = tmp_path / "t.csv"
-    path.write_text("source," + ",".join(COLUMNS) + "\n")
-    with path.open("a", newline="") as file:
-        csv.writer(file).writerow(["GSS", *(GOOD[c] for c in COLUMNS)])
-    assert json.loads(GOOD["counts"]) == load_table(path).counts[0, 0][::-1].tolist()
+    checks = {
+        check.name: check for check in measure(tmp_path / "model", tmp_path / "saes", tiny, 0)
+    }
+    assert all(check.passed for name, check in checks.items() if name.startswith("planted"))
+    assert not checks["persona prompt: rho_dev"].passed

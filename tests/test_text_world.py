@@ -1,4 +1,4 @@
-"""The text specimen: exact floors, planted truths, and the gate that looks for latents."""
+"""The toy text model: exact floors, planted truths, and the check that looks for latents."""
 
 from dataclasses import replace
 
@@ -9,24 +9,21 @@ torch = pytest.importorskip("torch")
 
 from sae_research.training import SAETraining  # noqa: E402
 from sae_research.world.text import checks, detectors  # noqa: E402
-from sae_research.world.text import model as text_model
+from sae_research.world.text import model as text_model  # noqa: E402
+from sae_research.world.text.articles import compute_concept_odds  # noqa: E402
+from sae_research.world.text.corpus import BOS_ID, KINDS, LENGTH, Corpus  # noqa: E402
 from sae_research.world.text.documents import (  # noqa: E402
-    BOS_ID,
-    KINDS,
-    LENGTH,
-    Corpus,
-    concept_odds,
-    documents,
-    mixture,
-    physics,
-    rows,
+    make_documents,
+    make_mixture,
+    make_physics,
+    make_rows,
 )
 from sae_research.world.text.lexicon import ENDINGS, PROFESSIONS, TOPICS, lexicon  # noqa: E402
 
 LEX = lexicon()
 TINY = text_model.TextSettings(
     model=text_model.TextModel(
-        width=16, blocks=4, heads=2, inner=24, steps=12, batch=16, warm_up=4
+        width=16, blocks=4, heads=2, inner=24, steps=12, batch_size=16, warmup_steps=4
     ),
     saes=replace(
         text_model.TextSettings().saes,
@@ -42,7 +39,7 @@ TINY = text_model.TextSettings(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_have_one_length_finite_floors_and_one_start_token(kind):
-    texts = documents(kind, 200, 0)
+    texts = make_documents(kind, 200, 0)
     assert texts.tokens.shape == texts.floor.shape == (200, LENGTH)
     assert np.isfinite(texts.floor).all()
     assert (texts.floor <= 0).all()
@@ -51,7 +48,7 @@ def test_documents_have_one_length_finite_floors_and_one_start_token(kind):
 
 
 def test_floor_is_the_log_probability_of_the_first_word():
-    texts = mixture(60_000, 0)
+    texts = make_mixture(60_000, 0)
     first = texts.tokens[:, 1]
     for word in np.unique(first):
         p = np.exp(texts.floor[first == word, 1])
@@ -70,8 +67,10 @@ def test_floor_is_the_log_probability_of_the_first_word():
     ],
 )
 def test_inverse_probabilities_average_to_the_number_of_possible_words(kind, after, choices):
-    """E[1 / p(x)] counts the words that can follow, whatever their odds: a floor off by any factor misses it."""
-    texts = documents(kind, 6000, 1)
+    """E[1 / p(x)] counts the words that can follow, whatever their odds: a floor off by any factor
+    misses it.
+    """
+    texts = make_documents(kind, 6000, 1)
     cue = [LEX.ids[word] for word in after.split()]
     n = LENGTH - len(cue)
     hit = np.all([texts.tokens[:, i : i + n] == word for i, word in enumerate(cue)], axis=0)
@@ -82,15 +81,17 @@ def test_inverse_probabilities_average_to_the_number_of_possible_words(kind, aft
 
 def test_floor_of_a_revealed_concept_is_its_frequency():
     corpus = Corpus(explain=0.0, synonym=0.0)
-    texts = documents("article", 50_000, 2, corpus)
+    texts = make_documents("article", 50_000, 2, corpus)
     at_name = texts.floor[:, 3]
-    assert np.allclose(at_name, np.log(concept_odds(corpus))[texts.truth["concept"]], atol=1e-5)
+    assert np.allclose(
+        at_name, np.log(compute_concept_odds(corpus))[texts.truth["concept"]], atol=1e-5
+    )
     rate = np.bincount(texts.truth["concept"], minlength=len(LEX.concepts)) / len(texts)
-    assert np.abs(rate - concept_odds(corpus)).max() < 0.005
+    assert np.abs(rate - compute_concept_odds(corpus)).max() < 0.005
 
 
 def test_floor_of_a_refusal_and_of_an_answer():
-    texts = documents("chat", 4000, 3)
+    texts = make_documents("chat", 4000, 3)
     harmful, refused = _harmful(texts), texts.truth["refused"] == 1
     after_bot = np.stack([texts.floor[:, 3 + 15 * turn + 7 + 1] for turn in range(3)], 1)
     assert np.allclose(after_bot[harmful & refused], np.log(0.25), atol=1e-5)
@@ -105,7 +106,7 @@ def _harmful(texts):
 
 
 def test_refusals_only_where_topic_and_action_are_restricted():
-    texts = documents("chat", 8000, 4)
+    texts = make_documents("chat", 8000, 4)
     harmful, refused = _harmful(texts), texts.truth["refused"] == 1
     assert not refused[~harmful].any()
     assert refused[harmful].mean() == pytest.approx(Corpus().refusal, abs=0.03)
@@ -113,7 +114,7 @@ def test_refusals_only_where_topic_and_action_are_restricted():
 
 
 def test_gender_and_profession_are_independent_and_shown():
-    texts = documents("life", 8000, 5)
+    texts = make_documents("life", 8000, 5)
     cells = np.bincount(2 * texts.truth["gender"] + texts.truth["profession"], minlength=4) / len(
         texts
     )
@@ -128,13 +129,15 @@ def test_gender_and_profession_are_independent_and_shown():
         true[texts.truth["profession"] == 1].mean()
         > 4 * true[texts.truth["profession"] == 0].mean()
     )
-    plain = documents("life", 500, 5, Corpus(contrary=0.0))
+    plain = make_documents("life", 500, 5, Corpus(contrary=0.0))
     assert (np.isin(plain.tokens, cues).sum(1)[plain.truth["profession"] == 1] >= 2).all()
 
 
 def test_floor_of_cues_follows_bayes_rule():
-    """Averaged over texts, 1 / p counts what can follow: 24 cues and 12 neutral things at a free object."""
-    texts = documents("life", 60_000, 13, Corpus(contrary=0.3, stated=0.3))
+    """Averaged over texts, 1 / p counts what can follow: 24 cues and 12 neutral things at a free
+    object.
+    """
+    texts = make_documents("life", 60_000, 13, Corpus(contrary=0.3, stated=0.3))
     inverse = np.exp(-texts.floor)
     some = texts.tokens[:, :-1] == LEX.ids["some"]
     assert inverse[:, 1:][some & (np.arange(1, LENGTH) < 20)].mean() == pytest.approx(24, rel=0.03)
@@ -142,7 +145,7 @@ def test_floor_of_cues_follows_bayes_rule():
 
 
 def test_private_words_occur_only_with_their_concept():
-    texts = mixture(20_000, 6)
+    texts = make_mixture(20_000, 6)
     for concept in range(0, len(LEX.concepts), 13):
         own = [LEX.ids[LEX.concepts[concept] + ending] for ending in ENDINGS]
         holds = np.isin(texts.tokens, own)
@@ -152,7 +155,7 @@ def test_private_words_occur_only_with_their_concept():
 
 
 def test_synonyms_never_meet_the_seed_words():
-    texts = physics(4000, 7)
+    texts = make_physics(4000, 7)
     other = texts.tokens[texts.truth["synonym"] == 1]
     names, *parts = TOPICS["physics"]
     seeds = [LEX.ids[w] for part in parts for w in part.split()[: len(part.split()) // 2]]
@@ -163,15 +166,15 @@ def test_synonyms_never_meet_the_seed_words():
 
 
 def test_facts_are_the_same_in_every_article():
-    texts = documents("article", 5000, 8)
+    texts = make_documents("article", 5000, 8)
     row, column = np.nonzero(texts.tokens == LEX.ids["by"])
-    told = texts.tokens[row, column + 1]
+    stated = texts.tokens[row, column + 1]
     for concept in np.unique(texts.truth["concept"]):
-        assert len(np.unique(told[texts.truth["concept"][row] == concept])) == 1
+        assert len(np.unique(stated[texts.truth["concept"][row] == concept])) == 1
 
 
 def test_sense_is_marked_on_the_word_itself():
-    texts = documents("senses", 500, 9)
+    texts = make_documents("senses", 500, 9)
     labels = texts.token_truth["sense"]
     assert ((labels >= 0).sum(1) == 5).all()
     words = np.array([LEX.ids[w] for w in LEX.sense_word])
@@ -179,7 +182,7 @@ def test_sense_is_marked_on_the_word_itself():
 
 
 def test_same_seed_same_rows_and_packing_keeps_the_floor():
-    one, two, other = rows(300, 11), rows(300, 11), rows(300, 12)
+    one, two, other = make_rows(300, 11), make_rows(300, 11), make_rows(300, 12)
     assert (one.tokens == two.tokens).all()
     assert (one.tokens != other.tokens).any()
     starts = (one.tokens == BOS_ID).sum(1)
@@ -187,9 +190,9 @@ def test_same_seed_same_rows_and_packing_keeps_the_floor():
     assert (one.floor[one.tokens == BOS_ID] == 0).all()
 
 
-def _codes(latents: "torch.Tensor") -> detectors.Codes:
+def _codes(latents: "torch.Tensor") -> detectors.SparseActivations:
     token, latent = latents.nonzero(as_tuple=True)
-    return detectors.Codes(token, latent, latents[token, latent], *latents.shape)
+    return detectors.SparseActivations(token, latent, latents[token, latent], *latents.shape)
 
 
 @pytest.fixture(scope="module")
@@ -204,24 +207,24 @@ def planted():
     return latents, labels, torch.arange(6000) % 2 == 0
 
 
-def test_truth_gate_finds_planted_latents_and_only_those(planted):
+def test_detectors_find_planted_latents_and_only_those(planted):
     latents, labels, half = planted
-    found = detectors.detectors(_codes(latents), labels, 6, half)
+    found = detectors.find_detectors(_codes(latents), labels, 6, half)
     assert found.latent[:5].tolist() == [0, 7, 14, 21, 28]
     assert (found.f1[:5] > 0.9).all()
     assert found.f1[5] < 0.4
 
 
-def test_truth_gate_gives_nothing_on_permuted_labels(planted):
+def test_detectors_give_nothing_on_permuted_labels(planted):
     latents, labels, half = planted
     shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
-    assert (detectors.detectors(_codes(latents), shuffled, 6, half).f1 < 0.4).all()
+    assert (detectors.find_detectors(_codes(latents), shuffled, 6, half).f1 < 0.4).all()
 
 
-def test_truth_gate_scores_like_a_direct_count(planted):
+def test_detectors_score_like_a_direct_count(planted):
     latents, labels, half = planted
-    latent, threshold = detectors.choose(_codes(latents[half]), labels[half], 6)
-    f1, _ = detectors.score(_codes(latents[~half]), labels[~half], latent, threshold)
+    latent, threshold = detectors.choose_latents(_codes(latents[half]), labels[half], 6)
+    f1, _ = detectors.score_latents(_codes(latents[~half]), labels[~half], latent, threshold)
     for label in range(6):
         fired, true = latents[~half][:, latent[label]] >= threshold[label], labels[~half] == label
         assert f1[label] == pytest.approx(
@@ -229,7 +232,7 @@ def test_truth_gate_scores_like_a_direct_count(planted):
         )
 
 
-def test_tiny_specimen_is_built_measured_and_rebuilt_with_the_same_bytes(tmp_path, monkeypatch):
+def test_tiny_model_is_built_measured_and_rebuilt_with_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_RESEARCH_PROGRESS", "0")
     text_model.train_model(TINY, 0, tmp_path / "model", 1)
     text_model.train_model(TINY, 0, tmp_path / "again" / "model", 1)
@@ -239,10 +242,10 @@ def test_tiny_specimen_is_built_measured_and_rebuilt_with_the_same_bytes(tmp_pat
     names = {p.name for p in (tmp_path / "saes").iterdir()}
     kinds = {f"block{b}_{k}" for b in (1, 3) for k in ("topk", "jumprelu", "relu")}
     assert names == kinds | {"block1_topk_wide"}
-    gates = checks.measure(tmp_path / "model", tmp_path / "saes", TINY, 0, size=40)
-    assert len({g.name for g in gates}) == len(gates) == 20
-    assert not next(g for g in gates if g.name == "loss minus floor: chat").passed
-    qualities = checks.sae_quality(tmp_path / "model", tmp_path / "saes", TINY, 0, size=40)
+    found = checks.measure(tmp_path / "model", tmp_path / "saes", TINY, 0, size=40)
+    assert len({c.name for c in found}) == len(found) == 20
+    assert not next(c for c in found if c.name == "loss minus floor: chat").passed
+    qualities = checks.measure_saes(tmp_path / "model", tmp_path / "saes", TINY, 0, size=40)
     assert {q["sae"] for q in qualities} == names
     assert all(q["l0"] == pytest.approx(4, rel=0.2) for q in qualities if q["kind"] == "topk")
 
@@ -252,4 +255,4 @@ def test_a_loss_that_is_not_a_number_stops_the_training():
 
     broken = replace(TINY, model=replace(TINY.model, lr=1e30, clip=float("inf")))
     with pytest.raises(ResearchError, match="not finite at step"):
-        text_model.fit(broken, 0)
+        text_model.train_transformer(broken, 0)

@@ -1,4 +1,4 @@
-"""Working copies of the repository for tests that run the chain: nothing in the checkout itself is touched."""
+"""Working copies of the repository for tests that run the chain; the checkout is not touched."""
 
 import os
 import shutil
@@ -77,7 +77,7 @@ class Workspace:
 
 
 def copied(root: Path) -> Workspace:
-    """A copy of every file of the repository that git would commit (or, without git, of all but the generated ones)."""
+    """A copy of every file that git would commit (without git, of all but the generated ones)."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"],
         cwd=paths.ROOT,

@@ -1,1 +1,1 @@
-"""Surveys: questions, groups and answers; reading public and own data; splits; crossed attributes."""
+"""Surveys: questions, groups and answers; public and own data; splits; crossed attributes."""

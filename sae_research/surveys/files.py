@@ -1,386 +1,269 @@
-"""Surveys as others publish them: OpinionQA in its CodaLab layout, SubPOP's jsonl, GlobalOpinionQA's csv.
+"""A survey of your own: `load_survey` reads one csv in any of three layouts.
 
-Pew's American Trends Panel, which the first two hold, may not be passed on: `writable` refuses to write it where git
-would pick it up.
-"""
+| layout | a row is | needed columns | optional columns |
+|---|---|---|---|
+| counts | a group's answers to a question | qkey, attribute, group, question, options, counts | ordinal, n |
+| long | a respondent's answer to a question | respondent, question, answer, attributes | weight |
+| wide | a respondent | one per question, attributes | respondent, weight |
 
-import ast
-import csv
-import json
-import subprocess
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+counts: `options`, `counts` and `ordinal` are lists such as ["no", "yes"]. Counts may be weighted;
+`n` is the number of respondents, by default the sum of the counts. Without `ordinal` the options
+ascend as listed; equal ordinals mean options without order. Rows of attribute and group `Overall`
+are the population; without them it is pooled over the groups.
+
+long and wide: each attribute column (gender, party, ...) makes one group per value. Empty cells
+are people who were not asked or did not answer. `weight` is a respondent's survey weight.
+"""  # noqa: E501 - the table
+
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sae_research.errors import ResearchError
-from sae_research.paths import ROOT, relative
-from sae_research.surveys.survey import OVERALL, Group, Question, Survey
+from sae_research.paths import relative
+from sae_research.surveys.cells import Cell, assemble, make_question
+from sae_research.surveys.survey import OVERALL, Question, Survey
+from sae_research.surveys.tables import (
+    Row,
+    are_numbers,
+    malformed,
+    parse_list,
+    parse_number,
+    read_rows,
+)
 
-SPLITS = ("train", "validation", "test")
-RESTRICTED = ("OpinionQA", "SubPOP")
-"""Sources whose data must stay with the reader."""
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-
-@dataclass(frozen=True)
-class Cell:
-    """How one group answered one question."""
-
-    question: Question
-    """The item, options ascending."""
-    attribute: str
-    """The group's attribute."""
-    group: str
-    """The group."""
-    shares: np.ndarray
-    """Share of each option, in the order of the question's options."""
-    respondents: int | None
-    """How many answered; None where the source does not say."""
-
-
-def assemble(cells: Sequence[Cell], source: str) -> Survey:
-    """The survey of the groups that answered every question; the population is `Overall`, else the groups' mean."""
-    questions = {c.question.key: c.question for c in cells}
-    width = max(q.n_options for q in questions.values())
-    found: dict[tuple[str, str], dict[str, Cell]] = {}
-    for cell in cells:
-        found.setdefault((cell.attribute, cell.group), {})[cell.question.key] = cell
-    full = {name: row for name, row in found.items() if len(row) == len(questions)}
-    tables = {
-        name: np.stack([_padded(row[q].shares, width) for q in questions])
-        for name, row in full.items()
-    }
-    overall = tables.pop((OVERALL, OVERALL), None)
-    if not tables:
-        raise ResearchError(
-            f"no group of {source} answered all {len(questions)} questions; load fewer waves or files."
-        )
-    sizes = {n: [full[n][q].respondents for q in questions] for n in tables}
-    known = all(size is not None for row in sizes.values() for size in row)
-    mean = {n: float(np.mean(row)) if known else 1.0 for n, row in sizes.items()}
-    total = {a: sum(m for (b, _), m in mean.items() if b == a) for a, _ in mean}
-    distributions = np.stack(list(tables.values()))
-    counts = None
-    if known:
-        counts = np.stack([_whole(tables[n], np.array(sizes[n])) for n in tables])
-    groups = tuple(Group(a, g, mean[a, g] / total[a]) for a, g in tables)
-    if overall is None:
-        share = np.array([g.share for g in groups])
-        overall = np.tensordot(share / share.sum(), distributions, 1)
-    return Survey(tuple(questions.values()), groups, distributions, overall, counts=counts)
+COUNTS = ("qkey", "attribute", "group", "question", "options", "counts")
+LONG = ("respondent", "question", "answer")
+LAYOUTS = (
+    f"A survey is a csv with one row per group and question (columns {', '.join(COUNTS)}), one row "
+    f"per respondent and question (columns {', '.join(LONG)} and attributes), or one row per "
+    "respondent (one column per question; name the attribute columns: "
+    "`load_survey(path, attributes=['gender'])`)."
+)
+MOST_OPTIONS = 26
+"""Options are lettered, so no question can have more."""
 
 
-def _padded(shares: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(shares, (0, width - len(shares)))
+def load_survey(
+    path: "Path | str",
+    *,
+    attributes: Sequence[str] = (),
+    questions: "Sequence[str] | Mapping[str, str]" = (),
+    options: Mapping[str, Sequence[str]] | None = None,
+    weight: str = "weight",
+) -> Survey:
+    """A survey from a csv in the layout counts, long or wide (see the table of this module).
 
+    `attributes` are the columns that make groups (long: by default all further columns),
+    `questions` the ones to read (default: all), with their wordings if it is a mapping. `options`
+    lists a question's answers in ascending order; without it, numbers ascend and words have no
+    order. `weight` names the column of the respondents' weights.
 
-def _whole(shares: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Counts that sum to n, as near to n times the shares as whole numbers come (largest remainders)."""
-    exact = shares * n[:, None]
-    counts = np.floor(exact).astype(int)
-    for row, (target, low) in enumerate(zip(exact, counts, strict=True)):
-        rest = int(n[row] - low.sum())
-        counts[row, np.argsort(low - target)[:rest]] += 1
-    return counts
-
-
-def question(
-    key: str, text: str, options: Sequence[str], ordinal: Sequence[float]
-) -> tuple[Question, list[int]]:
-    """An item with its options in ascending order, and that order; equal ordinals throughout mean a nominal item."""
-    order = sorted(range(len(options)), key=lambda i: ordinal[i])
-    ordered = len(set(ordinal)) > 1
-    values = (
-        tuple(float(ordinal[i]) for i in order)
-        if ordered
-        else tuple(map(float, range(len(options))))
-    )
-    return Question(
-        key, text, tuple(str(options[i]) for i in order), values, ordered=ordered
-    ), order
-
-
-# OpinionQA
-
-
-def load_opinion_qa(folder: Path, waves: Sequence[int]) -> Survey:
-    """OpinionQA as its authors publish it on CodaLab: `human_resp/American_Trends_Panel_W<wave>/` below `folder`.
-
-    Each wave holds info.csv (key, question, references, option_ordinal), metadata.csv (key, options) and responses.csv
-    (one respondent a row, weight in WEIGHT_W<wave>). Refusals are left out of the distributions.
+    >>> survey = load_survey("poll.csv", attributes=["party"], options={"tax": ["no", "yes"]})
+    >>> survey = survey.split(seed=0)
     """
-    cells: list[Cell] = []
-    for wave in waves:
-        place = Path(folder) / "human_resp" / f"American_Trends_Panel_W{wave}"
-        items = [
-            _opinion_item(row, place / "info.csv", line, wave)
-            for line, row in rows(place / "info.csv", _INFO)
-        ]
-        attributes = {
-            row["key"]: literal(row["options"], list, place / "metadata.csv", line)
-            for line, row in rows(place / "metadata.csv", ("key", "options"))
-        }
-        weight = f"WEIGHT_W{wave}"
-        needed = (weight, *attributes, *(q.key for q, _ in items))
-        people = list(rows(place / "responses.csv", needed))
-        weights = np.array(
-            [number(row[weight], place / "responses.csv", line, weight) for line, row in people]
-        )
-        answers = {
-            q.key: _chosen(q, refusals, people, place / "responses.csv") for q, refusals in items
-        }
-        members = {(OVERALL, OVERALL): np.ones(len(people), dtype=bool)}
-        for attribute, names in attributes.items():
-            held = np.array([row[attribute] for _, row in people])
-            members |= {(attribute, name): held == name for name in names}
-        for item, _ in items:
-            chosen = answers[item.key]
-            for (attribute, name), inside in members.items():
-                here = inside & (chosen >= 0)
-                if not here.any():
-                    continue
-                shares = np.bincount(chosen[here], weights[here], item.n_options)
-                cells.append(Cell(item, attribute, name, shares / shares.sum(), int(here.sum())))
-    return assemble(cells, "OpinionQA")
+    path = Path(path).expanduser()
+    rows = read_rows(path, layout=LAYOUTS)
+    columns = list(rows[0][1])
+    if set(COUNTS) <= set(columns):
+        cells = _read_counts([r for r in rows if not questions or r[1]["qkey"] in questions], path)
+    else:
+        if set(LONG) <= set(columns):
+            attributes = attributes or [c for c in columns if c not in (*LONG, weight)]
+            answers = _read_long(rows, path, attributes, weight)
+        elif attributes:
+            listed = questions or [
+                c for c in columns if c not in (*attributes, weight, "respondent")
+            ]
+            answers = _read_wide(rows, path, attributes, listed, weight)
+        else:
+            raise ResearchError(
+                f"{relative(path)} has the columns {', '.join(columns[:8])}. {LAYOUTS}"
+            )
+        if questions:
+            answers = answers[answers["question"].isin(list(questions))]
+        wordings = questions if isinstance(questions, Mapping) else {}
+        cells = _count_answers(answers, path, attributes, wordings, options or {})
+    if not cells:
+        raise ResearchError(f"{relative(path)} holds no answers to the questions. {LAYOUTS}")
+    _warn_of_incomplete_groups(cells, path)
+    return assemble(cells, relative(path))
 
 
-_INFO = ("key", "question", "references", "option_ordinal")
+# one row per group and question
 
 
-def families(questions: Sequence[Question], similarity: float) -> tuple[str, ...]:
-    """The family of near-duplicates of each question, by the key of its first member, whatever the wave.
-
-    Two wordings are near-duplicates if the cosine of their tf-idf vectors is at least `similarity`; families are what
-    hangs together by that.
-    """
-    from scipy.sparse.csgraph import connected_components
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    words = TfidfVectorizer(token_pattern=r"\w+").fit_transform([q.text for q in questions])
-    _, labels = connected_components((words @ words.T) >= similarity, directed=False)
-    first: dict[int, str] = {}
-    return tuple(
-        first.setdefault(int(label), q.key) for label, q in zip(labels, questions, strict=True)
-    )
-
-
-def split_by_wave(survey: Survey, unseen: Sequence[int], names: Sequence[str], seed: int) -> Survey:
-    """Test questions: all of the `unseen` waves and a quarter of the others; the rest trains (60 of 75) or validates.
-
-    `names` are the questions' families: none is parted, and one that reaches into an unseen wave is for the test alone.
-    """
-    waves = {f"wave {wave}" for wave in unseen}
-    apart = {name for name, q in zip(names, survey.questions, strict=True) if q.topic in waves}
-    seen = [name for name in dict.fromkeys(names) if name not in apart]
-    order = np.random.default_rng(seed).permutation(len(seen))
-    bounds = (0.6 * len(seen), 0.75 * len(seen))
-    part = {
-        seen[i]: SPLITS[int(np.searchsorted(bounds, place, side="right"))]
-        for place, i in enumerate(order)
-    }
-    questions = [
-        replace(q, split=part.get(name, "test"))
-        for q, name in zip(survey.questions, names, strict=True)
-    ]
-    return replace(survey, questions=tuple(questions))
-
-
-def _opinion_item(
-    row: dict[str, str], path: Path, line: int, wave: int
-) -> tuple[Question, set[str]]:
-    options = literal(row["references"], list, path, line)
-    ordinal = literal(row["option_ordinal"], list, path, line)
-    if not 2 <= len(ordinal) <= len(options):
-        raise malformed(
-            path,
-            line,
-            f"{len(options)} references but {len(ordinal)} ordinals; refusals alone may lack one",
-        )
-    item, _ = question(row["key"], row["question"], options[: len(ordinal)], ordinal)
-    return replace(item, topic=f"wave {wave}"), set(map(str, options[len(ordinal) :]))
-
-
-def _chosen(
-    item: Question, refusals: set[str], people: list[tuple[int, dict]], path: Path
-) -> np.ndarray:
-    """Index of the option that each respondent chose; -1 for refusals and people who were not asked."""
-    index = {option: i for i, option in enumerate(item.options)} | dict.fromkeys(
-        refusals | {"", "nan"}, -1
-    )
-    found = np.empty(len(people), dtype=int)
-    for i, (line, row) in enumerate(people):
-        if row[item.key] not in index:
-            raise malformed(path, line, f"'{row[item.key]}' is no option of question '{item.key}'")
-        found[i] = index[row[item.key]]
+def _read_counts(rows: list[Row], path: Path) -> list[Cell]:
+    """Cells from counts; a row without counts is a question that the group did not answer."""
+    cells: dict[tuple[str, str, str], Cell] = {}
+    known: dict[str, Question] = {}
+    pooled: dict[str, np.ndarray] = {}
+    for line, row in rows:
+        if not row["counts"].strip():
+            continue
+        item, counts = _parse_counts(row, path, line)
+        if known.setdefault(item.key, item) != item:
+            reason = f"question '{item.key}' has another wording or other options than before"
+            raise malformed(path, line, reason)
+        place = (row["attribute"], row["group"], item.key)
+        if place in cells:
+            reason = f"question '{item.key}' of group '{row['group']}' appears twice"
+            raise malformed(path, line, reason)
+        n = (row.get("n") or "").strip()
+        respondents = round(parse_number(n, path, line, "n") if n else counts.sum())
+        shares = counts / counts.sum()
+        cells[place] = Cell(item, row["attribute"], row["group"], shares, max(1, respondents))
+        pooled[item.key] = pooled.get(item.key, 0) + counts
+    found = list(cells.values())
+    if not any(cell.attribute == OVERALL for cell in found):
+        for key, counts in pooled.items():
+            shares = counts / counts.sum()
+            found.append(Cell(known[key], OVERALL, OVERALL, shares, round(counts.sum())))
     return found
 
 
-# SubPOP
+def _parse_counts(row: dict[str, str], path: Path, line: int) -> tuple[Question, np.ndarray]:
+    options = parse_list(row["options"], path, line, "options")
+    counts = parse_list(row["counts"], path, line, "counts")
+    ordinal = list(range(1, len(options) + 1))
+    if (row.get("ordinal") or "").strip():
+        ordinal = parse_list(row["ordinal"], path, line, "ordinal")
+    if not 2 <= len(options) == len(ordinal) == len(counts):
+        reason = f"{len(options)} options, {len(ordinal)} ordinals and {len(counts)} counts"
+        raise malformed(path, line, f"{reason}; there must be equally many, at least 2")
+    if not all(type(o) in (int, float) for o in ordinal) or len(set(ordinal)) not in (
+        1,
+        len(ordinal),
+    ):
+        reason = f"'ordinal' must hold different numbers, or equal ones for no order: {ordinal}"
+        raise malformed(path, line, reason)
+    if not are_numbers(counts) or sum(counts) == 0:
+        reason = f"'counts' must be numbers of at least 0, not all 0: {counts}"
+        raise malformed(path, line, reason)
+    item, order = make_question(row["qkey"], row["question"], options, ordinal)
+    return item, np.array(counts, dtype=float)[order]
 
 
-def load_subpop(path: Path) -> Survey:
-    """SubPOP's jsonl: a question and group a line, with qkey, question, options, ordinal, attribute, group, responses.
-
-    `responses` holds the shares of the options without refusal; `n` (respondents) is read where it is given.
-    """
-    path, cells = Path(path), []
-    for line, text in enumerate(_text(path).splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise malformed(path, line, f"it is not JSON ({error.msg})") from error
-        for name in ("qkey", "question", "options", "ordinal", "attribute", "group", "responses"):
-            if name not in row:
-                raise malformed(path, line, f"'{name}' is missing")
-        options, ordinal, shares = (
-            as_list(row[name], path, line, name) for name in ("options", "ordinal", "responses")
-        )
-        if not 2 <= len(ordinal) == len(shares) <= len(options):
-            reason = f"{len(options)} options, {len(ordinal)} ordinals and {len(shares)} responses"
-            raise malformed(path, line, reason)
-        item, order = question(str(row["qkey"]), row["question"], options[: len(ordinal)], ordinal)
-        found = checked(shares, path, line)[order]
-        n = row.get("n")
-        cells.append(
-            Cell(item, row["attribute"], row["group"], found, None if n is None else int(n))
-        )
-    if not cells:
-        raise ResearchError(f"{relative(path)} holds no rows.")
-    return assemble(cells, "SubPOP")
+# one row per respondent (and question)
 
 
-# GlobalOpinionQA
+def _read_long(rows: list[Row], path: Path, attributes: Sequence[str], weight: str) -> "DataFrame":
+    """The answers of a long csv; the columns that `_count_answers` takes."""
+    frame = _read_people(rows, path, attributes, weight, ("question", "answer"))
+    frame["question"] = [row["question"].strip() for _, row in rows]
+    frame["answer"] = [row["answer"].strip() for _, row in rows]
+    twice = frame.assign(who=[row["respondent"] for _, row in rows]).duplicated(["who", "question"])
+    if twice.any():
+        line = int(frame["_line"][twice].iloc[0])
+        raise malformed(path, line, "this respondent has answered the question before")
+    return frame
 
 
-def load_global_opinions(path: Path, countries: Sequence[str]) -> Survey:
-    """GlobalOpinionQA's csv (question, selections, options): the questions that all `countries` answered.
+def _read_wide(
+    rows: list[Row], path: Path, attributes: Sequence[str], questions: Sequence[str], weight: str
+) -> "DataFrame":
+    """The same for a wide csv, question after question."""
+    import pandas as pd
 
-    The file says nothing on the options' order, so they count as nominal and distances are total variation.
-    """
-    path, cells = Path(path), []
-    for line, row in rows(path, ("question", "selections", "options")):
-        text = row["selections"]
-        inner = text[text.find("{") : text.rfind("}") + 1]
-        answers = literal(inner, dict, path, line)
-        options = literal(row["options"], list, path, line)
-        if not all(country in answers for country in countries):
-            continue
-        item, _ = question(f"line {line}", row["question"], options, [0.0] * len(options))
-        for country in countries:
-            shares = answers[country]
-            if not isinstance(shares, list) or len(shares) != len(options):
-                raise malformed(
-                    path, line, f"'{country}' has no share for each of the {len(options)} options"
-                )
-            cells.append(Cell(item, "country", country, checked(shares, path, line), None))
-    if not cells:
-        raise ResearchError(
-            f"{relative(path)} has no question that all of {', '.join(countries)} answered."
-        )
-    return assemble(cells, "GlobalOpinionQA")
-
-
-# the gate
-
-
-def writable(path: Path, source: str) -> Path:
-    """`path`, unless data of `source` may not be passed on and git would pick the file up."""
-    path = Path(path).resolve()
-    if source in RESTRICTED and path.is_relative_to(ROOT) and not ignored(path):
-        raise ResearchError(
-            f"{source} holds Pew's American Trends Panel, which may not be redistributed, and git would pick "
-            f"{relative(path)} up; write it outside the repository or to a folder that git ignores."
-        )
-    return path
-
-
-def ignored(path: Path) -> bool:
-    """Whether git leaves a path of this folder alone; an unpacked archive has no repository that could pick it up."""
-    if not (ROOT / ".git").exists():
-        return True
-    try:
-        found = subprocess.run(
-            ["git", "check-ignore", "-q", str(path)], cwd=ROOT, capture_output=True, check=False
-        )
-        tracked = subprocess.run(
-            ["git", "ls-files", str(path)], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return False
-    return found.returncode == 0 and not tracked.stdout.strip()
-
-
-# reading
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResearchError(
-            f"{relative(path)} cannot be read ({error}); fetch the data set again."
-        ) from error
-
-
-def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a csv with their line numbers; a missing file, column or cell is named."""
-    reader = csv.DictReader(_text(path).splitlines(keepends=True))
-    missing = [c for c in columns if c not in (reader.fieldnames or ())]
-    if missing:
-        raise ResearchError(f"{relative(path)}, line 1: column '{missing[0]}' is missing.")
-    for row in reader:
-        if any(row[c] is None for c in columns):
-            raise malformed(path, reader.line_num, "the row has fewer cells than the header")
-        yield reader.line_num, row
-
-
-def literal(text: str, kind: type, path: Path, line: int) -> object:
-    """A list or dict that was written as Python text; nothing is executed."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = None
-    if not isinstance(value, kind):
-        raise malformed(path, line, f"{text[:40]!r} is not a {kind.__name__}")
-    return value
-
-
-def as_list(value: object, path: Path, line: int, name: str) -> list:
-    """A list, or the text of one."""
-    value = literal(value, list, path, line) if isinstance(value, str) else value
-    if not isinstance(value, list):
-        raise malformed(path, line, f"'{name}' is not a list")
-    return value
-
-
-def number(text: str, path: Path, line: int, name: str) -> float:
-    """A finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not (np.isfinite(value) and value >= 0):
-        raise malformed(path, line, f"'{name}' is {text!r}, not a number of at least 0")
-    return value
-
-
-def checked(shares: Sequence[object], path: Path, line: int) -> np.ndarray:
-    """Shares as an array that sums to one."""
-    good = all(
-        isinstance(s, int | float) and not isinstance(s, bool) and np.isfinite(s) and s >= 0
-        for s in shares
+    people = _read_people(rows, path, attributes, weight, questions)
+    return pd.concat(
+        [
+            people.assign(question=name, answer=[row[name].strip() for _, row in rows])
+            for name in questions
+        ],
+        ignore_index=True,
     )
-    if not good or not 0.9 <= sum(shares) <= 1.1:  # type: ignore[arg-type]
-        raise malformed(
-            path, line, f"shares must be at least 0 and sum to about 1: {list(shares)[:6]}"
+
+
+def _read_people(
+    rows: list[Row], path: Path, attributes: Sequence[str], weight: str, needed: Sequence[str]
+) -> "DataFrame":
+    """Line, weight and attributes of each row."""
+    import pandas as pd
+
+    header = rows[0][1]
+    wanted = [*attributes, *needed] + ([weight] if weight != "weight" else [])
+    if missing := [column for column in wanted if column not in header]:
+        raise ResearchError(
+            f"{relative(path)}, line 1: column '{missing[0]}' is missing. {LAYOUTS}"
         )
-    found = np.array(shares, dtype=float)
-    return found / found.sum()
+    frame = pd.DataFrame({"_line": [line for line, _ in rows]})
+    frame["_weight"] = 1.0
+    if weight in header:
+        frame["_weight"] = [parse_number(row[weight], path, line, weight) for line, row in rows]
+    frame[OVERALL] = OVERALL
+    for name in attributes:
+        frame[name] = [row[name].strip() for _, row in rows]
+    return frame
 
 
-def malformed(path: Path, line: int, reason: str) -> ResearchError:
-    """The error for one row."""
-    return ResearchError(f"{relative(path)}, line {line}: {reason}; correct the row.")
+def _count_answers(
+    answers: "DataFrame",
+    path: Path,
+    attributes: Sequence[str],
+    wordings: Mapping[str, str],
+    options: Mapping[str, Sequence[str]],
+) -> list[Cell]:
+    """Weighted shares of each group's answers to each question, and how many people answered."""
+    cells = []
+    for key, asked in answers[answers["answer"] != ""].groupby("question", sort=False):
+        item = _infer_question(key, wordings.get(key, key), asked["answer"], options.get(key))
+        unknown = asked[~asked["answer"].isin(item.options)]
+        if len(unknown):
+            answer = unknown["answer"].iloc[0]
+            reason = f"'{answer}' is no option of question '{key}': {', '.join(item.options)}"
+            raise malformed(path, int(unknown["_line"].iloc[0]), reason)
+        chosen = asked["answer"].map(item.options.index).to_numpy()
+        weights = asked["_weight"].to_numpy()
+        for attribute in (OVERALL, *attributes):
+            values = asked[attribute].to_numpy()
+            for value in sorted(set(values) - {""}):
+                inside = values == value
+                counts = np.bincount(chosen[inside], weights[inside], item.n_options)
+                if counts.sum() > 0:
+                    shares = counts / counts.sum()
+                    cells.append(Cell(item, attribute, value, shares, int(inside.sum())))
+    return cells
+
+
+def _infer_question(
+    key: str, wording: str, answers: Sequence[str], options: Sequence[str] | None
+) -> Question:
+    """A question with the options that are given, or else with those that occur."""
+    if options:
+        return make_question(key, wording, options, range(len(options)))[0]
+    found = sorted(set(answers))
+    if not 2 <= len(found) <= MOST_OPTIONS:
+        raise ResearchError(
+            f"'{key}' has {len(found)} different answers, so it is no question with options; "
+            "leave it out with `questions=[...]` or list its `options`."
+        )
+    try:
+        ordinal = [float(answer) for answer in found]
+    except ValueError:
+        ordinal = [0.0] * len(found)
+    return make_question(key, wording, found, ordinal)[0]
+
+
+def _warn_of_incomplete_groups(cells: Sequence[Cell], path: Path) -> None:
+    keys = list(dict.fromkeys(cell.question.key for cell in cells))
+    answered: dict[str, set[str]] = {}
+    for cell in cells:
+        answered.setdefault(f"{cell.attribute} {cell.group}", set()).add(cell.question.key)
+    lacking = {
+        name: next(key for key in keys if key not in found)
+        for name, found in answered.items()
+        if len(found) < len(keys)
+    }
+    if lacking:
+        listed = "; ".join(f"'{name}' has no answer to '{key}'" for name, key in lacking.items())
+        warnings.warn(
+            f"{relative(path)}: groups without answers to every question are left out: {listed}.",
+            stacklevel=3,
+        )

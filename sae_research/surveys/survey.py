@@ -1,22 +1,19 @@
-"""One schema for surveys, planted or real, and the statistics that compare answer distributions of groups.
+"""One schema for surveys, planted or real, and the statistics that compare answer distributions of
+groups.
 
-Options are kept in ascending order of their ordinal value. Questions with fewer options than the longest are padded
-with zero probability, so that every statistic is one array expression over [..., questions, options].
+Options are kept in ascending order of their ordinal value. Questions with fewer options than
+the longest are padded with zero probability, so that every statistic is one array expression
+over [..., questions, options].
 """
 
-import csv
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from sae_research.errors import ResearchError
-from sae_research.paths import relative
 
 OVERALL = "Overall"
-COLUMNS = ("qkey", "attribute", "group", "question", "options", "ordinal", "counts", "n")
 
 
 @dataclass(frozen=True)
@@ -67,13 +64,17 @@ class Survey:
     groups: tuple[Group, ...]
     """The groups, in the order of the arrays."""
     distributions: np.ndarray
-    """Answer distribution of each group, [groups, questions, options], zero beyond a question's last option."""
+    """Answer distribution of each group, [groups, questions, options], zero beyond a question's
+    last option.
+    """
     overall: np.ndarray
     """Answer distribution of the whole population, [questions, options]."""
     counts: np.ndarray | None = None
     """Respondents per answer, like `distributions`; None where distributions are exact."""
     web: np.ndarray | None = None
-    """Answer distribution of the skewed population that writes text, [questions, options]; planted surveys only."""
+    """Answer distribution of the skewed population that writes text, [questions, options]; planted
+    surveys only.
+    """
     traits: np.ndarray | None = None
     """Planted mean trait of each group, [groups, dimensions]; planted surveys only."""
 
@@ -85,7 +86,9 @@ class Survey:
 
     @cached_property
     def gaps(self) -> np.ndarray:
-        """Distance between neighbouring options as a share of the item's range, [questions, options - 1]."""
+        """Distance between neighbouring options as a share of the item's range, [questions,
+        options - 1].
+        """
         gaps = np.zeros((len(self.questions), self.overall.shape[-1] - 1))
         for row, question in zip(gaps, self.questions, strict=True):
             row[: question.n_options - 1] = ordinal_gaps(question.ordinal)
@@ -113,7 +116,9 @@ class Survey:
     def distance(
         self, p: np.ndarray, q: np.ndarray, questions: np.ndarray | slice = slice(None)
     ) -> np.ndarray:
-        """WD of ordered questions and total variation of nominal ones, for answers [..., questions, options]."""
+        """WD of ordered questions and total variation of nominal ones, for answers [...,
+        questions, options].
+        """
         ordered = np.array([q.ordered for q in self.questions])[questions]
         return np.where(ordered, wasserstein(p, q, self.gaps[questions]), total_variation(p, q))
 
@@ -121,8 +126,17 @@ class Survey:
         """The same survey as a poll of `n` respondents per group (and question) would see it."""
         draws = np.random.default_rng(seed)
         sizes = np.broadcast_to(n, self.distributions.shape[:2])
-        counts = draws.multinomial(sizes, _normalised(self.distributions))
+        counts = draws.multinomial(sizes, _normalize(self.distributions))
         return replace(self, counts=counts, distributions=counts / counts.sum(-1, keepdims=True))
+
+    def split(self, seed: int, similarity: float = 0.6) -> "Survey":
+        """The same survey with its questions split into train, validation and test.
+
+        Questions whose wordings are at least `similarity` alike (cosine of tf-idf) stay together.
+        """
+        from sae_research.surveys.splits import split_questions
+
+        return split_questions(self, seed, similarity)
 
 
 def ordinal_gaps(ordinal: tuple[float, ...]) -> np.ndarray:
@@ -132,17 +146,21 @@ def ordinal_gaps(ordinal: tuple[float, ...]) -> np.ndarray:
 
 
 def wasserstein(p: np.ndarray, q: np.ndarray, gaps: np.ndarray) -> np.ndarray:
-    """WD = sum_i |F_p(i) - F_q(i)| (o[i+1] - o[i]) / (o_max - o_min), in [0, 1]; one number a question."""
+    """WD = sum_i |F_p(i) - F_q(i)| (o[i+1] - o[i]) / (o_max - o_min), in [0, 1]; one number per
+    question.
+    """
     return (np.abs(np.cumsum(p - q, axis=-1)[..., :-1]) * gaps).sum(-1)
 
 
 def total_variation(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Half the summed absolute difference, the distance for options without order; one number a question."""
+    """Half the summed absolute difference, the distance for options without order; one number per
+    question.
+    """
     return np.abs(p - q).sum(-1) / 2
 
 
 def divergence(p: np.ndarray, q: np.ndarray, floor: float = 1e-12) -> np.ndarray:
-    """KL(p || q) in nats; one number a question."""
+    """KL(p || q) in nats; one number per question."""
     return np.where(
         p > 0, p * (np.log(np.maximum(p, floor)) - np.log(np.maximum(q, floor))), 0.0
     ).sum(-1)
@@ -155,30 +173,34 @@ def logit(p: np.ndarray, floor: float = 1e-3) -> np.ndarray:
 
 
 def deviations(distributions: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """logit P_gq - logit Pbar_q with Pbar_q = sum_g w_g P_gq: what is left once the population's view is taken out."""
+    """logit P_gq - logit Pbar_q with Pbar_q = sum_g w_g P_gq: what is left once the population's
+    view is taken out.
+    """
     mean = np.tensordot(weights, distributions, axes=1)
     return logit(distributions) - logit(mean)
 
 
 @dataclass(frozen=True)
-class GroupPart:
+class GroupScores:
     """How well predicted distributions follow the differences between groups."""
 
     rho: float
     """rho_dev: correlation of predicted with true deviations over groups, questions and options."""
     slope: float
-    """beta_dev: regression slope of predicted on true deviations; 1 is calibrated, above is caricature."""
+    """beta_dev: regression slope of predicted on true deviations; 1 is calibrated, above is
+    caricature.
+    """
     by_group: np.ndarray
     """rho_dev within each group; nan where a group does not deviate."""
 
 
-def group_part(
+def score_groups(
     predicted: np.ndarray, true: np.ndarray, weights: np.ndarray, mask: np.ndarray
-) -> GroupPart:
+) -> GroupScores:
     """rho_dev and beta_dev of predicted distributions, [groups, questions, options]."""
     ours, truth = deviations(predicted, weights)[:, mask], deviations(true, weights)[:, mask]
     centred = truth - truth.mean()
-    return GroupPart(
+    return GroupScores(
         rho=_correlation(ours.ravel(), truth.ravel()),
         slope=float((centred * ours).sum() / (centred**2).sum()),
         by_group=np.array([_correlation(a, b) for a, b in zip(ours, truth, strict=True)]),
@@ -192,8 +214,10 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def reliability(survey: Survey, seed: int) -> float:
-    """Split-half reliability of the deviations, stepped up to full size: rho_dev / sqrt of it is free of noise."""
-    draws, counts = np.random.default_rng(seed), _counted(survey)
+    """Split-half reliability of the deviations, stepped up to full size: rho_dev / sqrt of it is
+    free of noise.
+    """
+    draws, counts = np.random.default_rng(seed), _require_counts(survey)
     half = draws.multivariate_hypergeometric
     first = np.array([[half(cell, cell.sum() // 2) for cell in group] for group in counts])
     halves = [c / c.sum(-1, keepdims=True) for c in (first, counts - first)]
@@ -204,12 +228,14 @@ def reliability(survey: Survey, seed: int) -> float:
 
 def sampling_noise(survey: Survey, seed: int) -> float:
     """Mean WD between each distribution and one redraw at its own number of respondents."""
-    again = survey.sampled(_counted(survey).sum(-1), seed)
+    again = survey.sampled(_require_counts(survey).sum(-1), seed)
     return float(wasserstein(survey.distributions, again.distributions, survey.gaps).mean())
 
 
 def spectrum(survey: Survey) -> np.ndarray:
-    """Cumulative share of variance that the components of the groups' centred log-probabilities explain."""
+    """Cumulative share of variance that the components of the groups' centred log-probabilities
+    explain.
+    """
     logs = np.log(np.clip(survey.distributions, 1e-3, 1)) * survey.mask
     logs -= logs.sum(-1, keepdims=True) / survey.mask.sum(-1, keepdims=True)
     table = logs[:, survey.mask]
@@ -217,118 +243,14 @@ def spectrum(survey: Survey) -> np.ndarray:
     return np.cumsum(values) / values.sum()
 
 
-def _counted(survey: Survey) -> np.ndarray:
+def _require_counts(survey: Survey) -> np.ndarray:
     if survey.counts is None:
         raise ResearchError(
-            "this survey holds exact distributions without counts; draw a poll with `sampled` first."
+            "this survey holds exact distributions without counts; draw a poll with `sampled` "
+            "first."
         )
     return survey.counts
 
 
-def _normalised(p: np.ndarray) -> np.ndarray:
+def _normalize(p: np.ndarray) -> np.ndarray:
     return p / p.sum(-1, keepdims=True)
-
-
-def load_table(path: Path) -> Survey:
-    """A survey from a CSV table of answer counts, one row per question and group.
-
-    Columns: qkey, attribute, group, question, options, ordinal, counts (the last three JSON lists), n. Rows of the
-    attribute `Overall` give the population; without them it is pooled over the groups.
-    """
-    path = Path(path)
-    questions: dict[str, Question] = {}
-    cells: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-    for line, row in _read_rows(path):
-        question, counts = _parse(row, path, line)
-        key = question.key
-        if questions.setdefault(key, question) != question:
-            raise _malformed(
-                path, line, f"question '{key}' has another wording or other options than before"
-            )
-        group = cells.setdefault((row["attribute"], row["group"]), {})
-        if key in group:
-            raise _malformed(
-                path, line, f"question '{key}' of group '{row['group']}' appears twice"
-            )
-        group[key] = counts
-    for (_, name), group in cells.items():
-        if missing := [key for key in questions if key not in group]:
-            raise ResearchError(
-                f"{relative(path)}: group '{name}' has no row for question '{missing[0]}'; add it."
-            )
-    return _assemble(tuple(questions.values()), cells)
-
-
-def _assemble(
-    questions: tuple[Question, ...], cells: dict[tuple[str, str], dict[str, np.ndarray]]
-) -> Survey:
-    width = max(q.n_options for q in questions)
-    padded = {
-        g: np.stack([np.pad(c[q.key], (0, width - q.n_options)) for q in questions])
-        for g, c in cells.items()
-    }
-    population = padded.pop((OVERALL, OVERALL), None)
-    counts = np.stack(list(padded.values()))
-    population = counts.sum(0) if population is None else population
-    size = {
-        attribute: sum(c.sum() for (a, _), c in padded.items() if a == attribute)
-        for attribute, _ in padded
-    }
-    groups = tuple(Group(a, name, float(c.sum() / size[a])) for (a, name), c in padded.items())
-    return Survey(questions, groups, _normalised(counts), _normalised(population), counts=counts)
-
-
-def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ResearchError(f"{relative(path)} cannot be read as a CSV table ({error}).") from error
-    if missing := [c for c in COLUMNS if c not in (reader.fieldnames or ())]:
-        raise ResearchError(
-            f"{relative(path)}, line 1: column '{missing[0]}' is missing; needed: {', '.join(COLUMNS)}."
-        )
-    if not rows:
-        raise ResearchError(f"{relative(path)} has a header but no rows.")
-    return rows
-
-
-def _parse(row: dict[str, str], path: Path, line: int) -> tuple[Question, np.ndarray]:
-    if any(row[c] is None for c in COLUMNS):
-        raise _malformed(path, line, "the row has fewer cells than the header")
-    lists = {}
-    for column in ("options", "ordinal", "counts"):
-        try:
-            lists[column] = json.loads(row[column])
-        except json.JSONDecodeError:
-            lists[column] = None
-        if not isinstance(lists[column], list):
-            raise _malformed(path, line, f"'{column}' is not a JSON list: {row[column][:40]!r}")
-    options, ordinal, counts = lists["options"], lists["ordinal"], lists["counts"]
-    if not 2 <= len(options) == len(ordinal) == len(counts):
-        raise _malformed(
-            path,
-            line,
-            f"{len(options)} options, {len(ordinal)} ordinals and {len(counts)} counts; equal, at least 2",
-        )
-    if not all(type(o) in (int, float) for o in ordinal) or len(set(ordinal)) < len(ordinal):
-        raise _malformed(path, line, f"'ordinal' must hold different numbers, not {ordinal}")
-    if not all(type(c) is int and c >= 0 for c in counts) or sum(counts) == 0:
-        raise _malformed(
-            path, line, f"'counts' must be whole numbers of at least 0, not all 0: {counts}"
-        )
-    if row["n"].strip() != str(sum(counts)):
-        raise _malformed(path, line, f"n is {row['n']!r} but the counts sum to {sum(counts)}")
-    order = sorted(range(len(ordinal)), key=ordinal.__getitem__)
-    question = Question(
-        row["qkey"],
-        row["question"],
-        tuple(str(options[i]) for i in order),
-        tuple(float(ordinal[i]) for i in order),
-    )
-    return question, np.array([counts[i] for i in order])
-
-
-def _malformed(path: Path, line: int, reason: str) -> ResearchError:
-    return ResearchError(f"{relative(path)}, line {line}: {reason}; correct the row.")

@@ -1,1 +1,1 @@
-"""The embedded world: small language models whose texts, and so whose concepts, are known exactly."""
+"""The synthetic testbed: small language models whose texts, and so whose concepts, are known."""

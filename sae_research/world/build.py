@@ -1,32 +1,21 @@
-"""Build the embedded world: every piece resumable in a scratch folder, all of it put in place at the end."""
+"""Build the toy models and their SAEs: each piece resumable, all put in place at the end."""
 
 import shutil
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from sae_research import parallel, store
+from sae_research import dependencies, parallel, store
 from sae_research.paths import DATA, EMBEDDED
 
-SOURCES = {
-    "text": (
-        "text/model",
-        "text/documents",
-        "text/frames",
-        "text/grammar",
-        "text/lexicon",
-        "toy_model",
-        "toy_saes",
-    ),
-    "survey": ("survey/model", "survey/population", "survey/prompts", "toy_model", "toy_saes"),
-}
-"""The specimens, each with the modules of this package that it is made by."""
-SPECIMENS = tuple(SOURCES)
+TOY_MODELS = ("text", "survey")
 
 
-def _recipe(name: str, seed: int) -> tuple[ModuleType, object, dict]:
-    """The module and settings of a specimen, and the key under which a killed build may take up its pieces again."""
-    from sae_research import activations, saes, training
+def _load_recipe(name: str, seed: int) -> tuple[ModuleType, object, dict]:
+    """The module and settings of a toy model, and the key under which pieces are taken up again.
+
+    The key holds the settings, the seed and all code that the module rests on.
+    """
     from sae_research.world.survey import model as survey_model
     from sae_research.world.text import model as text_model
 
@@ -34,88 +23,74 @@ def _recipe(name: str, seed: int) -> tuple[ModuleType, object, dict]:
         "text": (text_model, text_model.TextSettings()),
         "survey": (survey_model, survey_model.SurveySettings()),
     }[name]
-    files = [
-        *(Path(__file__).parent / f"{source}.py" for source in SOURCES[name]),
-        *(Path(used.__file__) for used in (activations, saes, training)),
-    ]
-    return (
-        module,
-        settings,
-        {"settings": store.fingerprint(settings), "code": store.code(*files), "seed": seed},
-    )
+    key = {
+        "settings": store.fingerprint(settings),
+        "code": dependencies.code_fingerprint(module.__name__),
+        "seed": seed,
+    }
+    return module, settings, key
 
 
-def _model(seed: int, folder: Path, name: str) -> Path:
-    module, settings, key = _recipe(name, seed)
-    return store.resumed(
-        folder / name / "model",
-        key,
-        lambda part: module.train_model(settings, seed, part, threads=1),
-    )
+def _build_model(seed: int, folder: Path, name: str) -> Path:
+    module, settings, key = _load_recipe(name, seed)
+
+    def train(part: Path) -> None:
+        module.train_model(settings, seed, part, threads=1)
+
+    return store.resumed(folder / name / "model", key, train)
 
 
-def _saes(seed: int, folder: Path, piece: tuple[str, int]) -> Path:
-    name, place = piece
-    module, settings, key = _recipe(name, seed)
+def _build_saes(seed: int, folder: Path, piece: tuple[str, int]) -> Path:
+    name, hook_index = piece
+    module, settings, key = _load_recipe(name, seed)
     model = store.verified(folder / name / "model")
-    return store.resumed(
-        folder / name / f"saes-{place}",
-        key,
-        lambda part: module.train_saes(settings, model, seed, part, (place,)),
-    )
+
+    def train(part: Path) -> None:
+        module.train_saes(settings, model, seed, part, (hook_index,))
+
+    return store.resumed(folder / name / f"saes-{hook_index}", key, train)
 
 
-def specimens(seed: int, folder: Path, n_jobs: int = 2) -> Path:
-    """Both specimens below `folder`: models first, then the SAEs of each hook.
+def build_into(folder: Path, seed: int, n_jobs: int = 2) -> Path:
+    """Both toy models below `folder`: models first, then the SAEs of each hook.
 
     Each piece has one thread whatever `n_jobs`, so that its bytes depend on the seed alone.
     """
-    parallel.shards(partial(_model, seed, folder), SPECIMENS, n_jobs, desc="models")
-    pieces = [(name, place) for name in SPECIMENS for place in (0, 1)]
-    for (name, place), saes in zip(
-        pieces,
-        parallel.shards(partial(_saes, seed, folder), pieces, n_jobs, desc="SAEs"),
-        strict=True,
-    ):
-        if place == 0:
-            _copied([saes, saes.with_name("saes-1")], folder / name / "saes")
+    parallel.shards(partial(_build_model, seed, folder), TOY_MODELS, n_jobs, desc="models")
+    pieces = [(name, hook_index) for name in TOY_MODELS for hook_index in (0, 1)]
+    parallel.shards(partial(_build_saes, seed, folder), pieces, n_jobs, desc="SAEs")
+    for name in TOY_MODELS:
+        _copy([folder / name / f"saes-{i}" for i in (0, 1)], folder / name / "saes")
     return folder
 
 
-def _copied(pieces: list[Path], target: Path) -> None:
+def _copy(pieces: list[Path], target: Path) -> None:
     with store.writing(target) as part:
         for piece in pieces:
-            shutil.copytree(
-                store.verified(piece),
-                part,
-                dirs_exist_ok=True,
-                ignore=shutil.ignore_patterns("key"),
-            )
+            ignore = shutil.ignore_patterns("key")
+            shutil.copytree(store.verified(piece), part, dirs_exist_ok=True, ignore=ignore)
 
 
 def build(seed: int = 0) -> Path:
     """Make `data/embedded` anew from `seed`; a build that was killed goes on where it stopped."""
-    part = specimens(seed, DATA / "scratch" / f"world-{seed}")
-    for name in SPECIMENS:
+    part = build_into(DATA / "scratch" / f"world-{seed}", seed)
+    for name in TOY_MODELS:
         for piece in ("model", "saes"):
-            _copied([part / name / piece], EMBEDDED / name / piece)
+            _copy([part / name / piece], EMBEDDED / name / piece)
     shutil.rmtree(part)
     return EMBEDDED
 
 
-def model_folder(specimen: str, root: Path = EMBEDDED) -> Path:
-    """The Hugging Face folder of a specimen, after its checksums were compared."""
-    return store.verified(root / specimen / "model")
+def model_folder(name: str, root: Path = EMBEDDED) -> Path:
+    """The Hugging Face folder of a toy model, after its checksums were compared."""
+    return store.verified(root / name / "model")
 
 
-def saes_folder(specimen: str, root: Path = EMBEDDED) -> Path:
-    """The folder with the SAELens folders of a specimen, after its checksums were compared."""
-    return store.verified(root / specimen / "saes")
+def saes_folder(name: str, root: Path = EMBEDDED) -> Path:
+    """The folder with the SAEs of a toy model, after its checksums were compared."""
+    return store.verified(root / name / "saes")
 
 
-def sae_folders(specimen: str, root: Path = EMBEDDED) -> dict[str, Path]:
-    """The SAELens folders of a specimen by name."""
-    return {
-        path.parent.name: path.parent
-        for path in sorted(saes_folder(specimen, root).glob("*/cfg.json"))
-    }
+def sae_folders(name: str, root: Path = EMBEDDED) -> dict[str, Path]:
+    """The SAELens folders of a toy model by name."""
+    return {p.parent.name: p.parent for p in sorted(saes_folder(name, root).glob("*/cfg.json"))}

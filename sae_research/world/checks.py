@@ -1,19 +1,19 @@
-"""What the world must show before a study may stand on it: one measured number beside its two bars."""
+"""What a toy model must show before a study may stand on it: a measured number and two bars."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Gate:
-    """One demand on a specimen."""
+class Check:
+    """One demand on a toy model."""
 
     name: str
     """What is measured, in words that a reader of notebook 00 understands."""
     value: float
     """The measured number."""
-    safe: float
+    required: float
     """The bar that must be met."""
-    stretch: float | None = None
+    desired: float | None = None
     """The bar that would be good to meet; reported only."""
     at_most: bool = False
     """Whether the bars are upper bounds."""
@@ -26,5 +26,5 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        """Whether the safe bar is met."""
-        return self.meets(self.safe)
+        """Whether the required bar is met."""
+        return self.meets(self.required)

@@ -1,4 +1,4 @@
-"""What the specimens share: a word-level tokenizer, a small Llama, and the folder that both are saved in."""
+"""What the toy models share: a word-level tokenizer, a small Llama, a Hugging Face folder."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 
 
-def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+def make_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     """A tokenizer with one id per space-separated word; the special tokens come first."""
     vocabulary = {word: i for i, word in enumerate([PAD, BOS, EOS, UNKNOWN, *words])}
     if len(vocabulary) != len(words) + 4:
@@ -21,7 +21,7 @@ def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def small_llama(
+def make_llama(
     vocabulary: int,
     *,
     width: int,
@@ -32,7 +32,7 @@ def small_llama(
     seed: int,
     scale: float = 0.02,
 ) -> LlamaForCausalLM:
-    """A Llama with tied embeddings, separate q, k, v and o projections, and normal initial weights of size `scale`."""
+    """A Llama with tied embeddings and normal initial weights of size `scale`."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -52,7 +52,7 @@ def small_llama(
     return LlamaForCausalLM(config)
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save model and tokenizer as a Hugging Face folder that any tool of this field opens."""
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)

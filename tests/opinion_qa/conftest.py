@@ -36,15 +36,15 @@ def model(tmp_path_factory):
     from sae_research.world import toy_model
     from sae_research.world.survey.prompts import WORDS
 
-    tokenizer = toy_model.word_tokenizer(WORDS)
-    model = toy_model.small_llama(
+    tokenizer = toy_model.make_word_tokenizer(WORDS)
+    model = toy_model.make_llama(
         len(tokenizer), width=32, blocks=3, heads=4, inner=48, context=48, seed=1
     )
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4 if weight.ndim > 1 else 1)
     folder = tmp_path_factory.mktemp("survey") / "model"
-    toy_model.save(model.eval(), tokenizer, folder)
+    toy_model.save_model(model.eval(), tokenizer, folder)
     return models.load_model(folder, name="world-survey")
 
 
@@ -61,7 +61,7 @@ def cache(model, population):
 
     writer, draws = Writer(population, model.tokenizer.get_vocab()), np.random.default_rng(0)
     texts = {
-        s: torch.from_numpy(writer.off_task(8, draws).tokens)
+        s: torch.from_numpy(writer.write_off_task(8, draws).tokens)
         for s in ("train", "validation", "test")
     }
     return CachedPrompts(

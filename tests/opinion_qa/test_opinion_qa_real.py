@@ -29,7 +29,7 @@ from sae_research.studies.opinion_qa import (  # noqa: E402
 from sae_research.studies.opinion_qa.prompts import ENGLISH_TEMPLATE  # noqa: E402
 from sae_research.studies.opinion_qa.settings import LoRATraining, Settings, ShiftTraining
 from sae_research.studies.opinion_qa.shift import load_shift  # noqa: E402
-from sae_research.surveys import files  # noqa: E402
+from sae_research.surveys import published  # noqa: E402
 from sae_research.surveys.survey import Group, Question, Survey  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("offline_hub")
@@ -154,7 +154,7 @@ def test_a_real_model_runs_from_reader_s_files_to_claims(private, profile, tmp_p
 
     folder = paths.artefacts("gpu", "opinion_qa") / name
     text = "".join(path.read_text() for path in folder.rglob("*.csv"))
-    items = files.load_opinion_qa(private, tuple(WAVES)).questions
+    items = published.load_opinion_qa(private, tuple(WAVES)).questions
     assert not any(question.key in text for question in items)  # no table holds Pew's items
     again = load_shift(
         folder / "files" / "shift",

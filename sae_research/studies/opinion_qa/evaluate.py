@@ -11,7 +11,7 @@ import numpy as np
 
 from sae_research.errors import ResearchError
 from sae_research.stats import Interval
-from sae_research.surveys.survey import Survey, deviations, divergence, group_part
+from sae_research.surveys.survey import Survey, deviations, divergence, score_groups
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def compute_scores(eval_set: EvalSet, predicted: np.ndarray, unsteered: np.ndarr
     """Judge predicted distributions."""
     truth, weights = eval_set.truth, eval_set.survey.weights
     wd, before = eval_set.distance(predicted, truth), eval_set.distance(unsteered, truth)
-    part = group_part(predicted, truth, weights, eval_set.mask)
+    part = score_groups(predicted, truth, weights, eval_set.mask)
     swap = compute_swap_test(eval_set, predicted)
     differs = find_distinct_groups(eval_set)
     accuracy, chance = identification(eval_set, predicted)

@@ -140,7 +140,7 @@ def load_toy_experiment(profile: Profile, name: str, role: str, seed: int) -> Ex
     writer = Writer(population, model.tokenizer.get_vocab())
     draws = np.random.default_rng([seed, 11])
     texts = {
-        split: torch.from_numpy(writer.off_task(settings.n_documents, draws).tokens)
+        split: torch.from_numpy(writer.write_off_task(settings.n_documents, draws).tokens)
         for split in SPLITS
     }
     survey = population.survey()
@@ -176,13 +176,14 @@ def load_opinion_qa_experiment(
     """
     from transformers import AutoModelForCausalLM
 
-    from sae_research.surveys.files import families, load_opinion_qa, split_by_wave
+    from sae_research.surveys.published import load_opinion_qa
+    from sae_research.surveys.splits import find_families, split_by_wave
 
     settings = profile.opinion_qa
     runtime = profile.runtime
     spec = catalogue.get(name)
     survey = drop_small_groups(load_opinion_qa(folder, settings.waves), settings.min_responses)
-    clusters = families(survey.questions, settings.similarity)
+    clusters = find_families(survey.questions, settings.similarity)
     survey = split_by_wave(survey, settings.unseen_waves, clusters, 0)
     rows = thin_questions(survey.questions, clusters, settings.every_nth_cluster)
     model = spec.load(device=runtime.device, dtype=runtime.dtype)

@@ -254,6 +254,8 @@ def make_titles(t: Tables, facts: dict) -> dict[str, str]:
         f"{measure(t, late['all'], 'rho_dev').value:.2f} on all tokens, "
         f"{measure(t, late['answer'], 'rho_dev').value:.2f} on the last alone",
     }
+    topics = t["off_topic"].set_index("topic").drop(columns=["seed"], errors="ignore")
+    titles["topics"] = f"{(topics < 0).to_numpy().mean():.0%} of groups and topics come closer"
     few = compare_new_groups(t, ("scores, U frozen", 10), ("population", 0))
     if few is not None:
         titles["few_shot"] = f"Ten answers change a new group's distance by {few.value:+.3f}"

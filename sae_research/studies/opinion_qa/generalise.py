@@ -136,7 +136,7 @@ def _add_margins(exp: Experiment, groups: Sequence[Group]) -> np.ndarray:
         exp.eval_set.truth[[names.index(g.name.split("|")[i]) for g in groups]] for i in (0, 1)
     )
     overall = exp.truth.overall[exp.eval_set.questions]
-    return crossings.added(first, second, overall, exp.eval_set.mask)
+    return crossings.add_log_probabilities(first, second, overall, exp.eval_set.mask)
 
 
 # groups left out of training

@@ -40,7 +40,7 @@ from sae_research.studies.opinion_qa.settings import (
 )
 from sae_research.studies.opinion_qa.shift import Basis, FittedShift, Shift, save_shift
 from sae_research.studies.runner import Result, Task
-from sae_research.surveys.files import writable
+from sae_research.surveys.published import writable
 
 
 def data_files(task: Task, profile: Profile) -> list[Path]:

@@ -146,7 +146,7 @@ def _make_toy_contexts(
     if name == "text":
         from sae_research.world.text import documents
 
-        tokens = documents.rows(n, [seed, 2]).tokens[:, :length]
+        tokens = documents.make_rows(n, [seed, 2]).tokens[:, :length]
     else:
         from sae_research.world.survey import model as survey_model
         from sae_research.world.survey import prompts
@@ -155,6 +155,6 @@ def _make_toy_contexts(
         recipe = survey_model.SurveySettings()
         writer = prompts.Writer(Population(recipe.population), model.tokenizer.get_vocab())
         rng = np.random.default_rng([seed, 3])
-        drawn = writer.mixed(n, rng, recipe.most_stated, recipe.off_task)
+        drawn = writer.write_mixed(n, rng, recipe.most_stated, recipe.off_task)
         tokens = drawn.tokens[:, : min(length, prompts.CONTEXT)]
     return torch.as_tensor(np.asarray(tokens), dtype=torch.long, device=model.device)

@@ -1,4 +1,4 @@
-"""What the survey specimen must show before study 1 may stand on it, measured against the planted detectors."""
+"""What the toy survey model must show before study 1 may stand on it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,66 +7,81 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sae_research import activations, models, saes
+from sae_research import activations, models, saes, steering
 from sae_research.models import Edit, LanguageModel
 from sae_research.surveys.survey import (
     Question,
     divergence,
-    group_part,
+    score_groups,
     total_variation,
     wasserstein,
 )
-from sae_research.world.checks import Gate
+from sae_research.world.checks import Check
 from sae_research.world.survey.model import NAME, SurveySettings
 from sae_research.world.survey.population import ATTRIBUTES, TOPICS, VERBS, Population
-from sae_research.world.survey.prompts import CONTEXT, LETTERS, Batch, Writer, by_letter, prompt
+from sae_research.world.survey.prompts import (
+    CONTEXT,
+    LETTERS,
+    Batch,
+    Writer,
+    order_by_letter,
+    prompt,
+)
 from sae_research.world.text import detectors
-from sae_research.world.toy_saes import eligible, load
+from sae_research.world.toy_saes import count_eligible, load_saes
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
 
-def answers(
-    lens: LanguageModel,
+def measure_answers(
+    model: LanguageModel,
     questions: Sequence[Question],
     personas: Sequence[Sequence[str]],
     reverse: bool,
     edits: dict[str, Edit] | None = None,
 ) -> np.ndarray:
-    """Next-token probability of each option's letter, [personas, questions, 4]; what goes to other words is missing."""
-    letters = lens.tokenizer.convert_tokens_to_ids(list(LETTERS))
+    """Next-token probability of each option's letter, [personas, questions, 4]; what goes to other
+    words is missing.
+    """
+    letters = model.tokenizer.convert_tokens_to_ids(list(LETTERS))
     n_options = np.tile([q.n_options for q in questions], len(personas))
-    tokens = lens.tokens(
+    tokens = model.tokens(
         [prompt(question, stated, reverse) for stated in personas for question in questions]
     )
-    at = lens.content(tokens).sum(-1)
-    found = _next_words(lens, tokens, at, edits)[:, letters]
-    return by_letter(found, n_options, reverse).reshape(len(personas), len(questions), len(LETTERS))
+    at = model.content(tokens).sum(-1)
+    found = _next_words(model, tokens, at, edits)[:, letters]
+    return order_by_letter(found, n_options, reverse).reshape(
+        len(personas), len(questions), len(LETTERS)
+    )
 
 
 def measure(
     model_folder: Path, saes_folder: Path, settings: SurveySettings, seed: int
-) -> list[Gate]:
-    """Every gate of the survey specimen and its SAEs; `seed` draws the documents that they are measured on."""
-    lens = models.load_model(model_folder, name=NAME)
+) -> list[Check]:
+    """Every check of the toy survey model and its SAEs; `seed` draws the documents that they are
+    measured on.
+    """
+    model = models.load_model(model_folder, name=NAME)
     population = Population(settings.population)
     early = saes.load_sae(Path(saes_folder) / settings.saes.first[settings.saes.hooks[0]])
     return [
-        *planted_gates(population),
-        *model_gates(lens, population, settings, seed),
-        steering_gate(lens, population, settings.saes.hooks[0]),
-        *latent_gates(lens, early, population, settings, seed),
+        *check_planted_effects(population),
+        *check_model(model, population, settings, seed),
+        check_steering(model, population, settings.saes.hooks[0]),
+        *check_latents(model, early, population, settings, seed),
     ]
 
 
-def sae_quality(
+def measure_saes(
     model_folder: Path, saes_folder: Path, settings: SurveySettings, seed: int
 ) -> list[dict]:
-    """Each SAE on held-out documents: what it rebuilds, what it costs, and which truths it has latents for."""
-    lens = models.load_model(model_folder, name=NAME)
-    writer = Writer(Population(settings.population), lens.tokenizer.get_vocab())
-    held = writer.mixed(
+    """Each SAE on held-out documents: explained variance, L0 and which truths it has latents
+    for.
+    """
+    model = models.load_model(model_folder, name=NAME)
+    writer = Writer(Population(settings.population), model.tokenizer.get_vocab())
+    held = writer.write_mixed(
         600, np.random.default_rng([seed, 6]), settings.most_stated, settings.off_task
     )
     return [
@@ -74,16 +89,19 @@ def sae_quality(
             "sae": name,
             "hook": saes.hook_of(sae),
             "kind": sae.cfg.architecture(),
-            "latents": sae.cfg.d_sae,
+            "width": sae.cfg.d_sae,
         }
-        | saes.quality(lens, sae, torch.from_numpy(held.tokens), batch=200)
-        | {"eligible": eligible(lens, sae, contexts(writer, settings, seed))}
-        | {name: share for name, (share, _) in known(lens, sae, writer, settings, seed).items()}
-        for name, sae in load(saes_folder).items()
+        | saes.quality(model, sae, torch.from_numpy(held.tokens), batch=200)
+        | {"eligible": count_eligible(model, sae, make_contexts(writer, settings, seed))}
+        | {
+            name: share
+            for name, (share, _) in measure_known_words(model, sae, writer, settings, seed).items()
+        }
+        for name, sae in load_saes(saes_folder).items()
     ]
 
 
-def planted_gates(population: Population) -> list[Gate]:
+def check_planted_effects(population: Population) -> list[Check]:
     """Whether the planted effects lie where real polls lie."""
     survey = population.survey()
     n = len(survey.questions)
@@ -92,55 +110,62 @@ def planted_gates(population: Population) -> list[Gate]:
     web = float(wasserstein(survey.web, survey.overall, survey.gaps).mean())
     least = {"party": 0.06, "age": 0.045, "education": 0.035, "region": 0.02}
     return [
-        Gate("planted WD(overall, group), lower end of the real band", float(wd.mean()), 0.04, n=n),
-        Gate(
+        Check(
+            "planted WD(overall, group), lower end of the real band", float(wd.mean()), 0.04, n=n
+        ),
+        Check(
             "planted WD(overall, group), upper end of the real band",
             float(wd.mean()),
             0.08,
             at_most=True,
             n=n,
         ),
-        *(Gate(f"planted WD(overall, {a})", by_attribute[a], bar, n=n) for a, bar in least.items()),
-        Gate(
+        *(
+            Check(f"planted WD(overall, {a})", by_attribute[a], bar, n=n)
+            for a, bar in least.items()
+        ),
+        Check(
             "planted WD(overall, hand): the negative control",
             by_attribute["hand"],
             1e-12,
             at_most=True,
             n=n,
         ),
-        Gate("planted WD(web, overall)", web, 0.08, n=n),
+        Check("planted WD(web, overall)", web, 0.08, n=n),
     ]
 
 
-def model_gates(
-    lens: LanguageModel, population: Population, settings: SurveySettings, seed: int
-) -> list[Gate]:
-    """Whether the model knows the survey, follows personas, and speaks off-task text at its entropy."""
+def check_model(
+    model: LanguageModel, population: Population, settings: SurveySettings, seed: int
+) -> list[Check]:
+    """Whether the model knows the survey, follows personas, and speaks off-task text at its
+    entropy.
+    """
     survey = population.survey()
     draws = np.random.default_rng([seed, 3])
-    writer = Writer(population, lens.tokenizer.get_vocab())
-    asked = writer.survey(4096, draws, settings.most_stated)
-    aside = writer.off_task(512, draws)
+    writer = Writer(population, model.tokenizer.get_vocab())
+    asked = writer.write_survey(4096, draws, settings.most_stated)
+    aside = writer.write_off_task(512, draws)
     personas = [[], *([group.name] for group in survey.groups)]
     both = np.stack(
-        [answers(lens, survey.questions, personas, reverse) for reverse in (False, True)]
+        [measure_answers(model, survey.questions, personas, reverse) for reverse in (False, True)]
     )
     unsteered, persona = both.mean(0)[0], both.mean(0)[1:]
-    part = group_part(persona, survey.distributions, survey.weights, survey.mask)
+    scores = score_groups(persona, survey.distributions, survey.weights, survey.mask)
     wd = wasserstein(persona, survey.distributions, survey.gaps)
     web = wasserstein(unsteered, survey.web, survey.gaps)
     order = total_variation(both[0], both[1])
     return [
-        Gate(
+        Check(
             "answer KL(exact || model), nats",
-            answer_kl(lens, asked),
+            measure_answer_kl(model, asked),
             0.003,
             0.0005,
             at_most=True,
             n=4096,
         ),
-        Gate("persona prompt: rho_dev", part.rho, 0.9, 0.97, n=wd.size),
-        Gate(
+        Check("persona prompt: rho_dev", scores.rho, 0.9, 0.97, n=wd.size),
+        Check(
             "persona prompt: WD(model, group)",
             float(wd.mean()),
             0.02,
@@ -148,7 +173,7 @@ def model_gates(
             at_most=True,
             n=wd.size,
         ),
-        Gate(
+        Check(
             "unsteered model: WD(model, web authors)",
             float(web.mean()),
             0.02,
@@ -156,7 +181,7 @@ def model_gates(
             at_most=True,
             n=web.size,
         ),
-        Gate(
+        Check(
             "option order: mean TV between both orders",
             float(order.mean()),
             0.03,
@@ -164,9 +189,9 @@ def model_gates(
             at_most=True,
             n=order.size,
         ),
-        Gate(
+        Check(
             "off-task loss minus its entropy, nats",
-            off_task_excess(lens, aside),
+            measure_off_task_excess(model, aside),
             0.1,
             0.03,
             at_most=True,
@@ -175,69 +200,71 @@ def model_gates(
     ]
 
 
-def steering_gate(lens: LanguageModel, population: Population, hook: str) -> Gate:
-    """Whether a stated value is one direction: what it adds to training questions steers validation questions.
+def check_steering(model: LanguageModel, population: Population, hook: str) -> Check:
+    """Whether a stated value is one direction: what it adds to training questions steers
+    validation questions.
 
-    The mean difference between residuals with and without the value is added to every token of a question that states
-    nothing. Test questions are left to study 1.
+    The mean difference between residuals with and without the value is added to every token of
+    a question that states nothing. Test questions are left to study 1.
     """
     survey = population.survey()
     learnt, judged = (
         [survey.questions[i] for i in survey.rows(split)] for split in ("train", "validation")
     )
-    plain, steered = mean_residual(lens, hook, learnt, ()), []
+    plain, steered = compute_mean_residual(model, hook, learnt, ()), []
     for group in survey.groups:
-        edit = added(mean_residual(lens, hook, learnt, (group.name,)) - plain)
-        found = [answers(lens, judged, [()], reverse, {hook: edit})[0] for reverse in (False, True)]
+        stated = compute_mean_residual(model, hook, learnt, (group.name,))
+        edit = steering.add_direction(stated - plain)
+        found = [
+            measure_answers(model, judged, [()], reverse, {hook: edit})[0]
+            for reverse in (False, True)
+        ]
         steered.append(np.mean(found, axis=0))
     rows = survey.rows("validation")
-    part = group_part(
+    scores = score_groups(
         np.stack(steered), survey.distributions[:, rows], survey.weights, survey.mask[rows]
     )
     n = len(survey.groups) * len(rows)
-    return Gate(
-        "persona as one direction, added after the first block: rho_dev", part.rho, 0.5, 0.7, n=n
+    return Check(
+        "persona as one direction, added after the first block: rho_dev", scores.rho, 0.5, 0.7, n=n
     )
 
 
-def mean_residual(
-    lens: LanguageModel, hook: str, questions: Sequence[Question], stated: Sequence[str]
+def compute_mean_residual(
+    model: LanguageModel, hook: str, questions: Sequence[Question], stated: Sequence[str]
 ) -> torch.Tensor:
-    """Mean residual over the tokens of questions in both option orders, those that state something left out."""
-    tokens = lens.tokens(
+    """Mean residual over the tokens of questions in both option orders, those that state something
+    left out.
+    """
+    tokens = model.tokens(
         [prompt(q, stated, reverse) for q in questions for reverse in (False, True)]
     )
-    asked = lens.content(tokens)
+    asked = model.content(tokens)
     asked[
         :, : 1 + len(prompt(questions[0], stated).split()) - len(prompt(questions[0]).split())
     ] = False
-    return lens.residual(tokens, hook)[asked].mean(0)
+    return model.residual(tokens, hook)[asked].mean(0)
 
 
-def added(direction: torch.Tensor) -> Edit:
-    """The edit that adds a direction to every token but the first."""
-    return lambda residual: torch.cat(
-        [residual[:, :1], residual[:, 1:] + direction.to(residual)], 1
-    )
-
-
-def answer_kl(lens: LanguageModel, batch: Batch) -> float:
-    """Mean KL of the model's letters (of the whole vocabulary) to the exact ones, over documents with a question."""
-    letters = lens.tokenizer.convert_tokens_to_ids(list(LETTERS))
-    predicted = _next_words(lens, torch.from_numpy(batch.tokens), torch.from_numpy(batch.answer))
+def measure_answer_kl(model: LanguageModel, batch: Batch) -> float:
+    """Mean KL of the model's letters (of the whole vocabulary) to the exact ones, over documents
+    with a question.
+    """
+    letters = model.tokenizer.convert_tokens_to_ids(list(LETTERS))
+    predicted = _next_words(model, torch.from_numpy(batch.tokens), torch.from_numpy(batch.answer))
     return float(divergence(batch.target, predicted[:, letters]).mean())
 
 
-def off_task_excess(lens: LanguageModel, batch: Batch) -> float:
-    """Mean over tokens of the model's loss less the generator's surprisal, in nats."""
+def measure_off_task_excess(model: LanguageModel, batch: Batch) -> float:
+    """Mean over tokens of the model's loss minus the generator's surprisal, in nats."""
     tokens = torch.from_numpy(batch.tokens)
     with torch.no_grad():
-        losses = torch.cat([lens.losses(rows) for rows in tokens.split(256)]).double().numpy()
+        losses = torch.cat([model.losses(rows) for rows in tokens.split(256)]).double().numpy()
     return float(np.nanmean(losses - batch.surprisal[:, 1:]))
 
 
 def _next_words(
-    lens: LanguageModel,
+    model: LanguageModel,
     tokens: torch.Tensor,
     at: torch.Tensor,
     edits: dict[str, Edit] | None = None,
@@ -245,25 +272,27 @@ def _next_words(
     """Probability of each word after position `at` of each row."""
     rows = zip(tokens.split(512), at.split(512), strict=True)
     with torch.no_grad():
-        found = [lens.logits(t, edits)[torch.arange(len(t)), a].softmax(-1) for t, a in rows]
+        found = [model.logits(t, edits)[torch.arange(len(t)), a].softmax(-1) for t, a in rows]
     return torch.cat(found).double().cpu().numpy()
 
 
-def latent_gates(
-    lens: LanguageModel, sae: "SAE", population: Population, settings: SurveySettings, seed: int
-) -> list[Gate]:
-    """Whether the early SAE has latents for what the documents state and ask, and enough latents to screen."""
-    writer = Writer(population, lens.tokenizer.get_vocab())
-    found = known(lens, sae, writer, settings, seed)
+def check_latents(
+    model: LanguageModel, sae: "SAE", population: Population, settings: SurveySettings, seed: int
+) -> list[Check]:
+    """Whether the early SAE has latents for what the documents state and ask, and enough latents
+    to screen.
+    """
+    writer = Writer(population, model.tokenizer.get_vocab())
+    found = measure_known_words(model, sae, writer, settings, seed)
     bars = {"values at the word": (0.3, 0.8), "verbs at the word": (0.5, 1.0)}
     return [
         *(
-            Gate(f"{name} with a latent, F1 .7", found[name][0], *bar, n=found[name][1])
+            Check(f"{name} with a latent, F1 .7", found[name][0], *bar, n=found[name][1])
             for name, bar in bars.items()
         ),
-        Gate(
+        Check(
             "latents eligible for screening",
-            eligible(lens, sae, contexts(writer, settings, seed)),
+            count_eligible(model, sae, make_contexts(writer, settings, seed)),
             200,
             400,
             n=1024,
@@ -271,20 +300,20 @@ def latent_gates(
     ]
 
 
-def known(
-    lens: LanguageModel, sae: "SAE", writer: Writer, settings: SurveySettings, seed: int
+def measure_known_words(
+    model: LanguageModel, sae: "SAE", writer: Writer, settings: SurveySettings, seed: int
 ) -> dict[str, tuple[float, int]]:
     """Share of values, topics and verbs with a latent of F1 at least .7, and their number.
 
-    Sought at the word itself and at the answer's position; latent and threshold are chosen on one half of the documents
-    and scored on the other.
+    Sought at the word itself and at the answer's position; latent and threshold are chosen on
+    one half of the documents and scored on the other.
     """
-    batch = writer.mixed(
+    batch = writer.write_mixed(
         1500, np.random.default_rng([seed, 4]), settings.most_stated, settings.off_task
     )
     tokens = torch.from_numpy(batch.tokens)
-    content = lens.content(tokens)
-    codes = detectors.encode(sae, activations.collect(lens, tokens, saes.hook_of(sae), batch=256))
+    content = model.content(tokens)
+    codes = detectors.encode(sae, activations.collect(model, tokens, saes.hook_of(sae), batch=256))
     half = (torch.arange(len(tokens)) % 2 == 0)[:, None].expand_as(content)[content]
     at_answer = torch.arange(tokens.shape[1]) == torch.from_numpy(batch.answer)[:, None]
     scores: dict[str, list[torch.Tensor]] = {}
@@ -298,7 +327,7 @@ def known(
             ("word", here),
             ("answer", torch.where(at_answer, here.amax(1, keepdim=True), -1)),
         ):
-            found = detectors.detectors(codes, label[content], len(words), half)
+            found = detectors.find_detectors(codes, label[content], len(words), half)
             scores.setdefault(f"{family} at the {place}", []).append(found.f1)
     joined = {name: torch.cat(f1) for name, f1 in scores.items()}
     return {name: ((f1 >= 0.7).double().mean().item(), len(f1)) for name, f1 in joined.items()}
@@ -312,9 +341,11 @@ def _labels(tokens: torch.Tensor, words: list[int]) -> torch.Tensor:
     return label
 
 
-def contexts(writer: Writer, settings: SurveySettings, seed: int, n: int = 1024) -> torch.Tensor:
+def make_contexts(
+    writer: Writer, settings: SurveySettings, seed: int, n: int = 1024
+) -> torch.Tensor:
     """Documents cut to one length, so that they end anywhere."""
-    batch = writer.mixed(
+    batch = writer.write_mixed(
         n, np.random.default_rng([seed, 5]), settings.most_stated, settings.off_task
     )
     return torch.from_numpy(batch.tokens[:, :CONTEXT])

@@ -1,4 +1,4 @@
-"""The survey specimen: a small Llama that answers a planted survey as the persons it reads about, and its SAEs."""
+"""The toy survey model: a small Llama that answers a planted survey as persons, and its SAEs."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -16,15 +16,15 @@ from sae_research.training import SAETraining
 from sae_research.world import toy_model, toy_saes
 from sae_research.world.survey.population import Population, PopulationSettings
 from sae_research.world.survey.prompts import WORDS, Batch, Writer
-from sae_research.world.toy_saes import SpecimenSAEs
+from sae_research.world.toy_saes import ToySAEs
 
 NAME = "world-survey"
-"""How SAEs refer to the toy_model."""
+"""How SAEs refer to the toy model."""
 
 
 @dataclass(frozen=True)
 class SurveySettings:
-    """How the survey specimen and its SAEs are made."""
+    """How the toy survey model and its SAEs are made."""
 
     population: PopulationSettings = field(default_factory=PopulationSettings)
     """The planted survey that it learns."""
@@ -36,31 +36,37 @@ class SurveySettings:
     """Attention heads of a block."""
     inner: int = 128
     """Width of the feed-forward layer."""
-    gathering: int = 1
-    """First blocks whose feed-forward layer is held at zero: they only gather what was stated, so that a persona lies
-    in the stream as a direction of its own before any layer multiplies it with the question."""
+    attention_only_blocks: int = 1
+    """First blocks whose feed-forward layer is held at zero: they only gather what was stated, so
+    that a persona lies in the stream as a direction of its own before any layer multiplies it
+    with the question.
+    """
     context: int = 48
     """Longest document in tokens."""
     scale: float = 0.1
-    """Standard deviation of the initial weights; at 0.02 the answers are not learned in this budget."""
+    """Standard deviation of the initial weights; at 0.02 the answers are not learned in this
+    budget.
+    """
     most_stated: int = 4
     """Most attributes that a document states; it states each number from 0 on equally often."""
     off_task: float = 0.12
     """Share of documents that are toy arithmetic and toy stories."""
     steps: int = 1500
     """Training steps."""
-    batch: int = 192
+    batch_size: int = 192
     """Documents of a step."""
-    rate: float = 3e-3
+    lr: float = 3e-3
     """Peak of the one-cycle learning rate."""
-    warm_up: float = 0.15
+    warmup_fraction: float = 0.15
     """Share of the steps until that peak."""
     answer_weight: float = 5.0
-    """Weight of the exact answers beside next tokens, which survey documents teach on every second step only."""
+    """Weight of the exact answers beside next tokens, which survey documents teach on every second
+    step only.
+    """
     clip: float = 1.0
     """Largest norm of the gradient."""
-    saes: SpecimenSAEs = field(
-        default_factory=lambda: SpecimenSAEs(
+    saes: ToySAEs = field(
+        default_factory=lambda: ToySAEs(
             hooks=("blocks.0.hook_resid_post", "blocks.2.hook_resid_post"),
             latents=512,
             l0=8,
@@ -73,12 +79,41 @@ class SurveySettings:
 
 
 def train_model(settings: SurveySettings, seed: int, folder: Path, threads: int = 2) -> None:
-    """Train the specimen on exact answer distributions and next tokens, and save it as a Hugging Face folder."""
+    """Train the model on exact answer distributions and next tokens; save it for Hugging Face."""
     torch.set_num_threads(threads)
-    tokenizer = toy_model.word_tokenizer(WORDS)
+    tokenizer = toy_model.make_word_tokenizer(WORDS)
     writer = Writer(Population(settings.population), tokenizer.get_vocab())
-    model = toy_model.small_llama(
-        len(tokenizer),
+    model = _make_model(settings, len(tokenizer), seed).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.lr, total_steps=settings.steps, pct_start=settings.warmup_fraction
+    )
+    draws = np.random.default_rng([seed, 1])
+    for step in tqdm(range(settings.steps), desc="toy survey model", leave=False):
+        batch = writer.write_mixed(
+            settings.batch_size, draws, settings.most_stated, settings.off_task
+        )
+        hidden = model.model(torch.from_numpy(batch.tokens)).last_hidden_state
+        loss = settings.answer_weight * compute_answer_loss(model, hidden, batch, writer.letters)
+        read = np.ones(settings.batch_size, dtype=bool) if step % 2 == 0 else batch.answer < 0
+        if read.any():
+            loss = loss + compute_next_token_loss(model, hidden, batch, read)
+        if not torch.isfinite(loss):
+            raise ResearchError(
+                f"the toy survey model's loss is not finite at step {step}; lower `lr` and run "
+                "again."
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        cycle.step()
+    toy_model.save_model(model, tokenizer, folder)
+
+
+def _make_model(settings: SurveySettings, vocabulary: int, seed: int) -> LlamaForCausalLM:
+    model = toy_model.make_llama(
+        vocabulary,
         width=settings.width,
         blocks=settings.blocks,
         heads=settings.heads,
@@ -87,47 +122,29 @@ def train_model(settings: SurveySettings, seed: int, folder: Path, threads: int 
         seed=seed,
         scale=settings.scale,
     )
-    for block in model.model.layers[: settings.gathering]:
+    for block in model.model.layers[: settings.attention_only_blocks]:
         block.mlp.down_proj.weight.data.zero_().requires_grad_(False)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.rate, total_steps=settings.steps, pct_start=settings.warm_up
-    )
-    draws = np.random.default_rng([seed, 1])
-    for step in tqdm(range(settings.steps), desc="survey specimen", leave=False):
-        batch = writer.mixed(settings.batch, draws, settings.most_stated, settings.off_task)
-        hidden = model.model(torch.from_numpy(batch.tokens)).last_hidden_state
-        loss = settings.answer_weight * answer_loss(model, hidden, batch, writer.letters)
-        read = np.ones(settings.batch, dtype=bool) if step % 2 == 0 else batch.answer < 0
-        if read.any():
-            loss = loss + next_token_loss(model, hidden, batch, read)
-        if not torch.isfinite(loss):
-            raise ResearchError(
-                f"the survey specimen's loss is not finite at step {step}; lower `rate` and run again."
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        optimizer.step()
-        cycle.step()
-    toy_model.save(model, tokenizer, folder)
+    return model
 
 
-def answer_loss(
+def compute_answer_loss(
     model: LlamaForCausalLM, hidden: torch.Tensor, batch: Batch, letters: list[int]
 ) -> torch.Tensor:
-    """Cross-entropy of the letter against its exact distribution, over documents with a question."""
+    """Cross-entropy of the letter against its exact distribution, over documents with a
+    question.
+    """
     asked = np.flatnonzero(batch.answer >= 0)
     states = hidden[asked, batch.answer[asked]]
     target = torch.from_numpy(batch.target[asked]).to(states.dtype)
     return -(target * log_softmax(model.lm_head(states), -1)[:, letters]).sum(-1).mean()
 
 
-def next_token_loss(
+def compute_next_token_loss(
     model: LlamaForCausalLM, hidden: torch.Tensor, batch: Batch, read: np.ndarray
 ) -> torch.Tensor:
-    """Cross-entropy of the next tokens in the documents of the mask `read`, all but the answers' letters."""
+    """Cross-entropy of the next tokens in the documents of the mask `read`, all but the answers'
+    letters.
+    """
     following = torch.from_numpy(batch.tokens[:, 1:]).clone()
     asked = np.flatnonzero(batch.answer >= 0)
     following[asked, batch.answer[asked]] = model.config.pad_token_id
@@ -142,17 +159,18 @@ def train_saes(
     model_folder: Path,
     seed: int,
     folder: Path,
-    places: Collection[int] | None = None,
+    hook_indices: Collection[int] | None = None,
 ) -> None:
-    """Train the SAEs of all hooks, or of those at `places`, on documents of the mixture, into `folder`/name."""
-    draws, sizes = (
-        np.random.default_rng([seed, 2]),
-        (settings.saes.documents, settings.saes.calibration),
+    """Train the SAEs of all hooks, or of those at `hook_indices`, on mixed documents, into
+    `folder`/name.
+    """
+    draws = np.random.default_rng([seed, 2])
+    model = models.load_model(model_folder, name=NAME)
+    writer = Writer(Population(settings.population), model.tokenizer.get_vocab())
+    tokens, held_out = (
+        torch.from_numpy(
+            writer.write_mixed(n, draws, settings.most_stated, settings.off_task).tokens
+        )
+        for n in (settings.saes.documents, settings.saes.calibration)
     )
-    lens = models.load_model(model_folder, name=NAME)
-    writer = Writer(Population(settings.population), lens.tokenizer.get_vocab())
-    read, held = (
-        torch.from_numpy(writer.mixed(n, draws, settings.most_stated, settings.off_task).tokens)
-        for n in sizes
-    )
-    toy_saes.train(settings.saes, lens, read, held, seed, folder, places)
+    toy_saes.train_saes(settings.saes, model, tokens, held_out, seed, folder, hook_indices)

@@ -1,8 +1,10 @@
-"""The planted survey: persons with attributes answer by a graded-response model, so every distribution is exact.
+"""The planted survey: persons with attributes answer by a graded-response model, so every
+distribution is exact.
 
-theta = sum_a E[a, value] + eta + class offset + z with z ~ N(0, sigma^2), and
-P(y >= k | theta) = sigmoid(p_v lambda_t . theta + b - tau_k) for a question on topic t with verb v. The answer depends
-on theta through one projection only, so the integral over z is a Gauss-Hermite sum in one dimension.
+theta = sum_a E[a, value] + eta + class offset + z with z ~ N(0, sigma^2), and P(y >= k | theta)
+= sigmoid(p_v lambda_t . theta + b - tau_k) for a question on topic t with verb v. The answer
+depends on theta through one projection only, so the integral over z is a Gauss-Hermite sum in
+one dimension.
 """
 
 from dataclasses import dataclass
@@ -58,14 +60,20 @@ TOPICS: dict[str, tuple[float, float, float]] = {
 VERBS = {"fund": 1.0, "praise": 0.8, "allow": 0.6, "limit": -0.6, "tax": -0.8, "ban": -1.0}
 """Polarity of each verb."""
 
-LADDERS = (("no", "yes"), ("against", "unsure", "favor"), ("never", "rarely", "often", "always"))
+OPTION_SETS = (
+    ("no", "yes"),
+    ("against", "unsure", "favor"),
+    ("never", "rarely", "often", "always"),
+)
 """Answer options, from least to most support."""
 
 THRESHOLDS = ((0.0,), (-0.6, 0.6), (-1.2, 0.0, 1.2))
-"""Thresholds tau of each ladder."""
+"""Thresholds tau of each set of options."""
 
 SPLITS = (("train", 42), ("validation", 12), ("test", 18))
-"""Number of (topic, verb) pairs in each split: test questions are new combinations of known topics and verbs."""
+"""Number of (topic, verb) pairs in each split: test questions are new combinations of known topics
+and verbs.
+"""
 
 
 @dataclass(frozen=True)
@@ -83,17 +91,25 @@ class PopulationSettings:
     spread: float = 0.8
     """Standard deviation sigma of persons around their group, on every trait."""
     offsets: float = 1.2
-    """Standard deviation of the questions' offsets b: how far the population is from evenly split."""
+    """Standard deviation of the questions' offsets b: how far the population is from evenly
+    split.
+    """
     interaction: float = 0.0
-    """eta: extra ideology of party by age cells, times contrasts of mean 0 and variance 1; 0 is additive."""
+    """eta: extra ideology of party by age cells, times contrasts of mean 0 and variance 1; 0 is
+    additive.
+    """
     classes: float = 0.0
-    """Distance on two traits of four latent classes that persons of a cell fall into; 0 is one Gaussian."""
+    """Distance on two traits of four latent classes that persons of a cell fall into; 0 is one
+    Gaussian.
+    """
     seed: int = 2024
     """Seed of offsets and splits; the survey is one fixed truth, whatever the seed of training."""
 
 
 class Population:
-    """Exact answer distributions of every group, intersection and author population of the planted survey."""
+    """Exact answer distributions of every group, intersection and author population of the planted
+    survey.
+    """
 
     def __init__(self, settings: PopulationSettings):
         self.settings = settings
@@ -113,7 +129,7 @@ class Population:
                 split=str(split[topic, verb]),
             )
             for topic, verb in pairs
-            for options in LADDERS
+            for options in OPTION_SETS
         )
         self.offset = np.array([of_pair[q.topic, q.verb] for q in self.questions])
         self.loading = np.array(
@@ -122,7 +138,9 @@ class Population:
 
     @cached_property
     def effects(self) -> dict[str, np.ndarray]:
-        """E: mean trait of each value of each attribute, [values, 3]; zero in the population's mean."""
+        """E: mean trait of each value of each attribute, [values, 3]; zero in the population's
+        mean.
+        """
         s, step = self.settings, np.array([-1.0, 0.0, 1.0])
         planted = {
             "party": np.outer(step, [s.party, 0, 0]),
@@ -135,7 +153,9 @@ class Population:
 
     @cached_property
     def cells(self) -> np.ndarray:
-        """Mean trait of every combination of values, [3, 3, 3, 3, 2, 3]: one axis an attribute, then the traits."""
+        """Mean trait of every combination of values, [3, 3, 3, 3, 2, 3]: one axis per attribute,
+        then the traits.
+        """
         theta = np.zeros((*map(len, ATTRIBUTES.values()), 3))
         for axis, effect in enumerate(self.effects.values()):
             shape = [1] * len(ATTRIBUTES)
@@ -146,7 +166,9 @@ class Population:
 
     @cached_property
     def interaction(self) -> np.ndarray:
-        """The party by age pattern that eta multiplies, [3, 3]: no effect on either margin, mean square 1."""
+        """The party by age pattern that eta multiplies, [3, 3]: no effect on either margin, mean
+        square 1.
+        """
         contrasts = []
         for attribute in ("party", "age"):
             share, step = np.array(SHARES[attribute]), np.array([-1.0, 0.0, 1.0])
@@ -156,27 +178,29 @@ class Population:
 
     @cached_property
     def cell_answers(self) -> np.ndarray:
-        """Answer distribution of every combination of values, [3, 3, 3, 3, 2, questions, options]."""
+        """Answer distribution of every combination of values, [3, 3, 3, 3, 2, questions,
+        options].
+        """
         s, theta = self.settings, self.cells.reshape(-1, 3)
         corners = s.classes * np.array([(x, y, 0) for x in (-1, 1) for y in (-1, 1)], dtype=float)
         member = np.exp(theta @ corners.T)
         member /= member.sum(1, keepdims=True)
         answers = sum(
-            member[:, c, None, None] * self.integrated(theta + corner)
+            member[:, c, None, None] * self.integrate(theta + corner)
             for c, corner in enumerate(corners)
         )
         return answers.reshape(*self.cells.shape[:-1], *answers.shape[1:])
 
-    def integrated(self, theta: np.ndarray) -> np.ndarray:
+    def integrate(self, theta: np.ndarray) -> np.ndarray:
         """E_z P(y = k | theta + z) for mean traits [n, 3], as [n, questions, options]."""
         nodes, weights = np.polynomial.hermite_e.hermegauss(31)
         scale = self.settings.spread * np.linalg.norm(self.loading, axis=1)
         support = (theta @ self.loading.T + self.offset)[..., None] + scale[:, None] * nodes
-        return self.graded(support) @ (weights / weights.sum())
+        return self.grade(support) @ (weights / weights.sum())
 
-    def graded(self, support: np.ndarray) -> np.ndarray:
+    def grade(self, support: np.ndarray) -> np.ndarray:
         """P(y = k) at a support of [..., questions, nodes], as [..., questions, options, nodes]."""
-        width = max(map(len, LADDERS))
+        width = max(map(len, OPTION_SETS))
         at_least = np.zeros((*support.shape[:-1], width + 1, support.shape[-1]))
         at_least[..., 0, :] = 1.0
         for q, question in enumerate(self.questions):
@@ -188,9 +212,11 @@ class Population:
 
     @cached_property
     def table(self) -> np.ndarray:
-        """Answers given any subset of attributes, [4, 4, 4, 4, 3, questions, options]; an axis' last index is unstated.
+        """Answers given any subset of attributes, [4, 4, 4, 4, 3, questions, options]; an axis'
+        last index is unstated.
 
-        Unstated attributes are weighted by the population's shares; the entry with nothing stated is the population.
+        Unstated attributes are weighted by the population's shares; the entry with nothing
+        stated is the population.
         """
         answers = self.cell_answers
         for axis, share in enumerate(SHARES.values()):
@@ -206,8 +232,10 @@ class Population:
             answers = np.tensordot(share, answers, axes=(0, 0))
         return answers
 
-    def given(self, stated: dict[str, str]) -> np.ndarray:
-        """Answers of the population with the stated values, as {attribute: value}, [questions, options]."""
+    def answers_given(self, stated: dict[str, str]) -> np.ndarray:
+        """Answers of the population with the stated values, as {attribute: value}, [questions,
+        options].
+        """
         return self.table[self.index(stated)]
 
     @staticmethod
@@ -216,7 +244,9 @@ class Population:
         return tuple(v.index(stated[a]) if a in stated else len(v) for a, v in ATTRIBUTES.items())
 
     def trait(self, stated: dict[str, str]) -> np.ndarray:
-        """Mean planted trait of the population with the stated values, latent classes left aside."""
+        """Mean planted trait of the population with the stated values, latent classes left
+        aside.
+        """
         theta = self.cells
         for attribute, values in ATTRIBUTES.items():
             share = np.array(SHARES[attribute])
@@ -226,7 +256,9 @@ class Population:
         return theta
 
     def survey(self, *attributes: str) -> Survey:
-        """The survey by group; of every attribute, or of the intersections of the given attributes."""
+        """The survey by group; of every attribute, or of the intersections of the given
+        attributes.
+        """
         if attributes:
             stated = [{}]
             for a in attributes:
@@ -236,8 +268,8 @@ class Population:
         return Survey(
             questions=self.questions,
             groups=tuple(Group("|".join(s), "|".join(s.values()), self.share(s)) for s in stated),
-            distributions=np.stack([self.given(s) for s in stated]),
-            overall=self.given({}),
+            distributions=np.stack([self.answers_given(s) for s in stated]),
+            overall=self.answers_given({}),
             web=self.web,
             traits=np.stack([self.trait(s) for s in stated]),
         )

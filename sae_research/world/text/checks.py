@@ -1,4 +1,4 @@
-"""What the text specimen must show before a study may stand on it, measured on fresh text."""
+"""What the toy text model must show before a study may stand on it, measured on fresh text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,25 +7,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sae_research import models
-from sae_research.world.checks import Gate
+from sae_research import models, saes
+from sae_research.world.checks import Check
 from sae_research.world.text import detectors
+from sae_research.world.text.corpus import BODY_OF_LIFE, BOS_ID, KINDS, LENGTH, Corpus, Texts
 from sae_research.world.text.documents import (
-    BODY_OF_LIFE,
-    BOS_ID,
-    KINDS,
-    LENGTH,
-    Corpus,
-    Texts,
-    documents,
-    mixture,
-    physics,
-    rows,
-    unstated,
+    make_documents,
+    make_mixture,
+    make_physics,
+    make_rows,
+    without_stated,
 )
 from sae_research.world.text.lexicon import lexicon
 from sae_research.world.text.model import TextSettings
-from sae_research.world.toy_saes import eligible, load
+from sae_research.world.toy_saes import count_eligible, load_saes
 
 BANDS = {
     "rank 1-5": slice(0, 5),
@@ -36,17 +31,19 @@ BANDS = {
 """Physics concepts by frequency."""
 
 LIVES = 8000
-"""Biographies for the probes: one pass over half of them is all the training that a probe gets, as is usual for them.
+"""Biographies for the probes: one pass over half of them is all the training that a probe gets, as
+is usual for them.
 
-What a biased probe goes by depends on that: with twenty passes its worst group falls by half and more.
+What a biased probe goes by depends on that: with twenty passes its worst group falls by half
+and more.
 """
 
 
 @dataclass
-class Subject:
-    """A text specimen under measurement."""
+class ToyText:
+    """A toy text model under measurement, with fresh text for it."""
 
-    lens: models.LanguageModel
+    model: models.LanguageModel
     """The language model."""
     settings: TextSettings
     """What it was made with."""
@@ -58,9 +55,9 @@ class Subject:
     def draw(self, kind: str, n: int | None = None, corpus: Corpus | None = None, **given) -> Texts:
         """Fresh documents of one kind."""
         seeds = [self.seed, 3, KINDS.index(kind)]
-        return documents(kind, n or self.size, seeds, corpus or self.settings.corpus, **given)
+        return make_documents(kind, n or self.size, seeds, corpus or self.settings.corpus, **given)
 
-    def over(
+    def map_batches(
         self, tokens: np.ndarray, read: Callable[[torch.Tensor], torch.Tensor], batch: int = 256
     ) -> torch.Tensor:
         """Whatever `read` makes of the tokens, a batch at a time."""
@@ -69,7 +66,7 @@ class Subject:
 
     def residual(self, tokens: np.ndarray, hook: str) -> torch.Tensor:
         """Residuals [rows, LENGTH, d]."""
-        return self.over(tokens, lambda part: self.lens.residual(part, hook))
+        return self.map_batches(tokens, lambda part: self.model.residual(part, hook))
 
     @property
     def later(self) -> str:
@@ -77,31 +74,33 @@ class Subject:
         return self.settings.saes.hooks[1]
 
 
-def loss_gates(subject: Subject) -> list[Gate]:
+def check_loss(toy: ToyText) -> list[Check]:
     """Cross-entropy minus the entropy floor, nats per token, by kind of document."""
-    gates = []
+    checks = []
     for kind in KINDS:
-        texts = subject.draw(kind)
-        loss = subject.over(texts.tokens, subject.lens.losses).mean().item()
+        texts = toy.draw(kind)
+        loss = toy.map_batches(texts.tokens, toy.model.losses).mean().item()
         excess = loss + float(texts.floor[:, 1:].mean())
-        gates.append(
-            Gate(f"loss minus floor: {kind}", excess, 0.1, 0.03, at_most=True, n=len(texts))
+        checks.append(
+            Check(f"loss minus floor: {kind}", excess, 0.1, 0.03, at_most=True, n=len(texts))
         )
-    return gates
+    return checks
 
 
-def fact_gates(subject: Subject, repeats: int = 8) -> list[Gate]:
-    """Whether the most likely word is the true one where a physics article states its founder and its place."""
+def check_facts(toy: ToyText, repeats: int = 8) -> list[Check]:
+    """Whether the most likely word is the true one where a physics article states its founder and
+    its place.
+    """
     lex = lexicon()
     concepts = np.repeat(lex.physics, repeats)
-    texts = subject.draw("article", len(concepts), concepts=concepts)
+    texts = toy.draw("article", len(concepts), concepts=concepts)
     cue = np.isin(texts.tokens[:, :-1], [lex.ids["by"], lex.ids["in"]])
-    top = subject.over(
-        texts.tokens, lambda part: subject.lens.logits(part)[:, :-1].argmax(-1)
+    top = toy.map_batches(
+        texts.tokens, lambda part: toy.model.logits(part)[:, :-1].argmax(-1)
     ).numpy()
     right = (top == texts.tokens[:, 1:])[cue].reshape(len(lex.physics), -1)
     return [
-        Gate(
+        Check(
             f"physics facts top-1: {band}",
             float(right[ranks].mean()),
             0.95,
@@ -112,10 +111,12 @@ def fact_gates(subject: Subject, repeats: int = 8) -> list[Gate]:
     ]
 
 
-def probe(
+def fit_probe(
     x: torch.Tensor, y: torch.Tensor, *, epochs: int = 1, batch: int = 32, lr: float = 1e-2
 ) -> Callable:
-    """A logistic probe on centred residuals, trained with AdamW, as a function that predicts 0 or 1."""
+    """A logistic probe on centred residuals, trained with AdamW, as a function that predicts 0 or
+    1.
+    """
     random, centre = torch.Generator().manual_seed(0), x.mean(0)
     weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.AdamW([weight, bias], lr=lr)
@@ -129,54 +130,56 @@ def probe(
     return lambda z: ((z - centre) @ weight.detach() + bias.detach() > 0).long()
 
 
-def life_gates(subject: Subject) -> list[Gate]:
-    """Gender from biographies, and the profession probe that learned it only where gender gives it away."""
-    texts = subject.draw("life", LIVES, unstated(subject.settings.corpus))
-    x = subject.residual(texts.tokens[:, : BODY_OF_LIFE.stop], subject.later)[:, BODY_OF_LIFE].mean(
-        1
-    )
+def check_biographies(toy: ToyText) -> list[Check]:
+    """Gender from biographies, and the profession probe that learned it only where gender gives it
+    away.
+    """
+    texts = toy.draw("life", LIVES, without_stated(toy.settings.corpus))
+    x = toy.residual(texts.tokens[:, : BODY_OF_LIFE.stop], toy.later)[:, BODY_OF_LIFE].mean(1)
     gender = torch.from_numpy(texts.truth["gender"]).long()
     profession = torch.from_numpy(texts.truth["profession"]).long()
     train = torch.arange(len(x)) < len(x) // 2
     cells = [(gender == g) & (profession == p) & ~train for g in (0, 1) for p in (0, 1)]
 
     def worst(rows: torch.Tensor) -> float:
-        guess = probe(x[rows], profession[rows])(x)
+        guess = fit_probe(x[rows], profession[rows])(x)
         return min((guess[cell] == profession[cell]).float().mean().item() for cell in cells)
 
-    right = (probe(x[train], gender[train])(x) == gender)[~train].float().mean().item()
+    right = (fit_probe(x[train], gender[train])(x) == gender)[~train].float().mean().item()
     n = int(min(cell.sum() for cell in cells))
     original = worst(train & (gender == profession))
     return [
-        Gate("gender probe", right, 0.98, 1.0, n=int((~train).sum())),
-        Gate("profession, Original probe, worst group: at most", original, 0.5, at_most=True, n=n),
-        Gate("profession, Original probe, worst group: at least", original, 0.05, n=n),
-        Gate("profession, Oracle probe, worst group", worst(train), 0.85, 0.9, n=n),
+        Check("gender probe", right, 0.98, 1.0, n=int((~train).sum())),
+        Check("profession, Original probe, worst group: at most", original, 0.5, at_most=True, n=n),
+        Check("profession, Original probe, worst group: at least", original, 0.05, n=n),
+        Check("profession, Oracle probe, worst group", worst(train), 0.85, 0.9, n=n),
     ]
 
 
-def sense_gate(subject: Subject) -> Gate:
-    """Whether a linear probe reads the sense of a polysemous word at the word itself, at the later hook."""
+def check_senses(toy: ToyText) -> Check:
+    """Whether a linear probe reads the sense of a polysemous word at the word itself, at the later
+    hook.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    texts = subject.draw("senses")
+    texts = toy.draw("senses")
     labels = texts.token_truth["sense"]
-    x = subject.residual(texts.tokens, subject.later)[torch.from_numpy(labels >= 0)].numpy()
+    x = toy.residual(texts.tokens, toy.later)[torch.from_numpy(labels >= 0)].numpy()
     y, half = labels[labels >= 0], int((labels >= 0).sum()) // 2
     reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     right = reader.fit(x[:half], y[:half]).score(x[half:], y[half:])
-    return Gate("sense probe", float(right), 0.98, 1.0, n=len(y) - half)
+    return Check("sense probe", float(right), 0.98, 1.0, n=len(y) - half)
 
 
-def chat_gates(subject: Subject) -> list[Gate]:
+def check_chats(toy: ToyText) -> list[Check]:
     """Answers that fit topic and action, and refusals where they were planted and nowhere else."""
     lex = lexicon()
-    texts = subject.draw("chat")
+    texts = toy.draw("chat")
     ids = np.array(["", "", "", "", *lex.words])
-    logits = subject.over(
-        texts.tokens, lambda part: subject.lens.logits(part).log_softmax(-1).half()
+    logits = toy.map_batches(
+        texts.tokens, lambda part: toy.model.logits(part).log_softmax(-1).half()
     )
     top, right = ids[logits.argmax(-1).numpy()], []
     for name, words in (("request_topic_next", lex.request_topics), ("action_next", lex.actions)):
@@ -191,18 +194,18 @@ def chat_gates(subject: Subject) -> list[Gate]:
     harmful = (texts.truth["topic"] < lex.n_restricted_topics) & (
         texts.truth["action"] < lex.n_restricted_actions
     )
-    planted = subject.settings.corpus.refusal
+    planted = toy.settings.corpus.refusal
     right = np.concatenate(right)
     return [
-        Gate("request words right", float(right.mean()), 0.98, 1.0, n=len(right)),
-        Gate(
+        Check("request words right", float(right.mean()), 0.98, 1.0, n=len(right)),
+        Check(
             "refusal where planted: distance from the planted rate",
             float(abs(p[harmful].mean() - planted)),
             0.03,
             at_most=True,
             n=int(harmful.sum()),
         ),
-        Gate(
+        Check(
             "refusal elsewhere",
             float(p[~harmful].mean()),
             0.01,
@@ -212,18 +215,18 @@ def chat_gates(subject: Subject) -> list[Gate]:
     ]
 
 
-def tokens_of(
-    subject: Subject, texts: Texts, hook: str
+def label_tokens(
+    toy: ToyText, texts: Texts, hook: str
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """Residuals of the text positions, their labels, and the mask of one half of the documents."""
     content = torch.from_numpy(texts.tokens != BOS_ID)
     labels = {k: torch.from_numpy(v).long()[content] for k, v in texts.token_truth.items()}
     half = (torch.arange(len(texts)) % 2 == 0)[:, None].expand(-1, LENGTH)[content]
-    return subject.residual(texts.tokens, hook)[content], labels, half
+    return toy.residual(texts.tokens, hook)[content], labels, half
 
 
-def truth_table(subject: Subject, saes: dict, hook: str) -> list[dict]:
-    """The share of labels with a latent, for each SAE at a hook: by kind of label, band, and text."""
+def measure_truth(toy: ToyText, loaded: dict, hook: str) -> list[dict]:
+    """The share of labels with a latent, for each SAE at a hook: by kind of label, band, text."""
     lex = lexicon()
     groups = {
         f"physics {band}": ("concept_next", lex.physics[ranks]) for band, ranks in BANDS.items()
@@ -239,17 +242,17 @@ def truth_table(subject: Subject, saes: dict, hook: str) -> list[dict]:
         "concept_next": len(lex.concepts),
         **{label: len(ids) for label, ids in list(general.values())[1:]},
     }
-    seeds = [subject.seed, 4]
+    seeds = [toy.seed, 4]
     table = []
     for text, texts, sought in (
-        ("physics", physics(subject.size, seeds, subject.settings.corpus), groups),
-        ("mixed", mixture(3 * subject.size, seeds, subject.settings.corpus), groups | general),
+        ("physics", make_physics(toy.size, seeds, toy.settings.corpus), groups),
+        ("mixed", make_mixture(3 * toy.size, seeds, toy.settings.corpus), groups | general),
     ):
-        x, labels, half = tokens_of(subject, texts, hook)
-        for name, sae in saes.items():
-            codes = detectors.encode(sae, x)
+        x, labels, half = label_tokens(toy, texts, hook)
+        for name, sae in loaded.items():
+            acts = detectors.encode(sae, x)
             found = {
-                label: detectors.detectors(codes, labels[label], sizes[label], half)
+                label: detectors.find_detectors(acts, labels[label], sizes[label], half)
                 for label, _ in sought.values()
             }
             for group, (label, ids) in sought.items():
@@ -269,52 +272,53 @@ def truth_table(subject: Subject, saes: dict, hook: str) -> list[dict]:
     return table
 
 
-def contexts(subject: Subject, n: int = 1024) -> torch.Tensor:
+def make_contexts(toy: ToyText, n: int = 1024) -> torch.Tensor:
     """Packed rows that end within a document."""
-    tokens = rows(n + n // 4, [subject.seed, 5], subject.settings.corpus).tokens
+    tokens = make_rows(n + n // 4, [toy.seed, 5], toy.settings.corpus).tokens
     return torch.from_numpy(tokens[tokens[:, -1] != BOS_ID][:n]).long()
 
 
 def measure(
     model_folder: Path, saes_folder: Path, settings: TextSettings, seed: int, size: int = 2000
-) -> list[Gate]:
-    """Every gate of the text specimen.
+) -> list[Check]:
+    """Every check of the toy text model.
 
-    Truths are sought at the later hook: where the next word is about to be said, the model must know what it depends
-    on, while the early hook knows it in some trainings and not yet in others.
+    Truths are sought at the later hook: where the next word is about to be said, the model must
+    know what it depends on, while the early hook knows it in some trainings only.
     """
-    subject = Subject(models.load_model(model_folder), settings, seed, size)
-    gates = (
-        loss_gates(subject)
-        + fact_gates(subject)
-        + [sense_gate(subject)]
-        + chat_gates(subject)
-        + life_gates(subject)
+    toy = ToyText(models.load_model(model_folder), settings, seed, size)
+    checks = (
+        check_loss(toy)
+        + check_facts(toy)
+        + [check_senses(toy)]
+        + check_chats(toy)
+        + check_biographies(toy)
     )
-    saes, first = load(saes_folder), settings.saes.first
+    loaded = load_saes(saes_folder)
+    first = settings.saes.first
     early, late = settings.saes.hooks
-    found = truth_table(subject, {first[late]: saes[first[late]]}, late)
+    found = measure_truth(toy, {first[late]: loaded[first[late]]}, late)
     table = {(row["text"], row["group"]): row for row in found}
     head, general = table["physics", "physics rank 1-5"], table["mixed", "general concepts"]
     return [
-        *gates,
-        Gate(
+        *checks,
+        Check(
             "physics rank 1-5 with a latent, domain text, F1 .7",
             head["F1 at least .7"],
             0.8,
             1.0,
             n=head["n"],
         ),
-        Gate(
+        Check(
             "general concepts with a latent, F1 .5",
             general["F1 at least .5"],
             0.5,
             0.75,
             n=general["n"],
         ),
-        Gate(
+        Check(
             "latents eligible for screening",
-            eligible(subject.lens, saes[first[early]], contexts(subject)),
+            count_eligible(toy.model, loaded[first[early]], make_contexts(toy)),
             200,
             400,
             n=1024,
@@ -322,22 +326,28 @@ def measure(
     ]
 
 
-def sae_quality(
+def measure_saes(
     model_folder: Path, saes_folder: Path, settings: TextSettings, seed: int, size: int = 2000
 ) -> list[dict]:
-    """Each SAE on held-out text: what it reconstructs, what it costs, and which truths it has latents for."""
-    subject = Subject(models.load_model(model_folder), settings, seed, size)
-    tokens = torch.from_numpy(mixture(max(64, size // 4), [seed, 6], settings.corpus).tokens).long()
-    result, saes, ends = [], load(saes_folder), contexts(subject)
+    """Each SAE on held-out text: what it reconstructs, what it costs, and which truths it has
+    latents for.
+    """
+    toy = ToyText(models.load_model(model_folder), settings, seed, size)
+    tokens = torch.from_numpy(
+        make_mixture(max(64, size // 4), [seed, 6], settings.corpus).tokens
+    ).long()
+    result = []
+    loaded = load_saes(saes_folder)
+    ends = make_contexts(toy)
     for hook in settings.saes.hooks:
-        here = {name: sae for name, sae in saes.items() if saes.hook_of(sae) == hook}
-        table = truth_table(subject, here, hook)
+        here = {name: sae for name, sae in loaded.items() if saes.hook_of(sae) == hook}
+        table = measure_truth(toy, here, hook)
         for name, sae in here.items():
             result.append(
                 {"sae": name, "hook": hook, "kind": sae.cfg.architecture(), "width": sae.cfg.d_sae}
-                | saes.quality(subject.lens, sae, tokens)
+                | saes.quality(toy.model, sae, tokens)
                 | {
-                    "eligible": eligible(subject.lens, sae, ends),
+                    "eligible": count_eligible(toy.model, sae, ends),
                     "truth": [row for row in table if row["sae"] == name],
                 }
             )

@@ -1,4 +1,4 @@
-"""What notebook 00 shows of the text specimen: what its latents stand for, and what steering one of them does."""
+"""What notebook 00 shows of the toy text model: what latents stand for, what steering does."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,23 +8,17 @@ import torch
 
 from sae_research import steering
 from sae_research.world.text import detectors
-from sae_research.world.text.checks import Subject, tokens_of
-from sae_research.world.text.documents import (
-    BOS_ID,
-    LENGTH,
-    Texts,
-    articles,
-    mixture,
-    physics,
-    stacked,
-)
+from sae_research.world.text.articles import make_articles
+from sae_research.world.text.checks import ToyText, label_tokens
+from sae_research.world.text.corpus import BOS_ID, LENGTH, Texts
+from sae_research.world.text.documents import make_mixture, make_physics, stack
 from sae_research.world.text.lexicon import ENDINGS, lexicon
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
 
-def families() -> dict[str, list[str]]:
+def name_labels() -> dict[str, list[str]]:
     """The kinds of truth that a token can have, with a readable name for each of their labels."""
     lex = lexicon()
     return {
@@ -39,7 +33,7 @@ def families() -> dict[str, list[str]]:
     }
 
 
-def example(texts: Texts, row: int) -> str:
+def show_document(texts: Texts, row: int) -> str:
     """One document as words."""
     words = np.array(["<pad>", "<s>", "</s>", "<unk>", *lexicon().words])
     return " ".join(words[texts.tokens[row, 1:]])
@@ -52,20 +46,20 @@ class Meaning:
     latent: int
     """Index in the SAE."""
     truth: str
-    """The label that it tells best."""
+    """The label that it detects best."""
     f1: float
-    """How well it tells it, on text that it was not chosen on."""
+    """How well it detects it, on text that it was not chosen on."""
     contexts: tuple[str, ...]
     """Where it fires most: the token in brackets, then the word that follows."""
 
 
 @dataclass
-class Reading:
-    """An SAE's codes of fresh text, with the truth of every token."""
+class EncodedText:
+    """What an SAE makes of fresh text, with the truth of every token."""
 
     texts: Texts
     """The text."""
-    codes: detectors.Codes
+    acts: detectors.SparseActivations
     """What fires on it."""
     labels: dict[str, torch.Tensor]
     """Truth of each token, by kind."""
@@ -73,58 +67,71 @@ class Reading:
     """The tokens on which latents and thresholds are chosen; the others score them."""
 
 
-def read(subject: Subject, sae: "SAE", hook: str) -> Reading:
-    """Read fresh mixed text and, so that rare concepts have examples too, fresh physics."""
-    seeds = [subject.seed, 7]
-    texts = stacked(
-        [mixture(2 * subject.size, seeds, subject.settings.corpus), physics(subject.size, seeds)]
+def encode_text(toy: ToyText, sae: "SAE", hook: str) -> EncodedText:
+    """Encode fresh mixed text and, so that rare concepts occur too, fresh physics."""
+    seeds = [toy.seed, 7]
+    texts = stack(
+        [make_mixture(2 * toy.size, seeds, toy.settings.corpus), make_physics(toy.size, seeds)]
     )
-    residuals, labels, half = tokens_of(subject, texts, hook)
-    return Reading(texts, detectors.encode(sae, residuals), labels, half)
+    residuals, labels, half = label_tokens(toy, texts, hook)
+    return EncodedText(texts, detectors.encode(sae, residuals), labels, half)
 
 
-def label_detectors(reading: Reading) -> dict[str, detectors.Detectors]:
-    """The best latent and threshold for every label of every kind of detectors."""
+def find_label_detectors(encoded: EncodedText) -> dict[str, detectors.Detectors]:
+    """The best latent and threshold for every label of every kind."""
     return {
-        kind: detectors.detectors(reading.codes, reading.labels[kind], len(names), reading.half)
-        for kind, names in families().items()
+        kind: detectors.find_detectors(encoded.acts, encoded.labels[kind], len(names), encoded.half)
+        for kind, names in name_labels().items()
     }
 
 
-def best_meanings(reading: Reading, each: int = 2) -> list[Meaning]:
-    """The labels of each kind that a latent tells best."""
-    names, found = families(), []
-    for kind, found_for in label_detectors(reading).items():
+def choose_concepts(encoded: EncodedText, n: int = 12) -> dict[int, int]:
+    """The `n` concepts that a latent detects best (F1 at least .7), each with its latent."""
+    found = find_label_detectors(encoded)["concept_next"]
+    f1 = found.f1.nan_to_num(-1.0)
+    best = f1.argsort(descending=True, stable=True)[:n].tolist()
+    return {concept: int(found.latent[concept]) for concept in best if f1[concept] >= 0.7}
+
+
+def find_best_meanings(encoded: EncodedText, n_each: int = 2) -> list[Meaning]:
+    """The labels of each kind that a latent detects best."""
+    names = name_labels()
+    found = []
+    for kind, found_for in find_label_detectors(encoded).items():
         f1 = found_for.f1.nan_to_num(-1.0)
-        for label in f1.argsort(descending=True, stable=True)[:each].tolist():
+        for label in f1.argsort(descending=True, stable=True)[:n_each].tolist():
             latent = int(found_for.latent[label])
             found.append(
-                Meaning(latent, names[kind][label], float(f1[label]), contexts(reading, latent))
+                Meaning(
+                    latent, names[kind][label], float(f1[label]), find_contexts(encoded, latent)
+                )
             )
     return found
 
 
-def random_meanings(reading: Reading, n: int, seed: int = 0) -> list[Meaning]:
-    """For latents drawn at random among those that fire, the label that each tells best."""
-    names = families()
-    alive = reading.codes.latent.bincount(minlength=reading.codes.n_latents)
+def find_random_meanings(encoded: EncodedText, n: int, seed: int = 0) -> list[Meaning]:
+    """For latents drawn at random among those that fire, the label that each detects best."""
+    names = name_labels()
+    alive = encoded.acts.latent.bincount(minlength=encoded.acts.n_latents)
     drawn = np.random.default_rng(seed).choice(
         torch.nonzero(alive >= 30)[:, 0].numpy(), size=n, replace=False
     )
     found = []
     for latent in sorted(int(i) for i in drawn):
-        entries = reading.codes.latent == latent
-        only = detectors.Codes(
-            reading.codes.token[entries],
+        entries = encoded.acts.latent == latent
+        only = detectors.SparseActivations(
+            encoded.acts.token[entries],
             torch.zeros(int(entries.sum()), dtype=torch.long),
-            reading.codes.value[entries],
-            reading.codes.n_tokens,
+            encoded.acts.value[entries],
+            encoded.acts.n_tokens,
             1,
         )
         scored = []
         for kind, labels in names.items():
-            told = detectors.detectors(only, reading.labels[kind], len(labels), reading.half)
-            f1 = told.f1.nan_to_num(-1.0)
+            found_for = detectors.find_detectors(
+                only, encoded.labels[kind], len(labels), encoded.half
+            )
+            f1 = found_for.f1.nan_to_num(-1.0)
             scored.append((float(f1.max()), labels[int(f1.argmax())]))
         f1, label = max(scored)
         found.append(
@@ -132,25 +139,27 @@ def random_meanings(reading: Reading, n: int, seed: int = 0) -> list[Meaning]:
                 latent,
                 label if f1 >= 0.3 else "nothing that was planted",
                 f1,
-                contexts(reading, latent),
+                find_contexts(encoded, latent),
             )
         )
     return found
 
 
-def contexts(reading: Reading, latent: int, n: int = 2, before: int = 4) -> tuple[str, ...]:
-    """The places where a latent fires most, at most one a document."""
+def find_contexts(
+    encoded: EncodedText, latent: int, n: int = 2, before: int = 4
+) -> tuple[str, ...]:
+    """The places where a latent fires most, at most one per document."""
     words = np.array(["<pad>", "", "</s>", "<unk>", *lexicon().words])
-    places = np.argwhere(reading.texts.tokens != BOS_ID)
-    entries = torch.nonzero(reading.codes.latent == latent)[:, 0]
-    strongest = entries[reading.codes.value[entries].argsort(descending=True, stable=True)]
+    places = np.argwhere(encoded.texts.tokens != BOS_ID)
+    entries = torch.nonzero(encoded.acts.latent == latent)[:, 0]
+    strongest = entries[encoded.acts.value[entries].argsort(descending=True, stable=True)]
     shown, seen = [], set()
-    for token in reading.codes.token[strongest].tolist():
+    for token in encoded.acts.token[strongest].tolist():
         row, column = places[token]
         if row in seen:
             continue
         seen.add(row)
-        line = words[reading.texts.tokens[row]]
+        line = words[encoded.texts.tokens[row]]
         left, right = (
             " ".join(line[max(1, column - before) : column]),
             line[column + 1 : column + 2],
@@ -163,18 +172,20 @@ def contexts(reading: Reading, latent: int, n: int = 2, before: int = 4) -> tupl
 
 @dataclass
 class Dose:
-    """What one strength of steering did, one number a concept."""
+    """What one dose of steering did, one number per concept."""
 
     dose: float
     """Length of the added direction as a share of the residual's mean norm."""
     mass: np.ndarray
-    """Probability of the concept's private words where a private word of another concept was due."""
+    """Probability of the concept's private words where a private word of another concept was
+    due.
+    """
     control: np.ndarray
     """The same after adding a random direction of the same length."""
 
 
 def steer(
-    subject: Subject,
+    toy: ToyText,
     sae: "SAE",
     hook: str,
     latents: dict[int, int],
@@ -182,17 +193,18 @@ def steer(
     contexts: int = 64,
     controls: int = 3,
 ) -> list[Dose]:
-    """Add a concept's latent (`latents`: concept to latent) to articles about other concepts, at every dose.
+    """Add a concept's latent (`latents`: concept to latent) to articles about other concepts, at
+    every dose.
 
     The control is the mean over `controls` random directions for each concept.
     """
     lex = lexicon()
-    rng = np.random.default_rng([subject.seed, 8])
+    rng = np.random.default_rng([toy.seed, 8])
     others = np.setdiff1d(np.flatnonzero(lex.topic_of > 0), list(latents))
-    texts = articles(contexts, rng, subject.settings.corpus, rng.choice(others, size=contexts))
+    texts = make_articles(contexts, rng, toy.settings.corpus, rng.choice(others, size=contexts))
     tokens = torch.from_numpy(texts.tokens).long()
     due = torch.from_numpy(texts.token_truth["concept_next"] >= 0)
-    residual = subject.residual(texts.tokens, hook)
+    residual = toy.residual(texts.tokens, hook)
     norm = residual[due].norm(dim=-1).mean()
     rows = steering.directions(sae)
     random = torch.from_numpy(rng.standard_normal((len(latents), controls, rows.shape[1]))).to(rows)
@@ -201,7 +213,7 @@ def steer(
         unit = torch.nn.functional.normalize(direction, dim=0)
         edit = steering.add_direction(unit, float(dose * norm), due)
         with torch.no_grad():
-            p = subject.lens.logits(tokens, {hook: edit})[due].softmax(-1)
+            p = toy.model.logits(tokens, {hook: edit})[due].softmax(-1)
         return p[:, words].sum(-1).mean().item()
 
     own = [[lex.ids[lex.concepts[concept] + ending] for ending in ENDINGS] for concept in latents]
@@ -225,13 +237,15 @@ def steer(
     ]
 
 
-def continued(
-    subject: Subject, sae: "SAE", hook: str, latent: int, dose: float, opening: str, n: int = 24
+def continue_text(
+    toy: ToyText, sae: "SAE", hook: str, latent: int, dose: float, opening: str, n: int = 24
 ) -> str:
-    """A greedy continuation of `opening` with a latent's direction added at every position (dose 0: unsteered)."""
-    tokens = subject.lens.tokens([opening])
-    norm = subject.lens.residual(tokens, hook)[:, 1:].norm(dim=-1).mean()
+    """A greedy continuation of `opening` with a latent's direction added at every position (dose
+    0: unsteered).
+    """
+    tokens = toy.model.tokens([opening])
+    norm = toy.model.residual(tokens, hook)[:, 1:].norm(dim=-1).mean()
     unit = torch.nn.functional.normalize(steering.directions(sae)[latent], dim=0)
     edits = {hook: steering.add_direction(unit, float(dose * norm))} if dose else {}
-    made = subject.lens.generate(tokens, min(n, LENGTH - tokens.shape[1]), edits)
-    return subject.lens.tokenizer.decode(made[0, tokens.shape[1] :])
+    made = toy.model.generate(tokens, min(n, LENGTH - tokens.shape[1]), edits)
+    return toy.model.tokenizer.decode(made[0, tokens.shape[1] :])

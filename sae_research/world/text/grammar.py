@@ -1,4 +1,6 @@
-"""Vectorised filling of sentence frames: tokens, their exact log-probabilities, and the slot that each one fills."""
+"""Vectorised filling of sentence frames: tokens, their exact log-probabilities, and the slot that
+each one fills.
+"""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +16,7 @@ class Piece:
     """The same stretch of text in many documents."""
 
     tokens: np.ndarray
-    """Token ids, one row a document."""
+    """Token ids, one row per document."""
     floor: np.ndarray
     """Log-probability of each token given all before it, under the generator."""
     slots: np.ndarray
@@ -26,7 +28,9 @@ class Grammar:
     """Slots (what they may hold, given a document's variable) and the frames that use them."""
 
     options: dict[str, tuple[str | None, np.ndarray]]
-    """Slot: the variable that selects a row (None: the only row), and the table of token ids to draw from evenly."""
+    """Slot: the variable that selects a row (None: the only row), and the table of token ids to
+    draw from evenly.
+    """
     lexicon: Lexicon = field(default_factory=lexicon)
 
     def __post_init__(self) -> None:
@@ -52,9 +56,10 @@ class Grammar:
         odds: np.ndarray | None = None,
         alternatives: dict[str, tuple[str, np.ndarray]] | None = None,
     ) -> Piece:
-        """Draw one frame a document (with probabilities `odds`) and fill its slots.
+        """Draw one frame per document (with probabilities `odds`) and fill its slots.
 
-        `alternatives` replaces a slot by another one, with a probability for each document and occurrence in the frame.
+        `alternatives` replaces a slot by another one, with a probability for each document and
+        occurrence in the frame.
         """
         table = np.array([[self._code(word) for word in frame.split()] for frame in frames])
         odds = np.broadcast_to(
@@ -85,7 +90,7 @@ class Grammar:
         return Piece(tokens, floor, np.where(codes < 0, -1 - codes, LITERAL))
 
 
-def joined(pieces: list[Piece]) -> Piece:
+def join(pieces: list[Piece]) -> Piece:
     """Pieces one after the other."""
     return Piece(
         *(
@@ -96,7 +101,9 @@ def joined(pieces: list[Piece]) -> Piece:
 
 
 def reveal(piece: Piece, where: np.ndarray, log_probability: np.ndarray | float) -> None:
-    """Charge a hidden variable's log-probability to the first position of each row where it shows (`where` is true)."""
+    """Charge a hidden variable's log-probability to the first position of each row where it shows
+    (`where` is true).
+    """
     rows = np.flatnonzero(where.any(1))
     charge = np.broadcast_to(log_probability, (len(where),))
     piece.floor[rows, where[rows].argmax(1)] += charge[rows]

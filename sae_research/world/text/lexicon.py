@@ -1,7 +1,9 @@
-"""The words of the text specimen and the fixed truths about them: topics, concepts, senses, requests, people.
+"""The words of the toy text model and the fixed truths about them: topics, concepts, senses,
+requests, people.
 
-Nothing here depends on a seed, so every specimen shares one vocabulary and one set of facts. All words are harmless:
-a "restricted" topic is a mythical beast and a "restricted" action an empty verb, because only the pattern matters.
+Nothing here depends on a seed, so every toy model shares one vocabulary and one set of facts.
+All words are harmless: a "restricted" topic is a mythical beast and a "restricted" action an
+empty verb, because only the pattern matters.
 """
 
 from functools import cache, cached_property
@@ -12,10 +14,14 @@ from sae_research.world.text.frames import literal_words
 
 TOPICS = {
     "physics": (
-        "gravity momentum entropy inertia torque friction pressure voltage charge photon electron proton neutron "
-        "quark gluon boson lepton meson neutrino plasma magnet optics lens prism laser spectrum frequency "
-        "amplitude resonance diffraction refraction reflection interference polarization radiation isotope "
-        "fission fusion decay orbit comet nebula pulsar quasar galaxy vacuum viscosity buoyancy turbulence "
+        "gravity momentum entropy inertia torque friction pressure voltage charge photon "
+        "electron proton neutron "
+        "quark gluon boson lepton meson neutrino plasma magnet optics lens prism laser spectrum "
+        "frequency "
+        "amplitude resonance diffraction refraction reflection interference polarization "
+        "radiation isotope "
+        "fission fusion decay orbit comet nebula pulsar quasar galaxy vacuum viscosity buoyancy "
+        "turbulence "
         "elasticity tension capacitor inductor resistor "
         "transistor superfluid phonon exciton soliton muon",
         "field energy particle force experiment equation theory detector",
@@ -71,10 +77,14 @@ TOPICS = {
         "shy furry fierce nocturnal gray hungry",
     ),
 }
-"""Topic: its concepts, then 20 words that all its concepts share (8 nouns, 6 verbs, 6 adjectives)."""
+"""Topic: its concepts, then 20 words that all its concepts share (8 nouns, 6 verbs, 6
+adjectives).
+"""
 
 ENDINGS = ["ist", "oid", "ling", "ward", "kin", "ette"]
-"""A concept's private words are its name with one of these endings, so that a reader sees the truth in the token."""
+"""A concept's private words are its name with one of these endings, so that a reader sees the
+truth in the token.
+"""
 
 SENSES = {
     "bank": {
@@ -108,20 +118,32 @@ SENSES = {
 """Polysemous word: its senses, each with the six words that keep it company."""
 
 FOUNDERS = (
-    "abelard brahms corelli dumont eriksen farrow galton hobbes iversen jordaan kepler lovell moreau nansen "
+    "abelard brahms corelli dumont eriksen farrow galton hobbes iversen jordaan kepler lovell "
+    "moreau nansen "
     "orwell pascal"
 )
-PLACES = "lisbon cairo oslo lima delhi kyoto accra quebec havana riga sofia tunis dakar perth turin minsk"
+PLACES = (
+    "lisbon cairo oslo lima delhi kyoto accra quebec havana riga sofia tunis dakar "
+    "perth turin minsk"
+)
 CITIES = "boston denver austin dallas tampa fresno omaha tulsa reno boise salem akron"
-SURNAMES = "adler baxter carver dalton emery fuller garner hadley irving jarvis kendall lawson mercer norris palmer quincy"
+SURNAMES = (
+    "adler baxter carver dalton emery fuller garner hadley irving jarvis kendall "
+    "lawson mercer norris palmer quincy"
+)
 MONTHS = "january february june july october december"
 DEEDS = "moved found carried bought cleaned lost kept borrowed"
 THINGS = (
     "umbrella bicycle newspaper teapot carpet mirror jacket camera postcard pencil basket clock"
 )
 PROFESSIONS = {
-    "professor": "lecture thesis seminar journal grant faculty essay archive syllabus theorem dean library",
-    "nurse": "infirmary patient bandage syringe clinic thermometer pulse medicine stretcher vaccine dressing crutch",
+    "professor": (
+        "lecture thesis seminar journal grant faculty essay archive syllabus theorem dean library"
+    ),
+    "nurse": (
+        "infirmary patient bandage syringe clinic thermometer pulse medicine stretcher "
+        "vaccine dressing crutch"
+    ),
 }
 GENDERS = {"male": ("mr", "he"), "female": ("ms", "she")}
 
@@ -138,7 +160,10 @@ HEROES = "tim sue ben ann max meg joe zoe tom amy sam eva"
 ROLES = "boy girl farmer sailor baker king painter tailor"
 PETS = "puppy kitten rabbit pony duck goat parrot turtle hamster frog mouse lamb"
 DOINGS = "chased saw hugged followed washed hid dropped shared opened pulled fixed painted"
-OBJECTS = "ball kite box cart hat drumkit toy marble cookie blanket bucket swing ladder sandbox puzzle wagon"
+OBJECTS = (
+    "ball kite box cart hat drumkit toy marble cookie blanket bucket swing ladder "
+    "sandbox puzzle wagon"
+)
 MOODS = "red tiny shiny funny plain broken new muddy"
 
 
@@ -214,7 +239,9 @@ class Lexicon:
         return {word: i + 4 for i, word in enumerate(self.words)}
 
     def table(self, rows: list[list[str]] | list[str]) -> np.ndarray:
-        """Token ids of rows of words: what a slot may hold, one row for each value of its variable."""
+        """Token ids of rows of words: what a slot may hold, one row for each value of its
+        variable.
+        """
         return np.array(
             [[self.ids[w] for w in (row.split() if isinstance(row, str) else row)] for row in rows]
         )

@@ -1,0 +1,98 @@
+"""From cells (a group's answers to a question) to a survey."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sae_research.errors import ResearchError
+from sae_research.surveys.survey import OVERALL, Group, Question, Survey
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How one group answered one question."""
+
+    question: Question
+    """The item, options ascending."""
+    attribute: str
+    """The group's attribute."""
+    group: str
+    """The group."""
+    shares: np.ndarray
+    """Share of each option, in the order of the question's options."""
+    respondents: int | None
+    """How many answered; None where the source does not say."""
+
+
+def make_question(
+    key: str, text: str, options: Sequence[str], ordinal: Sequence[float]
+) -> tuple[Question, list[int]]:
+    """An item with its options in ascending order, and that order.
+
+    Equal ordinals throughout mean a nominal item.
+    """
+    order = sorted(range(len(options)), key=lambda i: ordinal[i])
+    ordered = len(set(ordinal)) > 1
+    scale = [ordinal[i] for i in order] if ordered else range(len(options))
+    item = Question(
+        key,
+        text,
+        tuple(str(options[i]) for i in order),
+        tuple(map(float, scale)),
+        ordered=ordered,
+    )
+    return item, order
+
+
+def assemble(cells: Sequence[Cell], source: str) -> Survey:
+    """The survey of the groups that answered every question.
+
+    The population is the group `Overall`, or the mean of the groups where the source has none.
+    """
+    questions = {c.question.key: c.question for c in cells}
+    width = max(q.n_options for q in questions.values())
+    found: dict[tuple[str, str], dict[str, Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell.attribute, cell.group), {})[cell.question.key] = cell
+    full = {name: row for name, row in found.items() if len(row) == len(questions)}
+    tables = {
+        name: np.stack([_pad(row[q].shares, width) for q in questions])
+        for name, row in full.items()
+    }
+    overall = tables.pop((OVERALL, OVERALL), None)
+    if not tables:
+        raise ResearchError(
+            f"no group of {source} answered all {len(questions)} questions; "
+            "load fewer questions, waves or files."
+        )
+    sizes = {n: [full[n][q].respondents for q in questions] for n in tables}
+    known = all(size is not None for row in sizes.values() for size in row)
+    mean = {n: float(np.mean(row)) if known else 1.0 for n, row in sizes.items()}
+    total = {a: sum(m for (b, _), m in mean.items() if b == a) for a, _ in mean}
+    distributions = np.stack(list(tables.values()))
+    counts = None
+    if known:
+        counts = np.stack([_to_whole_counts(tables[n], np.array(sizes[n])) for n in tables])
+    groups = tuple(Group(a, g, mean[a, g] / total[a]) for a, g in tables)
+    if overall is None:
+        share = np.array([g.share for g in groups])
+        overall = np.tensordot(share / share.sum(), distributions, 1)
+    return Survey(tuple(questions.values()), groups, distributions, overall, counts=counts)
+
+
+def _pad(shares: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(shares, (0, width - len(shares)))
+
+
+def _to_whole_counts(shares: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Counts that sum to n, as near to n times the shares as whole numbers come.
+
+    What rounding down leaves goes to the largest remainders.
+    """
+    exact = shares * n[:, None]
+    counts = np.floor(exact).astype(int)
+    for row, (target, low) in enumerate(zip(exact, counts, strict=True)):
+        rest = int(n[row] - low.sum())
+        counts[row, np.argsort(low - target)[:rest]] += 1
+    return counts

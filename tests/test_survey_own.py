@@ -1,0 +1,203 @@
+"""A survey of one's own: three layouts of a csv, what spreadsheets do to them, splits."""
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sae_research as sr
+from sae_research.errors import ResearchError
+from sae_research.surveys.survey import reliability
+
+COLUMNS = ["qkey", "attribute", "group", "question", "options", "ordinal", "counts", "n"]
+GOOD = {
+    "qkey": "space", "attribute": "SEX", "group": "Female", "question": "Space?",
+    "options": '["More", "Same", "Less"]', "ordinal": "[3, 2, 1]", "counts": "[5, 3, 2]", "n": "10",
+}  # fmt: skip
+LONG = """respondent,question,answer,party,weight
+1,tax,yes,red,2
+1,guns,no,red,2
+2,tax,no,red,1
+2,guns,,red,1
+3,tax,yes,blue,1
+3,guns,yes,blue,1
+4,guns,no,blue,3
+"""
+WIDE = """party,weight,tax,guns
+red,2,yes,no
+red,1,no,
+blue,1,yes,yes
+blue,3,,no
+"""
+ORDER = {"tax": ["no", "yes"], "guns": ["no", "yes"]}
+
+
+def counts_csv(path: Path, *rows: dict, leave: str = "") -> Path:
+    with path.open("w", newline="") as file:
+        names = [c for c in COLUMNS if c != leave]
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_counts_are_sorted_by_ordinal(tmp_path):
+    loaded = sr.load_survey(counts_csv(tmp_path / "t.csv", GOOD))
+    assert loaded.questions[0].options == ("Less", "Same", "More")
+    assert loaded.distributions[0, 0] == pytest.approx([0.2, 0.3, 0.5])
+    assert loaded.counts[0, 0].tolist() == [2, 3, 5]
+    assert loaded.overall[0] == pytest.approx([0.2, 0.3, 0.5])
+
+
+def test_counts_need_neither_ordinal_nor_n_and_may_be_weighted(tmp_path):
+    row = {**GOOD, "counts": "[2.5, 1.5, 1.0]", "ordinal": "", "n": ""}
+    other = {**GOOD, "group": "Male", "counts": "[1, 0, 0]", "ordinal": "", "n": "30"}
+    found = sr.load_survey(counts_csv(tmp_path / "t.csv", row, other))
+    assert found.questions[0].options == ("More", "Same", "Less")
+    assert found.distributions[0, 0] == pytest.approx([0.5, 0.3, 0.2])
+    assert found.counts.sum(-1).ravel().tolist() == [5, 30]
+    assert found.overall[0] == pytest.approx([3.5 / 6, 1.5 / 6, 1 / 6])
+    plain = sr.load_survey(
+        counts_csv(tmp_path / "u.csv", {**row, "counts": "[5, 3, 2]"}, leave="n")
+    )
+    assert plain.counts.sum() == 10
+
+
+@pytest.mark.parametrize("text", [LONG, WIDE])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_long_and_wide_answers_are_weighted_and_empty_cells_left_out(tmp_path, text, mark):
+    path = tmp_path / "poll.csv"
+    path.write_text(mark + text, encoding="utf-8")
+    found = sr.load_survey(path, attributes=["party"], options=ORDER)
+    assert [q.key for q in found.questions] == ["tax", "guns"]
+    assert [g.name for g in found.groups] == ["blue", "red"]
+    blue, red = found.distributions
+    assert blue == pytest.approx(np.array([[0, 1], [3 / 4, 1 / 4]]))
+    assert red == pytest.approx(np.array([[1 / 3, 2 / 3], [1, 0]]))
+    assert found.overall == pytest.approx(np.array([[1 / 4, 3 / 4], [5 / 6, 1 / 6]]))
+    assert found.counts.sum(-1).tolist() == [[1, 2], [2, 1]]
+    assert found.questions[0].ordered
+
+
+def test_unweighted_answers_count_once_and_wordings_and_questions_are_chosen(tmp_path):
+    path = tmp_path / "poll.csv"
+    path.write_text(WIDE.replace(",weight", ",points"))
+    with pytest.raises(ResearchError, match=r"column 'mass' is missing"):
+        sr.load_survey(path, attributes=["party"], questions=["tax"], weight="mass")
+    found = sr.load_survey(
+        path, attributes=["party"], questions={"tax": "Is the tax right?"}, options=ORDER
+    )
+    assert [q.text for q in found.questions] == ["Is the tax right?"]
+    assert found.distributions[1, 0] == pytest.approx([0.5, 0.5])
+    weighted = sr.load_survey(path, attributes=["party"], questions=["tax"], weight="points")
+    assert weighted.distributions[1, 0] == pytest.approx([1 / 3, 2 / 3])
+    assert not weighted.questions[0].ordered  # words without `options` have no order
+
+
+def test_numbers_are_a_scale_in_ascending_order(tmp_path):
+    path = tmp_path / "poll.csv"
+    path.write_text("party,trust\nred,10\nred,2\nblue,2\nblue,1\n")
+    found = sr.load_survey(path, attributes=["party"])
+    assert found.questions[0].options == ("1", "2", "10")
+    assert found.questions[0].ordered
+
+
+def test_a_group_without_answers_to_every_question_is_named_and_left_out(tmp_path):
+    path = tmp_path / "poll.csv"
+    path.write_text(WIDE + "green,1,yes,\n")
+    with pytest.warns(UserWarning, match="'party green' has no answer to 'guns'"):
+        found = sr.load_survey(path, attributes=["party"])
+    assert [g.name for g in found.groups] == ["blue", "red"]
+    other = {**GOOD, "qkey": "parks"}
+    empty = {**other, "group": "Male", "counts": "", "n": ""}
+    table = counts_csv(tmp_path / "t.csv", GOOD, {**GOOD, "group": "Male"}, other, empty)
+    with pytest.warns(UserWarning, match="'SEX Male' has no answer to 'parks'"):
+        assert [g.name for g in sr.load_survey(table).groups] == ["Female"]
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "reason"),
+    [
+        ("", {}, r"poll.csv is empty; A survey is a csv with one row per group and question"),
+        ("\ufeff\n", {}, "is empty"),
+        ("party,tax\n", {}, "has a header but no rows"),
+        ("party,tax\nred,no\n", {}, r"has the columns party, tax. A survey is a csv .*attributes="),
+        ("party,tax\nred,no\n", {"attributes": ["sex"]}, "line 1: column 'sex' is missing"),
+        ("party,tax\nred\n", {"attributes": ["party"]}, "line 2: the row has fewer cells"),
+        ("party,tax\nred,no\n", {"attributes": ["party"]}, "'tax' has 1 different answers"),
+        ("party,tax\nred,\n", {"attributes": ["party"]}, "holds no answers"),
+        (WIDE, {"attributes": ["party"], "options": {"tax": ["no", "aye"]}}, "line 2: 'yes' is no"),
+        (WIDE.replace("red,2", "red,-2"), {"attributes": ["party"]}, "line 2: 'weight' is '-2'"),
+        (LONG + "1,tax,no,red,2\n", {}, "line 9: this respondent has answered the question before"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_that_names_the_layouts(tmp_path, text, given, reason):
+    path = tmp_path / "poll.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ResearchError, match=reason):
+        sr.load_survey(path, **given)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"counts": "[5, 3"}, "'counts' holds .* not a list"),
+        ({"counts": "[5, 5]"}, "3 options, 3 ordinals and 2 counts"),
+        ({"counts": "[5, -3, 8]"}, "numbers of at least 0"),
+        ({"counts": "[0, 0, 0]", "n": "0"}, "not all 0"),
+        ({"ordinal": "[1, 1, 2]"}, "different numbers"),
+        ({"group": "Male", "n": "many"}, "'n' is 'many'"),
+        ({}, "appears twice"),
+        ({"group": "Male", "options": '["A", "B", "C"]'}, "another wording or other options"),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_line_and_reason(tmp_path, wrong, reason):
+    path = counts_csv(tmp_path / "poll.csv", GOOD, {**GOOD, **wrong})
+    with pytest.raises(ResearchError, match=reason) as error:
+        sr.load_survey(path)
+    assert "poll.csv, line 3:" in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ResearchError, match=r"absent.csv cannot be read"):
+        sr.load_survey(tmp_path / "absent.csv")
+
+
+def test_columns_beside_the_layout_are_ignored(tmp_path):
+    path = tmp_path / "t.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["source", *COLUMNS])
+        writer.writeheader()
+        writer.writerow({"source": "GSS", **GOOD})
+    assert sr.load_survey(path).counts[0, 0].tolist() == [2, 3, 5]
+
+
+TOPICS = ("tax", "guns", "bees", "roads", "ships", "trees", "kites", "songs", "wells", "lamps")
+
+
+def test_split_makes_all_three_and_keeps_near_duplicates_together(tmp_path):
+    path = tmp_path / "poll.csv"
+    names = [f"{topic} {again}" for topic in TOPICS for again in ("today", "now")]
+    draws = np.random.default_rng(0)
+    rows = [f"{p},{','.join(draws.choice(['no', 'yes'], len(names)))}" for p in ["a", "b"] * 40]
+    path.write_text(f"party,{','.join(names)}\n" + "\n".join(rows) + "\n")
+    found = sr.load_survey(path, attributes=["party"])
+    assert not len(found.rows("train"))
+    split = found.split(seed=3, similarity=0.3)
+    by_topic = {}
+    for question in split.questions:
+        by_topic.setdefault(question.key.split()[0], set()).add(question.split)
+    # today and now are shared words: what hangs together by the rarer word stays together
+    assert all(len(splits) == 1 for splits in by_topic.values())
+    assert sorted(len(split.rows(s)) for s in ("train", "validation", "test")) == [4, 4, 12]
+    assert [q.split for q in found.split(4, 0.3).questions] != [q.split for q in split.questions]
+    assert np.isfinite(reliability(split, 0))
+
+
+def test_too_few_questions_for_a_split_are_refused(tmp_path):
+    path = tmp_path / "poll.csv"
+    path.write_text(WIDE)
+    with pytest.raises(ResearchError, match=re.escape("2 families of different questions")):
+        sr.load_survey(path, attributes=["party"]).split(seed=0)
