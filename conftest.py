@@ -1,4 +1,6 @@
-"""What nbval compares: neither the warnings of libraries (copies keep no stderr) nor where the repository lies."""
+"""What nbval compares: neither the warnings of libraries (copies keep no stderr) nor where the
+repository lies.
+"""
 
 import re
 from pathlib import Path

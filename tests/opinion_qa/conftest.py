@@ -2,26 +2,20 @@
 holds by luck.
 """
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from miniatures import random_sae
 
-torch = pytest.importorskip("torch")
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from miniatures import random_sae  # noqa: E402
-
-from sae_research.studies.opinion_qa.cache import CachedPrompts  # noqa: E402
-from sae_research.studies.opinion_qa.evaluate import EvalSet  # noqa: E402
-from sae_research.studies.opinion_qa.experiment import Experiment  # noqa: E402
-from sae_research.studies.opinion_qa.fit import Targets  # noqa: E402
-from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE  # noqa: E402
-from sae_research.studies.opinion_qa.settings import Settings  # noqa: E402
-from sae_research.studies.opinion_qa.shift import sae_basis  # noqa: E402
+from sae_research.studies.opinion_qa.cache import CachedPrompts
+from sae_research.studies.opinion_qa.evaluate import EvalSet
+from sae_research.studies.opinion_qa.experiment import Experiment
+from sae_research.studies.opinion_qa.fit import Targets
+from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE
+from sae_research.studies.opinion_qa.settings import Settings
+from sae_research.studies.opinion_qa.shift import sae_basis
 
 HOOK = "blocks.0.hook_resid_post"
 GROUPS = ("red", "blue", "old", "young", "grey")
@@ -86,9 +80,14 @@ def targets():
     for q in range(18):
         answers[:, q, : 2 + q % 3] = draws.dirichlet(np.ones(2 + q % 3), 5)
     return Targets(
-        GROUPS, ("a", "a", "b", "b", "b"), np.array([0.5, 0.5, 0.2, 0.3, 0.5]), answers, answers.mean(0),
-        np.arange(12), np.arange(12, 18),
-    )  # fmt: skip
+        GROUPS,
+        ("a", "a", "b", "b", "b"),
+        np.array([0.5, 0.5, 0.2, 0.3, 0.5]),
+        answers,
+        answers.mean(0),
+        np.arange(12),
+        np.arange(12, 18),
+    )
 
 
 @pytest.fixture(scope="module")

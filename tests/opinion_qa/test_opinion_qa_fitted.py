@@ -5,16 +5,14 @@ and SAE.
 from dataclasses import replace
 
 import pytest
+import torch
+from miniatures import random_sae
 
-torch = pytest.importorskip("torch")
-
-from miniatures import random_sae  # noqa: E402
-
-import sae_research as sr  # noqa: E402
-from sae_research import saes, store  # noqa: E402
-from sae_research.errors import ResearchError  # noqa: E402
-from sae_research.studies.opinion_qa.settings import ShiftTraining  # noqa: E402
-from sae_research.studies.opinion_qa.shift import sae_basis  # noqa: E402
+import sae_research as sr
+from sae_research import saes, store
+from sae_research.errors import ResearchError
+from sae_research.studies.opinion_qa.settings import ShiftTraining
+from sae_research.studies.opinion_qa.shift import sae_basis
 
 HOOK = "blocks.0.hook_resid_post"
 QUICK = ShiftTraining(

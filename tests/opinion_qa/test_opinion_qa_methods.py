@@ -5,9 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-
+import torch
 
 from sae_research.studies.opinion_qa import (
     baselines,
@@ -17,17 +15,17 @@ from sae_research.studies.opinion_qa import (
     methods,
     readers,
 )
-from sae_research.studies.opinion_qa.evaluate import EvalSet  # noqa: E402
-from sae_research.studies.opinion_qa.fit import train_shift  # noqa: E402
+from sae_research.studies.opinion_qa.evaluate import EvalSet
+from sae_research.studies.opinion_qa.fit import train_shift
 from sae_research.studies.opinion_qa.prompts import (
     ENGLISH_TEMPLATE,
     TOY_TEMPLATE,
     english_block,
     option_log_probs,
 )
-from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining  # noqa: E402
-from sae_research.studies.opinion_qa.shift import Shift, canonicalize, residual_basis  # noqa: E402
-from sae_research.surveys.survey import Group, Question, divergence  # noqa: E402
+from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining
+from sae_research.studies.opinion_qa.shift import Shift, canonicalize, residual_basis
+from sae_research.surveys.survey import Group, Question, divergence
 
 HOOK = "blocks.0.hook_resid_post"
 ITEM = Question("Q", "Is it so?", ("No", "Perhaps", "Yes"), (1.0, 2.0, 3.0))
@@ -41,8 +39,14 @@ def prompted(exp):
 def test_english_prompts_list_lettered_options_and_never_name_a_group_in_the_block():
     block = english_block(ITEM, False)
     assert block.splitlines() == [
-        "Question: Is it so?", "A. No", "B. Perhaps", "C. Yes", "Answer with A, B or C.", "", "Answer:",
-    ]  # fmt: skip
+        "Question: Is it so?",
+        "A. No",
+        "B. Perhaps",
+        "C. Yes",
+        "Answer with A, B or C.",
+        "",
+        "Answer:",
+    ]
     assert english_block(ITEM, True).splitlines()[1] == "A. Yes"
     offered = english_block(ITEM, True, refusal=True)
     assert "D. Prefer not to say" in offered
@@ -73,7 +77,6 @@ def test_an_empty_context_gives_the_unsteered_answers(exp, cache, basis):
     assert torch.allclose(
         found.block[0],
         cache.residual[cache.prompts.prompt_ids(range(12))][
-            # fmt: skip
             cache.prompts.editable("question")[cache.prompts.prompt_ids(range(12))]
         ].mean(0),
         atol=1e-5,
@@ -202,10 +205,14 @@ def test_lora_without_training_is_the_frozen_model_and_training_moves_it(
 def shift_for(targets, basis, rank=2, scale=0.3):
     random = torch.Generator().manual_seed(4)
     raw = Shift(
-        "multiplicative", HOOK, "all", targets.groups, 0.1 * torch.randn(basis.size, generator=random),
+        "multiplicative",
+        HOOK,
+        "all",
+        targets.groups,
+        0.1 * torch.randn(basis.size, generator=random),
         scale * torch.randn(basis.size, rank, generator=random),
         torch.randn(len(targets.groups), rank, generator=random),
-    )  # fmt: skip
+    )
     return canonicalize(raw, torch.tensor(targets.weights))
 
 

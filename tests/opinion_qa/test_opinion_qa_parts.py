@@ -5,18 +5,26 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from sae_research.studies.opinion_qa import baselines, fit, generalise, readers  # noqa: E402
-from sae_research.studies.opinion_qa import cache as caches  # noqa: E402
-from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE  # noqa: E402
-from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining  # noqa: E402
+from sae_research.studies.opinion_qa import baselines, fit, generalise, readers
+from sae_research.studies.opinion_qa import cache as caches
+from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE
+from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining
 
 QUICK = ShiftTraining(
-    kind="multiplicative", lr=0.03, steps=4, calibration_steps=4, batch_size=6, n_documents=3, n_kl_groups=2, eval_every=2, rank=2,
-    movement_weight=0.1, sparsity_weight=0.01,
-)  # fmt: skip
+    kind="multiplicative",
+    lr=0.03,
+    steps=4,
+    calibration_steps=4,
+    batch_size=6,
+    n_documents=3,
+    n_kl_groups=2,
+    eval_every=2,
+    rank=2,
+    movement_weight=0.1,
+    sparsity_weight=0.01,
+)
 
 
 @pytest.fixture(scope="module")

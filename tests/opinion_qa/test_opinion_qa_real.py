@@ -3,22 +3,16 @@ made-up OpinionQA.
 """
 
 import csv
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-torch = pytest.importorskip("torch")
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from sae_research import catalogue, claims, config, paths, saes  # noqa: E402
-from sae_research.errors import ResearchError  # noqa: E402
-from sae_research.studies import runner  # noqa: E402
-from sae_research.studies.opinion_qa import (  # noqa: E402
+from sae_research import catalogue, claims, config, paths, saes
+from sae_research.errors import ResearchError
+from sae_research.studies import runner
+from sae_research.studies.opinion_qa import (
     baselines,
     experiment,
     findings,
@@ -26,11 +20,11 @@ from sae_research.studies.opinion_qa import (  # noqa: E402
     prompts,
     readers,
 )
-from sae_research.studies.opinion_qa.prompts import ENGLISH_TEMPLATE  # noqa: E402
+from sae_research.studies.opinion_qa.prompts import ENGLISH_TEMPLATE
 from sae_research.studies.opinion_qa.settings import LoRATraining, Settings, ShiftTraining
-from sae_research.studies.opinion_qa.shift import load_shift  # noqa: E402
-from sae_research.surveys import published  # noqa: E402
-from sae_research.surveys.survey import Group, Question, Survey  # noqa: E402
+from sae_research.studies.opinion_qa.shift import load_shift
+from sae_research.surveys import published
+from sae_research.surveys.survey import Group, Question, Survey
 
 pytestmark = pytest.mark.usefixtures("offline_hub")
 
@@ -60,10 +54,14 @@ def private(tmp_path_factory):
             if n % 2 == 0:
                 stem = " ".join(draws.choice(words, 7, replace=False))
             options = ["No", "Perhaps", "Yes"][: 2 + n % 2]
-            items.append({
-                "key": f"Q{n}_W{wave}", "question": f"{stem} {words[n]}?", "references": str([*options, "Refused"]),
-                "option_ordinal": str([float(i + 1) for i in range(len(options))]),
-            })  # fmt: skip
+            items.append(
+                {
+                    "key": f"Q{n}_W{wave}",
+                    "question": f"{stem} {words[n]}?",
+                    "references": str([*options, "Refused"]),
+                    "option_ordinal": str([float(i + 1) for i in range(len(options))]),
+                }
+            )
         write_rows(place / "info.csv", items)
         write_rows(
             place / "metadata.csv",
@@ -108,18 +106,47 @@ def profile():
         lr=0.03,
     )
     settings = replace(
-        Settings(), waves=tuple(WAVES), unseen_waves=UNSEEN, sae="layer_20", layers=("layer_18", "layer_24"),
+        Settings(),
+        waves=tuple(WAVES),
+        unseen_waves=UNSEEN,
+        sae="layer_20",
+        layers=("layer_18", "layer_24"),
         training=quick,
-        lora=LoRATraining(steps=1, batch_size=2), kl_weights=(1.0,), sparsity_weights=(0.1,), ranks=(1,), n_documents=2,
-        coefficients=(0.0, 1.0), few_shot_sizes=(10,), shot_steps=1, top_latents=(1,), n_holdout_rounds=1, unseen_attributes=False, max_rows_per_forward=64,
+        lora=LoRATraining(steps=1, batch_size=2),
+        kl_weights=(1.0,),
+        sparsity_weights=(0.1,),
+        ranks=(1,),
+        n_documents=2,
+        coefficients=(0.0, 1.0),
+        few_shot_sizes=(10,),
+        shot_steps=1,
+        top_latents=(1,),
+        n_holdout_rounds=1,
+        unseen_attributes=False,
+        max_rows_per_forward=64,
         first_seed_only=(
-            *(f"{space} {kind}" for space in ("random", "PCA") for kind in ("multiplicative", "gated", "additive")),
-            "SAE literal", "raw coordinates multiplicative", "dense vector, free", "per-token vector",
-            "per-group vector", "two stages", "movement penalty", "last token only", "at layer_18",
+            *(
+                f"{space} {kind}"
+                for space in ("random", "PCA")
+                for kind in ("multiplicative", "gated", "additive")
+            ),
+            "SAE literal",
+            "raw coordinates multiplicative",
+            "dense vector, free",
+            "per-token vector",
+            "per-group vector",
+            "two stages",
+            "movement penalty",
+            "last token only",
+            "at layer_18",
             *(f"SAE {kind}, no KL term" for kind in ("multiplicative", "gated", "additive")),
-            *(f"at layer_{n}, {what}" for n in (18, 24) for what in ("last token only", "dense vector")),
+            *(
+                f"at layer_{n}, {what}"
+                for n in (18, 24)
+                for what in ("last token only", "dense vector")
+            ),
         ),
-    )  # fmt: skip
+    )
     runtime = replace(config.Runtime(), device="cpu", threads=1, seeds=2)
     assert runtime.dtype == "bfloat16"  # as a GPU would have it
     return config.Profile("gpu", runtime=runtime, studies={"opinion_qa": settings})

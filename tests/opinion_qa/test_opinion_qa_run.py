@@ -5,17 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from miniatures import random_sae
 
-torch = pytest.importorskip("torch")
-
-from miniatures import random_sae  # noqa: E402
-
-from sae_research import claims  # noqa: E402
-from sae_research.studies import runner  # noqa: E402
+from sae_research import claims
+from sae_research.studies import runner
 from sae_research.studies.opinion_qa import evaluate, experiment, findings, methods, study
-from sae_research.studies.opinion_qa import tables as tables_of  # noqa: E402
-from sae_research.studies.opinion_qa.evaluate import EvalSet  # noqa: E402
-from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE  # noqa: E402
+from sae_research.studies.opinion_qa import tables as tables_of
+from sae_research.studies.opinion_qa.evaluate import EvalSet
+from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE
 from sae_research.studies.opinion_qa.settings import LoRATraining, Settings, ShiftTraining
 
 HOOK = "blocks.0.hook_resid_post"
@@ -30,13 +27,30 @@ def test_a_model_is_run_judged_saved_and_every_claim_measured(
         made.cfg.metadata.hook_name, made.cfg.metadata.model_name = place, "world-survey"
         trained_saes.append(made)
     quick = ShiftTraining(
-        kind="gated", calibration="axes", lr=0.03, steps=2, calibration_steps=2, batch_size=4, n_documents=2,
-        n_kl_groups=2, eval_every=2, rank=2,
-    )  # fmt: skip
+        kind="gated",
+        calibration="axes",
+        lr=0.03,
+        steps=2,
+        calibration_steps=2,
+        batch_size=4,
+        n_documents=2,
+        n_kl_groups=2,
+        eval_every=2,
+        rank=2,
+    )
     settings = Settings(
-        training=quick, lora=LoRATraining(steps=1, batch_size=4), respondents=300, coefficients=(0.0, 1.0), ranks=(1,),
-        few_shot_sizes=(2, 10), top_latents=(1, 5), kl_weights=(1.0,), sparsity_weights=(1.0,), layers=("block1",), lora_per_group=True,
-    )  # fmt: skip
+        training=quick,
+        lora=LoRATraining(steps=1, batch_size=4),
+        respondents=300,
+        coefficients=(0.0, 1.0),
+        ranks=(1,),
+        few_shot_sizes=(2, 10),
+        top_latents=(1, 5),
+        kl_weights=(1.0,),
+        sparsity_weights=(1.0,),
+        layers=("block1",),
+        lora_per_group=True,
+    )
     splits = [("train", "validation", "test")[i % 5 // 3 + i % 5 // 4] for i in range(18)]
     questions = tuple(replace(q, split=s) for q, s in zip(small.questions, splits, strict=True))
     truth = replace(small, questions=questions)
@@ -161,9 +175,15 @@ def rows(**columns):
 
 def test_composition_is_set_against_the_margin_that_is_better_on_average():
     table = rows(
-        pair=["a|b"] * 4, seed=[0] * 4, cluster=[0, 1, 2, 3],
-        **{"margin 1": [0.2, 0.2, 0.2, 0.2], "margin 2": [0.1, 0.5, 0.1, 0.5], "composed": [0.1, 0.1, 0.15, 0.05]},
-    )  # fmt: skip
+        pair=["a|b"] * 4,
+        seed=[0] * 4,
+        cluster=[0, 1, 2, 3],
+        **{
+            "margin 1": [0.2, 0.2, 0.2, 0.2],
+            "margin 2": [0.1, 0.5, 0.1, 0.5],
+            "composed": [0.1, 0.1, 0.15, 0.05],
+        },
+    )
     found = findings.compare_composition({"composition": table})
     assert found.value == pytest.approx(-0.1)
     assert found.n == 4
@@ -171,9 +191,13 @@ def test_composition_is_set_against_the_margin_that_is_better_on_average():
 
 def test_new_groups_are_compared_group_by_group_and_question_by_question():
     table = rows(
-        way=["scores"] * 4 + ["population"] * 4, n_questions=[10] * 4 + [0] * 4, seed=[0] * 8, group=["x", "x", "y", "y"] * 2,
-        cluster=[0, 1] * 4, wd=[0.1, 0.3, 0.2, 0.4, 0.2, 0.3, 0.4, 0.5],
-    )  # fmt: skip
+        way=["scores"] * 4 + ["population"] * 4,
+        n_questions=[10] * 4 + [0] * 4,
+        seed=[0] * 8,
+        group=["x", "x", "y", "y"] * 2,
+        cluster=[0, 1] * 4,
+        wd=[0.1, 0.3, 0.2, 0.4, 0.2, 0.3, 0.4, 0.5],
+    )
     found = findings.compare_new_groups({"new_groups": table}, ("scores", 10), ("population", 0))
     assert found.value == pytest.approx(-0.1)
     assert found.n == 2

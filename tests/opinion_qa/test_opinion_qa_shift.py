@@ -1,27 +1,21 @@
 """Study 1, the shift: identities that hold for any model and any SAE."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-
-from sae_research.errors import ResearchError  # noqa: E402
-from sae_research.studies.opinion_qa import fit as objective  # noqa: E402
-from sae_research.studies.opinion_qa.fit import train_calibration, train_shift  # noqa: E402
-from sae_research.studies.opinion_qa.prompts import (  # noqa: E402
+from sae_research.errors import ResearchError
+from sae_research.studies.opinion_qa import fit as objective
+from sae_research.studies.opinion_qa.fit import train_calibration, train_shift
+from sae_research.studies.opinion_qa.prompts import (
     OptionLetters,
     find_letter_tokens,
     sort_by_ordinal,
 )
-from sae_research.studies.opinion_qa.settings import ShiftTraining  # noqa: E402
-from sae_research.studies.opinion_qa.shift import (  # noqa: E402
+from sae_research.studies.opinion_qa.settings import ShiftTraining
+from sae_research.studies.opinion_qa.shift import (
     Shift,
     canonicalize,
     compute_displacement,
@@ -30,7 +24,7 @@ from sae_research.studies.opinion_qa.shift import (  # noqa: E402
     residual_basis,
     token_basis,
 )
-from sae_research.surveys.survey import divergence  # noqa: E402
+from sae_research.surveys.survey import divergence
 
 HOOK = "blocks.0.hook_resid_post"
 GROUPS = ("red", "blue", "old", "young", "grey")
@@ -39,11 +33,14 @@ GROUPS = ("red", "blue", "old", "young", "grey")
 def shift_of(basis, kind="multiplicative", scale=0.5, positions="all", rank=3, seed=0):
     random = torch.Generator().manual_seed(seed)
     return Shift(
-        kind, HOOK, positions, GROUPS,
+        kind,
+        HOOK,
+        positions,
+        GROUPS,
         scale * torch.randn(basis.size, generator=random),
         scale * torch.randn(basis.size, rank, generator=random),
         scale * torch.randn(len(GROUPS), rank, generator=random),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "neox", "gemma2", "llama"])

@@ -13,4 +13,6 @@ class Settings:
     RENAMED: ClassVar[dict[str, str]] = {"subjects": "models"}
 
     models: tuple[str, ...] = ("gpt2-small", "pythia-70m")
-    """Models with their SAEs: the language model of Figs 1 to 14 is not known to us; Table 1 uses Pythia-70M."""
+    """Models with their SAEs: the language model of Figs 1 to 14 is not known to us; Table 1 uses
+    Pythia-70M.
+    """
