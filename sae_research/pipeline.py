@@ -122,7 +122,7 @@ def selected(profile: str) -> Iterator[None]:
         kept.unlink(missing_ok=True)
     store.write_json(marker, {"before": before, "running": profile})
     stages = _read_lock(_profile_lock(profile)) or {}
-    world = (_read_lock(kept) or {}).get(WORLD)  # the embedded world is the same in every profile
+    world = (_read_lock(kept) or {}).get(WORLD)  # the toy models are the same for all
     _write_lock(
         LOCK,
         {**({WORLD: world} if world else {}), **{k: v for k, v in stages.items() if k != WORLD}},

@@ -56,7 +56,7 @@ def test_the_package_imports_in_a_moment():
 
 def test_all_light_modules_together_import_in_a_moment():
     names = ", ".join(f"sae_research.{name}" for name in MODULES)
-    assert processor_seconds(f"import {names}") < 0.6  # pydantic alone takes a third of it
+    assert processor_seconds(f"import {names}") < 1  # a heavy library alone takes more
 
 
 def test_the_measure_sees_a_heavy_import():

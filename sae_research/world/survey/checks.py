@@ -155,48 +155,20 @@ def check_model(
     wd = wasserstein(persona, survey.distributions, survey.gaps)
     web = wasserstein(unsteered, survey.web, survey.gaps)
     order = total_variation(both[0], both[1])
+    upper = {"at_most": True}
+    kl = measure_answer_kl(model, asked)
+    excess = measure_off_task_excess(model, aside)
+    persona_wd = float(wd.mean())
+    web_wd = float(web.mean())
+    swap = float(order.mean())
+    name = "unsteered model: WD(model, web authors)"
     return [
-        Check(
-            "answer KL(exact || model), nats",
-            measure_answer_kl(model, asked),
-            0.003,
-            0.0005,
-            at_most=True,
-            n=4096,
-        ),
+        Check("answer KL(exact || model), nats", kl, 0.003, 0.0005, n=4096, **upper),
         Check("persona prompt: rho_dev", scores.rho, 0.9, 0.97, n=wd.size),
-        Check(
-            "persona prompt: WD(model, group)",
-            float(wd.mean()),
-            0.02,
-            0.01,
-            at_most=True,
-            n=wd.size,
-        ),
-        Check(
-            "unsteered model: WD(model, web authors)",
-            float(web.mean()),
-            0.02,
-            0.01,
-            at_most=True,
-            n=web.size,
-        ),
-        Check(
-            "option order: mean TV between both orders",
-            float(order.mean()),
-            0.03,
-            0.01,
-            at_most=True,
-            n=order.size,
-        ),
-        Check(
-            "off-task loss minus its entropy, nats",
-            measure_off_task_excess(model, aside),
-            0.1,
-            0.03,
-            at_most=True,
-            n=512,
-        ),
+        Check("persona prompt: WD(model, group)", persona_wd, 0.02, 0.01, n=wd.size, **upper),
+        Check(name, web_wd, 0.02, 0.01, n=web.size, **upper),
+        Check("option order: mean TV between both orders", swap, 0.03, 0.01, n=order.size, **upper),
+        Check("off-task loss minus its entropy, nats", excess, 0.1, 0.03, n=512, **upper),
     ]
 
 

@@ -299,39 +299,23 @@ def measure(
     early, late = settings.saes.hooks
     found = measure_truth(toy, {first[late]: loaded[first[late]]}, late)
     table = {(row["text"], row["group"]): row for row in found}
-    head, general = table["physics", "physics rank 1-5"], table["mixed", "general concepts"]
+    head = table["physics", "physics rank 1-5"]
+    general = table["mixed", "general concepts"]
+    screened = count_eligible(toy.model, loaded[first[early]], make_contexts(toy))
+    name = "physics rank 1-5 with a latent, domain text, F1 .7"
+    other = "general concepts with a latent, F1 .5"
     return [
         *checks,
-        Check(
-            "physics rank 1-5 with a latent, domain text, F1 .7",
-            head["F1 at least .7"],
-            0.8,
-            1.0,
-            n=head["n"],
-        ),
-        Check(
-            "general concepts with a latent, F1 .5",
-            general["F1 at least .5"],
-            0.5,
-            0.75,
-            n=general["n"],
-        ),
-        Check(
-            "latents eligible for screening",
-            count_eligible(toy.model, loaded[first[early]], make_contexts(toy)),
-            200,
-            400,
-            n=1024,
-        ),
+        Check(name, head["F1 at least .7"], 0.8, 1.0, n=head["n"]),
+        Check(other, general["F1 at least .5"], 0.5, 0.75, n=general["n"]),
+        Check("latents eligible for screening", screened, 200, 400, n=1024),
     ]
 
 
 def measure_saes(
     model_folder: Path, saes_folder: Path, settings: TextSettings, seed: int, size: int = 2000
 ) -> list[dict]:
-    """Each SAE on held-out text: what it reconstructs, what it costs, and which truths it has
-    latents for.
-    """
+    """Each SAE on held-out text: explained variance, L0 and which truths it has latents for."""
     toy = ToyText(models.load_model(model_folder), settings, seed, size)
     tokens = torch.from_numpy(
         make_mixture(max(64, size // 4), [seed, 6], settings.corpus).tokens

@@ -193,8 +193,7 @@ def steer(
     contexts: int = 64,
     controls: int = 3,
 ) -> list[Dose]:
-    """Add a concept's latent (`latents`: concept to latent) to articles about other concepts, at
-    every dose.
+    """Add a concept's latent (`latents` maps one to the other) to articles about other concepts.
 
     The control is the mean over `controls` random directions for each concept.
     """
@@ -209,7 +208,7 @@ def steer(
     rows = steering.directions(sae)
     random = torch.from_numpy(rng.standard_normal((len(latents), controls, rows.shape[1]))).to(rows)
 
-    def mass(direction: torch.Tensor, dose: float, words: list[int]) -> float:
+    def measure_mass(direction: torch.Tensor, dose: float, words: list[int]) -> float:
         unit = torch.nn.functional.normalize(direction, dim=0)
         edit = steering.add_direction(unit, float(dose * norm), due)
         with torch.no_grad():
@@ -217,24 +216,18 @@ def steer(
         return p[:, words].sum(-1).mean().item()
 
     own = [[lex.ids[lex.concepts[concept] + ending] for ending in ENDINGS] for concept in latents]
-    return [
-        Dose(
-            dose,
-            np.array(
-                [
-                    mass(rows[latent], dose, words)
-                    for latent, words in zip(latents.values(), own, strict=True)
-                ]
-            ),
-            np.array(
-                [
-                    np.mean([mass(d, dose, words) for d in drawn])
-                    for drawn, words in zip(random, own, strict=True)
-                ]
-            ),
-        )
-        for dose in doses
-    ]
+    doses_done = []
+    for dose in doses:
+        steered = [
+            measure_mass(rows[i], dose, words)
+            for i, words in zip(latents.values(), own, strict=True)
+        ]
+        control = [
+            np.mean([measure_mass(d, dose, words) for d in drawn])
+            for drawn, words in zip(random, own, strict=True)
+        ]
+        doses_done.append(Dose(dose, np.array(steered), np.array(control)))
+    return doses_done
 
 
 def continue_text(
