@@ -32,17 +32,32 @@ def opinion_qa(tmp_path):
     weights.
     """
     place = tmp_path / "human_resp" / "American_Trends_Panel_W27"
-    write_csv(place / "info.csv", [
-        {"key": "CARS_W27", "question": "More or fewer?", "references": str(["More", "Fewer", "Same", "Refused"]),
-         "option_ordinal": "[1.0, 2.0, 1.5]"},
-        {"key": "INDUSTRY_W27", "question": "Where do you work?",
-         "references": str(["Farm", "Mine", "Mill", "Refused"]), "option_ordinal": "[1, 1, 1]"},
-    ])  # fmt: skip
+    write_csv(
+        place / "info.csv",
+        [
+            {
+                "key": "CARS_W27",
+                "question": "More or fewer?",
+                "references": str(["More", "Fewer", "Same", "Refused"]),
+                "option_ordinal": "[1.0, 2.0, 1.5]",
+            },
+            {
+                "key": "INDUSTRY_W27",
+                "question": "Where do you work?",
+                "references": str(["Farm", "Mine", "Mill", "Refused"]),
+                "option_ordinal": "[1, 1, 1]",
+            },
+        ],
+    )
     write_csv(place / "metadata.csv", [{"key": "SEX", "options": "['Male', 'Female']"}])
     people = [
-        ("Male", "More", "Farm", 2.0), ("Male", "Same", "Mine", 1.0), ("Male", "Refused", "Refused", 5.0),
-        ("Female", "Fewer", "Mill", 1.0), ("Female", "Fewer", "", 1.0), ("Refused", "Same", "Mill", 4.0),
-    ]  # fmt: skip
+        ("Male", "More", "Farm", 2.0),
+        ("Male", "Same", "Mine", 1.0),
+        ("Male", "Refused", "Refused", 5.0),
+        ("Female", "Fewer", "Mill", 1.0),
+        ("Female", "Fewer", "", 1.0),
+        ("Refused", "Same", "Mill", 4.0),
+    ]
     names = ("SEX", "CARS_W27", "INDUSTRY_W27", "WEIGHT_W27")
     write_csv(place / "responses.csv", [dict(zip(names, row, strict=True)) for row in people])
     return tmp_path
@@ -100,11 +115,16 @@ def test_damage_to_opinion_qa_is_named_by_file_line_and_reason(opinion_qa, file,
 
 
 def test_near_duplicates_are_found_across_waves_by_wording():
-    stem = "How much confidence, if any, do you have in the following people to act in the interests of the public?"
+    stem = "How much confidence, if any, do you have in the following people "
+    stem += "to act in the interests of the public?"
     texts = [
-        f"{stem} Scientists", f"{stem} Journalists", "Do you own a dog?", "Do you ever read the news in print?",
-        f"{stem} Elected officials", "Do you own a dog or a cat?",
-    ]  # fmt: skip
+        f"{stem} Scientists",
+        f"{stem} Journalists",
+        "Do you own a dog?",
+        "Do you ever read the news in print?",
+        f"{stem} Elected officials",
+        "Do you own a dog or a cat?",
+    ]
     questions = [
         survey.Question(f"Q{i}", text, ("No", "Yes"), (1, 2)) for i, text in enumerate(texts)
     ]
@@ -139,9 +159,15 @@ def test_a_missing_wave_is_named(opinion_qa):
 
 def subpop_row(**changes):
     row = {
-        "qkey": "Q1", "question": "Is it so?", "options": ["Yes", "No", "Refused"], "ordinal": [2, 1],
-        "attribute": "SEX", "group": "Male", "responses": [0.7, 0.3], "refusal_rate": 0.01,
-    }  # fmt: skip
+        "qkey": "Q1",
+        "question": "Is it so?",
+        "options": ["Yes", "No", "Refused"],
+        "ordinal": [2, 1],
+        "attribute": "SEX",
+        "group": "Male",
+        "responses": [0.7, 0.3],
+        "refusal_rate": 0.01,
+    }
     return {**row, **changes}
 
 
@@ -181,10 +207,23 @@ def test_global_opinions_are_nominal_and_only_questions_of_all_countries_count(t
     path = tmp_path / "global.csv"
     both = "defaultdict(<class 'list'>, {'Peru': [0.5, 0.5], 'Chad': [0.1, 0.9]})"
     one = "defaultdict(<class 'list'>, {'Peru': [0.5, 0.5]})"
-    write_csv(path, [
-        {"question": "Good or bad?", "selections": both, "options": "['Good', 'Bad']", "source": "GAS"},
-        {"question": "Rich or poor?", "selections": one, "options": "['Rich', 'Poor']", "source": "WVS"},
-    ])  # fmt: skip
+    write_csv(
+        path,
+        [
+            {
+                "question": "Good or bad?",
+                "selections": both,
+                "options": "['Good', 'Bad']",
+                "source": "GAS",
+            },
+            {
+                "question": "Rich or poor?",
+                "selections": one,
+                "options": "['Rich', 'Poor']",
+                "source": "WVS",
+            },
+        ],
+    )
     found = published.load_global_opinions(path, ["Peru", "Chad"])
     assert len(found.questions) == 1
     assert not found.questions[0].ordered

@@ -250,8 +250,12 @@ def test_eta_is_the_deviation_from_additive_traits(eta):
     population = Population(PopulationSettings(interaction=eta))
     excess = np.array(
         [
-            [population.trait({"party": p, "age": a}) - population.trait({"party": p}) - population.trait({"age": a})
-             for a in ATTRIBUTES["age"]]
+            [
+                population.trait({"party": p, "age": a})
+                - population.trait({"party": p})
+                - population.trait({"age": a})
+                for a in ATTRIBUTES["age"]
+            ]
             for p in ATTRIBUTES["party"]
         ]
     )  # fmt: skip
