@@ -248,17 +248,16 @@ def test_margins_are_mixtures_of_their_intersections(population, survey):
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_eta_is_the_deviation_from_additive_traits(eta):
     population = Population(PopulationSettings(interaction=eta))
+    alone = {v: population.trait({a: v}) for a in ("party", "age") for v in ATTRIBUTES[a]}
     excess = np.array(
         [
             [
-                population.trait({"party": p, "age": a})
-                - population.trait({"party": p})
-                - population.trait({"age": a})
+                population.trait({"party": p, "age": a}) - alone[p] - alone[a]
                 for a in ATTRIBUTES["age"]
             ]
             for p in ATTRIBUTES["party"]
         ]
-    )  # fmt: skip
+    )
     assert excess[..., 0] == pytest.approx(eta * population.interaction, abs=1e-12)
     assert np.abs(excess[..., 1:]).max() < 1e-12
     weights = np.outer(SHARES["party"], SHARES["age"])
