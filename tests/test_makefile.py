@@ -61,8 +61,10 @@ def folder(tmp_path):
 
 
 def make(folder, target="setup", *settings, python="./python"):
-    env = {**os.environ, "MAKEFLAGS": "", "MFLAGS": "", "VIRTUAL_ENV": "/another"}
-    env.pop("INSTALLER", None)
+    env = {**os.environ, "VIRTUAL_ENV": "/another"}
+    # under `make test`, make would take this one for a sub-make and say which folder it enters
+    for name in ("INSTALLER", "MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
+        env.pop(name, None)
     words = ["make", target, f"PYTHON={python}", *settings]
     return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
