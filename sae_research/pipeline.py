@@ -279,7 +279,7 @@ def report(profile: str) -> str:
             f"{agree} of {total} verdicts agree with the published ones "
             f"({paths.relative(published)})"
         )
-        lines += [f"  {i}: {ours} here, {theirs} published" for i, ours, theirs in differ]
+        lines += [f"  {i}: {ours} (published: {theirs})" for i, ours, theirs in differ]
     elif profile != PUBLISHED:
         lines.append("no published verdicts to agree with yet (they come from the profile `full`)")
     lines += [
