@@ -119,7 +119,7 @@ def profile():
         n_documents=2,
         coefficients=(0.0, 1.0),
         few_shot_sizes=(10,),
-        shot_steps=1,
+        few_shot_steps=1,
         top_latents=(1,),
         n_holdout_rounds=1,
         unseen_attributes=False,

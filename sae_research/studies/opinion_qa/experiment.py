@@ -2,14 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from sae_research import catalogue, paths
+from sae_research import catalogue, paths, store
 from sae_research.config import Profile
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel, download
@@ -102,9 +102,26 @@ class Experiment:
         return residual_basis(self.cache.model.d_model, self.cache.model.device)
 
 
+_last: dict[str, Experiment] = {}
+
+
 def load_experiment(profile: Profile, name: str, seed: int, role: str | None = None) -> Experiment:
-    """The experiment of a model at one SAE: a toy model's survey, else the reader's OpinionQA."""
+    """The experiment of a model at one SAE: a toy model's survey, else the reader's OpinionQA.
+
+    The last one stays loaded, since the tasks of a process often share it.
+    """
     role = role or profile.opinion_qa.sae
+    runtime = profile.runtime
+    about = [asdict(profile.opinion_qa), runtime.device, runtime.dtype, name, seed, role]
+    key = store.fingerprint([*about, opinion_qa_folder()])
+    if key not in _last:
+        loaded = _load_anew(profile, name, seed, role)
+        _last.clear()
+        _last[key] = loaded
+    return _last[key]
+
+
+def _load_anew(profile: Profile, name: str, seed: int, role: str) -> Experiment:
     if catalogue.get(name).embedded:
         return load_toy_experiment(profile, name, role, seed)
     folder = opinion_qa_folder()
