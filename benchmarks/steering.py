@@ -143,8 +143,7 @@ def engine_pass(
     engine: Timed, pool, chosen, directions
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Every (row numbers, logits, read) of the problem."""
-    which = torch.arange(len(chosen)).repeat_interleave(chosen.shape[1])
-    for rows, _, edited in engine.sweep(pool, chosen.flatten(), which, directions):
+    for rows, _, edited in engine.sweep(pool, chosen, directions):
         yield rows, engine.logits(edited.final), edited.reads[0]
 
 

@@ -10,16 +10,13 @@ run unchanged, whatever the architecture.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
 from sae_research.errors import ResearchError
 from sae_research.model_tail import ModelTail
+from sae_research.models import LanguageModel
 from sae_research.steering import add_direction
-
-if TYPE_CHECKING:
-    from sae_research.models import LanguageModel
 
 
 @dataclass
@@ -38,9 +35,7 @@ class State:
 
 @dataclass
 class Record:
-    """What one clean pass over a batch of contexts leaves behind for edits of their final
-    tokens.
-    """
+    """What a clean pass over some contexts leaves behind for edits of their final tokens."""
 
     last: torch.Tensor
     """[contexts, d]: the residual of the final token at the edited hook."""
@@ -52,36 +47,27 @@ class Record:
     """The unedited final tokens."""
 
 
-class LastToken:
-    """Runs a model's tail on edited final tokens, in float32 even if the part below is not."""
+class LastToken(ModelTail):
+    """Runs a model's tail on edited final tokens, in float32 even if the part below is not.
 
-    def __init__(
-        self,
-        model: "LanguageModel",
-        hook: str,
-        reads: tuple[str, ...] = (),
-        dtype: torch.dtype = torch.float32,
-    ):
+    The difference of two states' logits needs both `logits`, since a softcap is not linear.
+    """
+
+    def __init__(self, model: LanguageModel, hook: str, reads: tuple[str, ...] = ()):
         """Edit at `hook`, read at `reads`; the model itself stays in its own number format."""
-        self.model = model
-        self.tail = ModelTail(model, hook, dtype)
-        self.dtype = dtype
-        self.start = self.tail.start_at_layer
+        super().__init__(model, hook, torch.float32)
         self.reads = tuple(model.depth(read) for read in reads)
         for read, layer in zip(reads, self.reads, strict=True):
-            if layer < self.start:
+            if layer < self.start_at_layer:
                 raise ResearchError(
                     f"read '{read}' lies below the edit at '{hook}' and would never change."
                 )
-        self.W_U = self.tail.W_U.to(dtype)
-        self.b_U = None if self.tail.b_U is None else self.tail.b_U.to(dtype)
-        self.softcap = self.tail.softcap
 
     @torch.no_grad()
     def residual(self, tokens: torch.Tensor) -> torch.Tensor:
         """Residuals [B, T, d] at the edited hook."""
         self.check(tokens)
-        return self.model.residual(tokens, self.tail.hook).to(self.dtype)
+        return self.model.residual(tokens, self.hook).to(self.dtype)
 
     def check(self, tokens: torch.Tensor) -> None:
         """Refuse contexts that the engine cannot treat exactly."""
@@ -90,7 +76,7 @@ class LastToken:
                 "contexts must have at least two tokens (the last is edited), "
                 f"not shape {tuple(tokens.shape)}."
             )
-        self.tail.check_length(tokens.shape[1])
+        self.check_length(tokens.shape[1])
 
     @torch.no_grad()
     def record(self, tokens: torch.Tensor, residual: torch.Tensor | None = None) -> Record:
@@ -101,8 +87,8 @@ class LastToken:
 
         h = self.residual(tokens) if residual is None else residual
         cache = DynamicCache()
-        reads, final = self.tail.run(h, **self.tail.causal(h), cache=cache, read_layers=self.reads)
-        layers = cache.layers[self.start :]
+        reads, final = self.run(h, **self.causal(h), cache=cache, read_layers=self.reads)
+        layers = cache.layers[self.start_at_layer :]
         return Record(
             last=h[:, -1].clone(),
             keys=[layer.keys[:, :, :-1].clone() for layer in layers],
@@ -127,26 +113,21 @@ class LastToken:
         from transformers import DynamicCache
 
         prefix = record.keys[0].shape[2] if record.keys else 0
-        if self.tail.window_counts_keys:
-            pack = max(1, min(pack, self.tail.window - prefix))
+        if self.window_counts_keys:
+            pack = max(1, min(pack, self.window - prefix))
         owner, slots = _chunks(contexts, pack)
-        mask = torch.full(
-            (pack, prefix + pack),
-            torch.finfo(self.dtype).min,
-            dtype=self.dtype,
-            device=slots.device,
-        )
+        blocked = torch.finfo(self.dtype).min
+        mask = torch.full((pack, prefix + pack), blocked, dtype=self.dtype, device=slots.device)
         mask[:, :prefix] = 0
         mask[:, prefix:].fill_diagonal_(0)
         for part in torch.arange(len(owner), device=slots.device).split(max(1, rows // pack)):
             context, slot = owner[part], slots[part]
             h = record.last[context][:, None] + directions[which[slot.clamp(min=0)]].to(self.dtype)
             cache = DynamicCache()
-            for layer, (keys, values) in enumerate(
-                zip(record.keys, record.values, strict=True), start=self.start
-            ):
+            layers = enumerate(zip(record.keys, record.values, strict=True), self.start_at_layer)
+            for layer, (keys, values) in layers:
                 cache.update(keys[context], values[context], layer)
-            reads, final = self.tail.run(
+            reads, final = self.run(
                 h,
                 positions=torch.full_like(slot, prefix),
                 mask=mask.expand(len(part), 1, *mask.shape),
@@ -154,28 +135,30 @@ class LastToken:
                 read_layers=self.reads,
             )
             real = slot >= 0
-            yield slot[real], State(tuple(r[real] for r in reads), final[real])
+            yield slot[real], State(tuple(reads), final).take(real)
 
     def sweep(
         self,
         tokens: torch.Tensor,
         contexts: torch.Tensor,
-        which: torch.Tensor,
         directions: torch.Tensor,
         *,
         batch: int = 64,
         pack: int | None = None,
         rows: int = 768,
     ) -> Iterator[tuple[torch.Tensor, State, State]]:
-        """Yield (row numbers, clean states, edited states) for every pair of a context and a
-        direction, each once.
+        """Add each of `directions` [K, d] in each of its `contexts` [K, n], rows of `tokens`.
 
-        Contexts are recorded `batch` at a time and forgotten when all their rows are done, so
-        memory does not grow with the pool. Doses are simply further directions.
+        Yields (row numbers of the K n edits, clean states, edited states), each row once. Contexts
+        are recorded `batch` at a time and forgotten when all their rows are done, so memory does
+        not grow with the pool. Doses are simply further directions.
         """
         self.check(tokens)
-        _in_range("context", contexts, len(tokens))
-        _in_range("direction", which, len(directions))
+        wrong = contexts[(contexts < 0) | (contexts >= len(tokens))]
+        if len(wrong):
+            raise ResearchError(f"there is no context {int(wrong[0])}; there are {len(tokens)}.")
+        n = contexts.shape[1]
+        contexts = contexts.flatten().to(directions.device)
         used = torch.unique(contexts)
         if pack is None:
             pack = 8 if len(contexts) < 48 * len(used) else 32
@@ -183,24 +166,8 @@ class LastToken:
             record = self.record(tokens[some])
             mine = torch.isin(contexts, some).nonzero()[:, 0]
             local = torch.searchsorted(some, contexts[mine])
-            for r, edited in self.steer(
-                record, local, which[mine], directions, pack=pack, rows=rows
-            ):
+            for r, edited in self.steer(record, local, mine // n, directions, pack=pack, rows=rows):
                 yield mine[r], record.clean.take(local[r]), edited
-
-    def logits(self, final: torch.Tensor) -> torch.Tensor:
-        """Logits of final states; for the difference of two use both, since a softcap is not
-        linear.
-        """
-        logits = final @ self.W_U
-        logits = logits if self.b_U is None else logits + self.b_U
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def gram(self) -> torch.Tensor | None:
-        """G = W_U W_U^T, so that logit differences D = dz W_U have D D^T = dz G dz^T; None if a
-        softcap forbids it.
-        """
-        return None if self.softcap is not None else self.W_U @ self.W_U.T
 
 
 def _chunks(contexts: torch.Tensor, pack: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,15 +187,9 @@ def _chunks(contexts: torch.Tensor, pack: int) -> tuple[torch.Tensor, torch.Tens
     return sorted_contexts[first], slots
 
 
-def _in_range(noun: str, index: torch.Tensor, size: int) -> None:
-    wrong = index[(index < 0) | (index >= size)]
-    if len(wrong):
-        raise ResearchError(f"{noun} index {int(wrong[0])} is out of range; there are {size}.")
-
-
 @torch.no_grad()
 def run_naive(
-    model: "LanguageModel",
+    model: LanguageModel,
     hook: str,
     reads: tuple[str, ...],
     tokens: torch.Tensor,
@@ -248,7 +209,7 @@ def run_naive(
 
 
 def discrepancy(
-    model: "LanguageModel",
+    model: LanguageModel,
     hook: str,
     reads: tuple[str, ...],
     tokens: torch.Tensor,
@@ -258,15 +219,14 @@ def discrepancy(
     """Largest difference of engine and full forward over every context and direction, beside the
     largest effect.
     """
-    contexts = torch.arange(len(tokens), device=tokens.device).repeat(len(directions))
-    which = torch.arange(len(directions), device=tokens.device).repeat_interleave(len(tokens))
+    contexts = torch.arange(len(tokens)).expand(len(directions), -1)
     truth = [run_naive(model, hook, reads, tokens, d) for d in directions]
     logits = torch.cat([t[0] for t in truth])
     read = [torch.cat([t[1][i] for t in truth]) for i in range(len(reads))]
     engine = LastToken(model, hook, reads)
     error = effect = 0.0
     seen = 0
-    for rows, clean, edited in engine.sweep(tokens, contexts, which, directions, **settings):
+    for rows, clean, edited in engine.sweep(tokens, contexts, directions, **settings):
         got = engine.logits(edited.final)
         effect = max(effect, float((got - engine.logits(clean.final)).abs().max()))
         differences = [

@@ -1,8 +1,7 @@
 """The part of a model above a hook, run on residuals that were cached once.
 
-It takes residuals and `start_at_layer` as the forward pass of TransformerLens 4 does, so that it
-becomes a shim once SAELens allows that version. The caller's model stays as it was: where another
-number format is asked for, the blocks above the hook are copied.
+The caller's model stays as it was: where another number format is asked for, the blocks above the
+hook are copied.
 """
 
 import copy
@@ -27,9 +26,7 @@ class ModelTail:
     """
 
     def __init__(self, model: "LanguageModel", hook: str, dtype: torch.dtype | None = None):
-        """`dtype` runs the tail in another number format than the model, on a copy of its
-        blocks.
-        """
+        """`dtype` runs the tail in another number format than the model."""
         bridge = model.bridge
         self.model = model
         self.hook = model.hook(hook)
@@ -39,8 +36,9 @@ class ModelTail:
         norm = bridge.ln_final
         self.dtype = dtype or next(norm.parameters()).dtype
         if any(p.dtype != self.dtype for m in (*blocks, norm) for p in m.parameters()):
-            blocks = [_copy(block, self.dtype) for block in blocks]
-            norm = _copy(norm, self.dtype)
+            blocks, norm = copy.deepcopy((blocks, norm))
+            for module in (*blocks, norm):
+                module.to(self.dtype)
         self.blocks = blocks
         self.norm = norm
         hf_model = bridge.original_model
@@ -81,7 +79,6 @@ class ModelTail:
     def run(
         self,
         residual: torch.Tensor,
-        start_at_layer: int | None = None,
         *,
         positions: torch.Tensor,
         mask: torch.Tensor,
@@ -92,13 +89,12 @@ class ModelTail:
 
         `mask` is additive [rows, 1, queries, keys]; `cache` is a `DynamicCache` to read and fill.
         """
-        start = self.start_at_layer if start_at_layer is None else start_at_layer
         rotary = None if self.rotary is None else self.rotary(residual, positions)
         # GPT-NeoX calls the cache layer_past
         caching = {} if cache is None else {"past_key_values": cache, "layer_past": cache}
         below = {}
         h = residual
-        for layer, block in enumerate(self.blocks[start - self.start_at_layer :], start=start):
+        for layer, block in enumerate(self.blocks, start=self.start_at_layer):
             below[layer] = h
             h = block(
                 h,
@@ -136,10 +132,6 @@ class ModelTail:
         if self.b_U is not None:
             logits = logits + (self.b_U if tokens is None else self.b_U[tokens])
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-def _copy(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    return copy.deepcopy(module).to(dtype)
 
 
 def _attention_window(config: object) -> int | None:

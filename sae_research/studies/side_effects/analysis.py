@@ -1,20 +1,15 @@
 """The tables that figures and claims rest on, from the feature table of one SAE."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import pandas as pd
+import torch
 
 from sae_research import stats
 from sae_research.studies.side_effects import prediction, predictors, screening
+from sae_research.studies.side_effects.screen import Screen
+from sae_research.studies.side_effects.settings import Settings
 
-if TYPE_CHECKING:
-    import pandas as pd
-    import torch
-
-    from sae_research.studies.side_effects.screen import Screen
-    from sae_research.studies.side_effects.settings import Settings
-
-    Tables = dict[str, pd.DataFrame]
+Tables = dict[str, pd.DataFrame]
 
 HEADLINES = ("C", "C_per_E", "S_abs", "S_loo", "S")
 """The labels of the two axes: spread and stability."""
@@ -28,10 +23,8 @@ FORECASTERS = {
 TOP_KS = (5, 10, 15, 20, 30, 40, 50)
 
 
-def make_tables(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "Tables":
+def make_tables(frame: pd.DataFrame, settings: Settings, seed: int) -> Tables:
     """Everything that follows from one feature table."""
-    import pandas as pd
-
     draws = settings.n_bootstrap
     return {
         "univariate": _correlate_predictors(frame, draws, seed),
@@ -49,10 +42,8 @@ def make_tables(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "Tabl
     }
 
 
-def _correlate_predictors(frame: "pd.DataFrame", draws: int, seed: int) -> "pd.DataFrame":
+def _correlate_predictors(frame: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
     """Every predictor against both axes, and against the count given the nuisances."""
-    import pandas as pd
-
     given = {"seed": seed, "draws": draws}
     raw = prediction.correlate_predictors(frame, HEADLINES, **given)
     partial = prediction.correlate_predictors(frame, ("C",), controls=prediction.NUISANCES, **given)
@@ -60,13 +51,11 @@ def _correlate_predictors(frame: "pd.DataFrame", draws: int, seed: int) -> "pd.D
     return pd.concat([raw.assign(control="none"), partial.assign(control=words)], ignore_index=True)
 
 
-def _predict(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "Tables":
+def _predict(frame: pd.DataFrame, settings: Settings, seed: int) -> Tables:
     """Scores of the ten sets, raw and residualised, gains over baselines, controls and nulls.
 
     `as_published` removes nuisances from stability with a fit that sees held-out labels.
     """
-    import pandas as pd
-
     given = {"seed": seed, "draws": settings.n_bootstrap}
     raw = prediction.score_sets(frame, HEADLINES, **given)
     left = prediction.score_sets(frame, HEADLINES, nuisances=prediction.NUISANCES, **given)
@@ -98,10 +87,8 @@ def _predict(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "Tables"
     }
 
 
-def _screen_held_out(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "Tables":
+def _screen_held_out(frame: pd.DataFrame, settings: Settings, seed: int) -> Tables:
     """Payoff over many splits, the same with permuted training labels, and the top-k curve."""
-    import pandas as pd
-
     n = settings.n_splits
     first = 1000 * seed
     real = screening.repeat_splits(frame, settings, n, first)
@@ -113,17 +100,13 @@ def _screen_held_out(frame: "pd.DataFrame", settings: "Settings", seed: int) -> 
     }
 
 
-def confirm_on_fresh(
-    screen: "Screen", fresh: "torch.Tensor", settings: "Settings", seed: int
-) -> "Tables":
+def confirm_on_fresh(screen: Screen, fresh: torch.Tensor, settings: Settings, seed: int) -> Tables:
     """One frozen split: train on the measured labels, choose, steer the held-out features on fresh
     contexts, compare the groups.
 
     The null chooses with permuted training labels, many times, from the same held-out features and
     fresh labels.
     """
-    import pandas as pd
-
     first = 1000 * seed
     frame = screen.frame
     split = screening.split_features(frame, settings, first)
@@ -151,13 +134,11 @@ def confirm_on_fresh(
     }
 
 
-def score_forecasts(frame: "pd.DataFrame", draws: int, seed: int) -> "pd.DataFrame":
+def score_forecasts(frame: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
     """Each forecaster against its label, beside the paper's full set and both together.
 
     Gains are over the full set.
     """
-    import pandas as pd
-
     splits = prediction.make_folds(len(frame), seed)
     full = predictors.SETS[prediction.FULL_SET]
     rows = []
@@ -180,12 +161,10 @@ def score_forecasts(frame: "pd.DataFrame", draws: int, seed: int) -> "pd.DataFra
     return pd.DataFrame(rows)
 
 
-def _vary_measurement(frame: "pd.DataFrame", settings: "Settings", seed: int) -> "pd.DataFrame":
+def _vary_measurement(frame: pd.DataFrame, settings: Settings, seed: int) -> pd.DataFrame:
     """Crowding against count and count per effect: at every dose, threshold and panel size, and
     for random directions.
     """
-    import pandas as pd
-
     doses = sorted({1.0, *settings.dose_multiples})
     cases = [("dose", f"{m:g}", "" if m == 1 else f"@{m:g}") for m in doses]
     cases += [("threshold", "1", "")]
@@ -206,7 +185,7 @@ def _vary_measurement(frame: "pd.DataFrame", settings: "Settings", seed: int) ->
     return pd.DataFrame(rows)
 
 
-def _compare_doses(frame: "pd.DataFrame", settings: "Settings", seed: int) -> dict[str, float]:
+def _compare_doses(frame: pd.DataFrame, settings: Settings, seed: int) -> dict[str, float]:
     """rho(crowding, C/E) at the highest dose minus that at the lowest, on the same resamples."""
     doses = sorted({1.0, *settings.dose_multiples})
     names = ["C_per_E" if m == 1 else f"C_per_E@{m:g}" for m in (doses[0], doses[-1])]

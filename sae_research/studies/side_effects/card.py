@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 
 from sae_research import store
@@ -16,8 +17,6 @@ from sae_research.studies.side_effects.card_page import DOSED, make_page
 from sae_research.studies.side_effects.screen import FORECASTS, LABELS, Screen
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from sae_research.studies.side_effects.ranking import Ranking
 
 MEANINGS = {
@@ -104,10 +103,8 @@ def make_card(ranking: "Ranking", latent: int, one: Screen) -> FeatureCard:
     return FeatureCard(store.rounded(content, 6))
 
 
-def _list_labels(ranking: "Ranking", row: "pd.Series", forecast: "pd.Series") -> list[dict]:
+def _list_labels(ranking: "Ranking", row: pd.Series, forecast: pd.Series) -> list[dict]:
     """Forecast, interval, measurement and random direction of each forecast label."""
-    import pandas as pd
-
     sample = ranking.screen.frame
     names = ["S_abs", "C", "E"]
     random = {name: row[f"{name}@random"] for name in (*names, "C_per_E")}
@@ -132,7 +129,7 @@ def _list_labels(ranking: "Ranking", row: "pd.Series", forecast: "pd.Series") ->
     ]
 
 
-def _list_doses(one: Screen, row: "pd.Series", latent: int) -> list[dict]:
+def _list_doses(one: Screen, row: pd.Series, latent: int) -> list[dict]:
     """Labels at every dose, with its size in units that mean something elsewhere."""
     largest = float(one.pool.sums.largest[latent])
     norm = float(row["decoder_norm"]) / one.residual_norm

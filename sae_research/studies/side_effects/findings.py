@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from sae_research.studies.side_effects.prediction import FULL_SET
 from sae_research.studies.side_effects.tables import (
     LADDER,
     SAE,
+    Tables,
     find_main_saes,
     is_wide,
     make_tables,
@@ -20,9 +20,6 @@ from sae_research.studies.side_effects.tables import (
     select,
     summarize_saes,
 )
-
-if TYPE_CHECKING:
-    from sae_research.studies.side_effects.tables import Tables
 
 __all__ = ["make_tables", "make_titles", "measure_claims", "name_sae", "summarize"]
 
@@ -38,7 +35,7 @@ def _control(found: stats.Interval) -> Measurement:
     return Measurement(found.value, n=found.n)
 
 
-def measure_gain(t: "Tables", baseline: str, label: str) -> Measurement:
+def measure_gain(t: Tables, baseline: str, label: str) -> Measurement:
     """rho(full set without magnitude) - rho(baseline), out of fold.
 
     Control: the same for the labels of random directions.
@@ -48,7 +45,7 @@ def measure_gain(t: "Tables", baseline: str, label: str) -> Measurement:
     return _measure(summarize_saes(rows, "gain"), _control(summarize_saes(random, "gain")))
 
 
-def measure_residualised(t: "Tables", label: str, control: str | None = None) -> Measurement:
+def measure_residualised(t: Tables, label: str, control: str | None = None) -> Measurement:
     """Out-of-fold rank correlation of the full set with what the nuisances leave of the label, and
     of the control label.
     """
@@ -58,7 +55,7 @@ def measure_residualised(t: "Tables", label: str, control: str | None = None) ->
     return _measure(found, other)
 
 
-def measure_payoff(t: "Tables", metric: str) -> Measurement:
+def measure_payoff(t: Tables, metric: str) -> Measurement:
     """Clean minus messy group on fresh contexts, in standard deviations of the steered features.
 
     Control: how far the payoff lies past all but 2.5 % of the same means with permuted labels.
@@ -73,7 +70,7 @@ def measure_payoff(t: "Tables", metric: str) -> Measurement:
     return _measure(found, Measurement(float(sign * found.value - past), n=found.n))
 
 
-def measure_payoff_of(t: "Tables", metric: str, model: str) -> Measurement:
+def measure_payoff_of(t: Tables, metric: str, model: str) -> Measurement:
     """The same for the main SAE of one real model, with its interval over features."""
     rows = select(t["confirmation"], metric=metric, groups="clean - messy", model=model)
     row = select(rows, sae="primary", seed=0).iloc[0]
@@ -82,7 +79,7 @@ def measure_payoff_of(t: "Tables", metric: str, model: str) -> Measurement:
     return Measurement(row.standardised, *ends, int(row.n))
 
 
-def compare_axes(t: "Tables", model: str) -> Measurement:
+def compare_axes(t: Tables, model: str) -> Measurement:
     """Payoff on stability minus that on the count per effect (fewer is better), in standard
     deviations.
     """
@@ -93,14 +90,14 @@ def compare_axes(t: "Tables", model: str) -> Measurement:
     return Measurement(value, value - half, value + half, S.n)
 
 
-def count_improved_axes(t: "Tables", model: str) -> Measurement:
+def count_improved_axes(t: Tables, model: str) -> Measurement:
     """How many axes the clean group improves on fresh contexts, its interval excluding zero."""
     S = measure_payoff_of(t, "S_abs", model)
     C = measure_payoff_of(t, "C_per_E", model)
     return Measurement(float((S.low > 0) + (C.high < 0)), n=2)
 
 
-def measure_signature(t: "Tables") -> Measurement:
+def measure_signature(t: Tables) -> Measurement:
     """How much more often the strongest single predictor differs between SAEs than between
     resamples of one.
     """
@@ -117,14 +114,14 @@ def measure_signature(t: "Tables") -> Measurement:
     return Measurement(float(np.mean(across - within)), float(low), float(high), lead.shape[1])
 
 
-def get_correlation(t: "Tables", model: str, predictor: str, label: str) -> Measurement:
+def get_correlation(t: Tables, model: str, predictor: str, label: str) -> Measurement:
     """A single rank correlation of Table 2, with its interval over features."""
     rows = select(t["univariate"], control="none", target=label, predictor=predictor, seed=0)
     row = select(rows, model=model, sae="primary").iloc[0]
     return Measurement(row.rho, row.low, row.high, int(row.n))
 
 
-def measure_width_signal(t: "Tables") -> Measurement:
+def measure_width_signal(t: Tables) -> Measurement:
     """Out-of-fold rank correlation of the full set with the count in wide SAEs, mean and interval
     of the mean.
 
@@ -140,7 +137,7 @@ def measure_width_signal(t: "Tables") -> Measurement:
     return Measurement(value, value - half, value + half, len(rows), control)
 
 
-def measure_width_instability(t: "Tables") -> Measurement:
+def measure_width_instability(t: Tables) -> Measurement:
     """Spread of the payoff over splits relative to its mean: wide over base, geometric mean over
     pairs and axes.
 
@@ -155,7 +152,7 @@ def measure_width_instability(t: "Tables") -> Measurement:
     return Measurement(ratio, n=t["widths"]["pair"].nunique(), control=more)
 
 
-def measure_random_directions(t: "Tables") -> Measurement:
+def measure_random_directions(t: Tables) -> Measurement:
     """Crowding of the feature against the count of its norm-matched random direction.
 
     Control: the size of the rank correlation with the SAE direction's count, minus that.
@@ -168,18 +165,18 @@ def measure_random_directions(t: "Tables") -> Measurement:
     return _measure(found, Measurement(own.value - random.value, n=own.n))
 
 
-def measure_reliability(t: "Tables", label: str) -> Measurement:
+def measure_reliability(t: Tables, label: str) -> Measurement:
     """Rank correlation of a label between two disjoint pools of contexts."""
     return _measure(summarize_saes(select(t["reliability"], label=label), "rho"))
 
 
-def measure_forecast_gain(t: "Tables", label: str) -> Measurement:
+def measure_forecast_gain(t: Tables, label: str) -> Measurement:
     """rho(Jacobian forecast) - rho(the paper's full set, out of fold)."""
     rows = select(t["forecasts"], target=label, forecaster=f"{label}^jacobian")
     return _measure(summarize_saes(rows, "gain"))
 
 
-MEASURES: dict[str, Callable[["Tables"], Measurement]] = {
+MEASURES: dict[str, Callable[[Tables], Measurement]] = {
     "predict.spread_over_frequency": lambda t: measure_gain(t, "freq_only", "C"),
     "predict.stability_over_frequency": lambda t: measure_gain(t, "freq_only", "S_abs"),
     "predict.spread_over_magnitude": lambda t: measure_gain(t, "activation_magnitude_only", "C"),
@@ -200,7 +197,7 @@ MEASURES: dict[str, Callable[["Tables"], Measurement]] = {
     "forecast.spread": lambda t: measure_forecast_gain(t, "C"),
     "forecast.stability": lambda t: measure_forecast_gain(t, "S_abs"),
 }
-MEASURES_OF_MODELS: dict[str, tuple[str, Callable[["Tables", str], Measurement]]] = {
+MEASURES_OF_MODELS: dict[str, tuple[str, Callable[[Tables, str], Measurement]]] = {
     "table2.gpt2_crowding": ("gpt2-small", lambda t, m: get_correlation(t, m, "crowding", "C")),
     "table2.pythia_logit": ("pythia-70m", lambda t, m: get_correlation(t, m, "logit_l2", "C")),
     "table2.pythia_stability": ("pythia-70m", lambda t, m: get_correlation(t, m, "crowding", "S")),
@@ -213,7 +210,7 @@ MEASURES_OF_MODELS: dict[str, tuple[str, Callable[["Tables", str], Measurement]]
 }
 
 
-def measure_claims(t: "Tables") -> dict[str, Measurement | None]:
+def measure_claims(t: Tables) -> dict[str, Measurement | None]:
     """A measurement for every claim; None where its model is not part of the run."""
     models = set(t["facts"]["model"])
     widths = len(t["widths"]) > 0
@@ -228,7 +225,7 @@ def measure_claims(t: "Tables") -> dict[str, Measurement | None]:
     return {f"side_effects.{name}": measurement for name, measurement in found.items()}
 
 
-def make_titles(t: "Tables") -> dict[str, str]:
+def make_titles(t: Tables) -> dict[str, str]:
     """What each figure shows, with the numbers of this run."""
     m = {name.removeprefix("side_effects."): x for name, x in measure_claims(t).items() if x}
 
@@ -271,7 +268,7 @@ def make_titles(t: "Tables") -> dict[str, str]:
     return titles
 
 
-def summarize(t: "Tables") -> str:
+def summarize(t: Tables) -> str:
     """What was found, in a few sentences of Markdown with numbers and verdicts."""
     measured = measure_claims(t)
     stated = claims.load_claims("side_effects")

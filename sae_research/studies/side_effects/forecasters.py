@@ -82,9 +82,7 @@ def forecast_linear_labels(
     """C, C per E, E and |S| of every direction, were the upper blocks linear around each context;
     `C^mean_jacobian` uses one Jacobian for all, their mean.
     """
-    G = engine.gram()
-    if G is None:  # a softcap bends the head too; its slope at the clean state is left out
-        G = engine.W_U @ engine.W_U.T
+    G = engine.W_U @ engine.W_U.T  # the slope of a softcap at the clean state is left out
     dz = directions @ J.final
     labels = [compute_stability(dz[:, f] @ G @ dz[:, f].T) for f in range(len(directions))]
     count = count_moved(encode_panel, J.clean, directions @ J.read, tau)

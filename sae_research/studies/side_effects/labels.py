@@ -27,8 +27,6 @@ class SteeringEffects:
     """[directions, contexts, thresholds]: panel latents that moved by more than each tau."""
     panel_counts: torch.Tensor
     """[directions, contexts, sizes]: at the first threshold, for the most frequent latents only."""
-    l1: torch.Tensor
-    """[directions, contexts]: sum of |u1 - u0| over the panel."""
     l2: torch.Tensor
     """[directions, contexts]: Euclidean norm of u1 - u0."""
     moved: torch.Tensor
@@ -67,36 +65,36 @@ def measure_effects(
     K, n = contexts.shape
     device = directions.device
     d = directions.shape[1]
-    flat = contexts.flatten().to(device)
-    which = torch.arange(K, device=device).repeat_interleave(n)
+    contexts = contexts.to(device)
+    flat = contexts.flatten()
     used = torch.unique(flat)
     row_of = torch.zeros(len(tokens), dtype=torch.long, device=device)
     row_of[used] = torch.arange(len(used), device=device)
     counts = torch.zeros(K * n, len(taus), device=device)
     panel_counts = torch.zeros(K * n, len(panel_sizes), device=device)
-    l1, l2, moved = (torch.zeros(K * n, device=device) for _ in range(3))
+    l2, moved = (torch.zeros(K * n, device=device) for _ in range(2))
     clean = torch.zeros(len(used), d, device=device)
     steered = torch.zeros(K * n, d, device=device)
     shift: torch.Tensor | None = None
     with tqdm(total=K * n, desc="steering", leave=False) as progress:
-        for rows, before, after in engine.sweep(tokens, flat, which, directions):
+        for rows, before, after in engine.sweep(tokens, contexts, directions):
             change = encode_panel(after.reads[0]) - encode_panel(before.reads[0])
             size = change.abs()
             for i, tau in enumerate(taus):
                 counts[rows, i] = (size > tau).sum(1).float()
             for i, p in enumerate(panel_sizes):
                 panel_counts[rows, i] = (size[:, :p] > taus[0]).sum(1).float()
-            l1[rows] = size.sum(1)
             l2[rows] = size.norm(dim=1)
-            share = size / (l1[rows, None] + EPS)
-            moved[rows] = torch.exp(-torch.special.xlogy(share, share).sum(1)) * (l1[rows] > EPS)
+            total = size.sum(1)
+            share = size / (total[:, None] + EPS)
+            moved[rows] = torch.exp(-torch.special.xlogy(share, share).sum(1)) * (total > EPS)
             clean[row_of[flat[rows]]] = before.final
             steered[rows] = after.final
             shift = torch.zeros(K, change.shape[1], device=device) if shift is None else shift
-            shift.index_add_(0, which[rows], change / n)
+            shift.index_add_(0, rows // n, change / n)
             progress.update(len(rows))
-    found = (x.view(K, n, *x.shape[1:]) for x in (counts, panel_counts, l1, l2, moved))
-    return SteeringEffects(flat.view(K, n), *found, clean, row_of, steered.view(K, n, d), shift)
+    found = (x.view(K, n, *x.shape[1:]) for x in (counts, panel_counts, l2, moved))
+    return SteeringEffects(contexts, *found, clean, row_of, steered.view(K, n, d), shift)
 
 
 def compute_stability(gram: torch.Tensor) -> dict[str, float]:
@@ -147,7 +145,7 @@ def compute_logit_labels(
 
     Without a softcap D = dz W_U, so <D_x, D_y> = dz_x G dz_y and no tensor has vocabulary size.
     """
-    G = engine.gram()
+    G = engine.W_U @ engine.W_U.T if engine.softcap is None else None
     found: dict[str, list[float]] = {}
     for row in range(len(effects.contexts)):
         before, after = effects.states(row, columns)
@@ -212,13 +210,10 @@ def choose_tau(
     A TopK SAE of few active latents may leave most of its panel at zero: where the quantile is
     zero, tau is the median of the changes that are not.
     """
-    K, n = contexts.shape
-    which = torch.arange(K, device=directions.device).repeat_interleave(n)
-    flat = contexts.flatten().to(directions.device)
     sizes = torch.cat(
         [
             (encode_panel(after.reads[0]) - encode_panel(before.reads[0])).abs().flatten()
-            for _, before, after in engine.sweep(tokens, flat, which, directions)
+            for _, before, after in engine.sweep(tokens, contexts, directions)
         ]
     )
     changed = sizes[sizes > 1e-6]

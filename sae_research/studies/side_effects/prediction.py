@@ -4,20 +4,21 @@ All scores are rank correlations (Spearman) of out-of-fold predictions with the 
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import product
 
 import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+from sklearn.ensemble import GradientBoostingRegressor
 from sklearn.linear_model import Ridge
+from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sae_research import stats
 from sae_research.studies.side_effects import predictors
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    Splits = Sequence[tuple[np.ndarray, np.ndarray]]
+Splits = Sequence[tuple[np.ndarray, np.ndarray]]
 
 N_FOLDS = 5
 RIDGE_ALPHA = 1.0
@@ -30,10 +31,8 @@ AUTHOR_NUISANCES = ("E", "E_cv", "natural_mean", "natural_max")
 """The paper's, used on stability only; its fifth, the dose, is constant."""
 
 
-def make_folds(n: int, seed: int) -> "Splits":
+def make_folds(n: int, seed: int) -> Splits:
     """Shuffled train and test rows of five folds."""
-    from sklearn.model_selection import KFold
-
     return list(KFold(N_FOLDS, shuffle=True, random_state=seed).split(np.arange(n)))
 
 
@@ -46,7 +45,7 @@ def predict_by_ridge(X: np.ndarray, Y: np.ndarray, at: np.ndarray) -> np.ndarray
 def cross_predict(
     X: np.ndarray,
     Y: np.ndarray,
-    splits: "Splits",
+    splits: Splits,
     nuisance: np.ndarray | None = None,
     everywhere: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -55,13 +54,13 @@ def cross_predict(
     With `nuisance`, both are what a ridge on the nuisances leaves, fitted inside the training fold
     (or, as published, on all rows: `everywhere`).
     """
-    target = np.array(Y, dtype=float)
+    target = Y.astype(float)
     predicted = np.zeros(Y.shape)
     for train, test in splits:
-        y = np.array(Y, dtype=float)
+        y = Y
         if nuisance is not None:
             rows = slice(None) if everywhere else train
-            y = y - predict_by_ridge(nuisance[rows], y[rows], nuisance)
+            y = Y - predict_by_ridge(nuisance[rows], Y[rows], nuisance)
         target[test] = y[test]
         predicted[test] = predict_by_ridge(X[train], y[train], X[test])
     return target, predicted
@@ -69,14 +68,13 @@ def cross_predict(
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's rho; not a number where one side is constant, since it has no order."""
-    from scipy.stats import rankdata  # spearmanr also computes p-values: ten times slower
-
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
+    # scipy's spearmanr also computes p-values: ten times slower
     return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
 
 
-def score(target: np.ndarray, predicted: np.ndarray, splits: "Splits") -> dict[str, float]:
+def score(target: np.ndarray, predicted: np.ndarray, splits: Splits) -> dict[str, float]:
     """Pooled Spearman (published code), its mean over folds (replication), R2 and mean error."""
     spread = float(np.sum((target - target.mean()) ** 2))
     per_fold = [rank_correlation(target[test], predicted[test]) for _, test in splits]
@@ -88,14 +86,14 @@ def score(target: np.ndarray, predicted: np.ndarray, splits: "Splits") -> dict[s
     }
 
 
-def get_columns(frame: "pd.DataFrame", name: str) -> np.ndarray:
+def get_columns(frame: pd.DataFrame, name: str) -> np.ndarray:
     """The predictors of one of the ten sets, or of a set named by its columns joined with '+'."""
     names = predictors.SETS.get(name) or tuple(name.split("+"))
     return frame[list(names)].to_numpy(float)
 
 
 def predict_sets(
-    frame: "pd.DataFrame",
+    frame: pd.DataFrame,
     targets: Sequence[str],
     sets: Sequence[str] = tuple(predictors.SETS),
     *,
@@ -113,24 +111,19 @@ def predict_sets(
 
 
 def score_sets(
-    frame: "pd.DataFrame",
+    frame: pd.DataFrame,
     targets: Sequence[str],
-    sets: Sequence[str] = tuple(predictors.SETS),
     *,
     seed: int = 0,
     draws: int = 2000,
     nuisances: Sequence[str] = (),
     everywhere: bool = False,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """One row per predictor set and target: scores, the pooled one with its interval."""
-    import pandas as pd
-
     splits = make_folds(len(frame), seed)
-    predicted_sets = predict_sets(
-        frame, targets, sets, seed=seed, nuisances=nuisances, everywhere=everywhere
-    )
+    found = predict_sets(frame, targets, seed=seed, nuisances=nuisances, everywhere=everywhere)
     rows = []
-    for name, (target, predicted) in predicted_sets.items():
+    for name, (target, predicted) in found.items():
         for i, label in enumerate(targets):
             scores = score(target[:, i], predicted[:, i], splits)
             interval = spearman(predicted[:, i], target[:, i], seed, draws)
@@ -147,17 +140,15 @@ def spearman(x: np.ndarray, y: np.ndarray, seed: int, draws: int) -> stats.Inter
 
 
 def compare_sets(
-    frame: "pd.DataFrame",
+    frame: pd.DataFrame,
     targets: Sequence[str],
     better: str = FULL_SET,
     baselines: Sequence[str] = predictors.BASELINES,
     *,
     seed: int = 0,
     draws: int = 2000,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """rho(better) - rho(baseline): paired bootstrap over features, permutation p-value, Holm."""
-    import pandas as pd
-
     found = predict_sets(frame, targets, (better, *baselines), seed=seed)
     rows = []
     for baseline in baselines:
@@ -178,8 +169,6 @@ def _swap_p_value(a: np.ndarray, b: np.ndarray, y: np.ndarray, seed: int, draws:
     """Two-sided p-value of equal rank correlations with y: the ranks of two predictions trade
     places at random.
     """
-    from scipy.stats import rankdata
-
     a, b, y = (rankdata(v) - (len(v) + 1) / 2 for v in (a, b, y))
     rng = np.random.default_rng(seed)
     swapped = (rng.integers(0, 2, (draws, len(y))) * 2 - 1) @ ((a - b) * y)
@@ -187,41 +176,34 @@ def _swap_p_value(a: np.ndarray, b: np.ndarray, y: np.ndarray, seed: int, draws:
 
 
 def compare_with_random(
-    frame: "pd.DataFrame", labels: Sequence[str], *, seed: int = 0, draws: int = 2000
-) -> "pd.DataFrame":
+    frame: pd.DataFrame, labels: Sequence[str], *, seed: int = 0, draws: int = 2000
+) -> pd.DataFrame:
     """Scores of the full set for SAE directions and for random directions of the same norm, raw
     and residualised, and their difference on the same resampled features.
     """
-    import pandas as pd
+
+    def subtract(x1, y1, x2, y2) -> float:
+        # a resample that leaves one side constant has no correlation
+        rhos = np.nan_to_num([rank_correlation(x1, y1), rank_correlation(x2, y2)])
+        return float(rhos[0] - rhos[1])
 
     rows = []
-    for residualised in (False, True):
-        for label in labels:
-            pairs = []
-            for suffix in ("", "@random"):
-                nuisances = ("E" + suffix, *NUISANCES[1:]) if residualised else ()
-                found = predict_sets(
-                    frame, [label + suffix], (FULL_SET,), seed=seed, nuisances=nuisances
-                )
-                pairs.append([values[:, 0] for values in found[FULL_SET]])
-            intervals = {
-                "SAE": spearman(*pairs[0], seed, draws),
-                "random": spearman(*pairs[1], seed, draws),
-                "difference": _difference_of_rhos(*pairs[0], *pairs[1], seed=seed, draws=draws),
-            }
-            key = {"target": label, "residualised": residualised}
-            rows += [{**key, "direction": name, **as_row(i)} for name, i in intervals.items()]
+    given = {"seed": seed, "draws": draws}
+    for residualised, label in product((False, True), labels):
+        pairs = {}
+        for name, suffix in (("SAE", ""), ("random", "@random")):
+            nuisances = ("E" + suffix, *NUISANCES[1:]) if residualised else ()
+            found = predict_sets(
+                frame, [label + suffix], (FULL_SET,), seed=seed, nuisances=nuisances
+            )
+            pairs[name] = [values[:, 0] for values in found[FULL_SET]]
+        intervals = {name: spearman(*pair, **given) for name, pair in pairs.items()}
+        intervals["difference"] = stats.bootstrap(
+            subtract, *pairs["SAE"], *pairs["random"], **given
+        )
+        key = {"target": label, "residualised": residualised}
+        rows += [{**key, "direction": name, **as_row(i)} for name, i in intervals.items()]
     return pd.DataFrame(rows)
-
-
-def _difference_of_rhos(x1, y1, x2, y2, *, seed: int, draws: int) -> stats.Interval:
-    """rho(x1, y1) - rho(x2, y2) on the same resampled features."""
-
-    def difference(a, b, c, d) -> float:
-        # a resample that leaves one side constant has no correlation
-        return float(np.nan_to_num(rank_correlation(a, b)) - np.nan_to_num(rank_correlation(c, d)))
-
-    return stats.bootstrap(difference, x1, y1, x2, y2, seed=seed, draws=draws)
 
 
 def as_row(interval: stats.Interval, value: str = "rho") -> dict[str, float]:
@@ -230,19 +212,11 @@ def as_row(interval: stats.Interval, value: str = "rho") -> dict[str, float]:
 
 
 def find_leaders(
-    frame: "pd.DataFrame",
-    target: str,
-    names: Sequence[str] = predictors.ALL,
-    *,
-    seed: int = 0,
-    draws: int = 100,
-) -> "pd.DataFrame":
+    frame: pd.DataFrame, target: str, *, seed: int = 0, draws: int = 100
+) -> pd.DataFrame:
     """The strongest single predictor of a label in each of many resamples of the features."""
-    import pandas as pd
-    from scipy.stats import rankdata
-
     rng = np.random.default_rng(seed)
-    names = [name for name in names if np.ptp(frame[name].to_numpy(float)) > 0]
+    names = [name for name in predictors.ALL if np.ptp(frame[name].to_numpy(float)) > 0]
     X = frame[names].to_numpy(float)
     y = frame[target].to_numpy(float)
     rows = []
@@ -258,14 +232,11 @@ def find_leaders(
 
 
 def compare_boosted_trees(
-    frame: "pd.DataFrame", targets: Sequence[str], *, seed: int = 0, draws: int = 2000
-) -> "pd.DataFrame":
+    frame: pd.DataFrame, targets: Sequence[str], *, seed: int = 0, draws: int = 2000
+) -> pd.DataFrame:
     """The paper's secondary model beside the ridge on the same folds: 100 boosted trees of depth 2
     at learning rate .05, full set.
     """
-    import pandas as pd
-    from sklearn.ensemble import GradientBoostingRegressor
-    from sklearn.model_selection import cross_val_predict
 
     X = get_columns(frame, FULL_SET)
     splits = make_folds(len(frame), seed)
@@ -285,7 +256,7 @@ def compare_boosted_trees(
 
 
 def score_permuted(
-    frame: "pd.DataFrame", target: str, *, seed: int = 0, draws: int = 200
+    frame: pd.DataFrame, target: str, *, seed: int = 0, draws: int = 200
 ) -> np.ndarray:
     """Pooled Spearman of the full set on permuted labels: what it finds where there is nothing."""
     rng = np.random.default_rng(seed)
@@ -297,17 +268,15 @@ def score_permuted(
 
 
 def correlate_predictors(
-    frame: "pd.DataFrame",
+    frame: pd.DataFrame,
     targets: Sequence[str],
     names: Sequence[str] = predictors.ALL,
     *,
     controls: Sequence[str] = (),
     seed: int = 0,
     draws: int = 2000,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Spearman of each predictor with each target; with `controls`, of what their ranks leave."""
-    import pandas as pd
-
     given = [frame[control].to_numpy(float) for control in controls]
     rows = []
     for label in targets:
@@ -325,13 +294,11 @@ def correlate_predictors(
 
 
 def measure_reliability(
-    frame: "pd.DataFrame", labels: Sequence[str], *, seed: int = 0, draws: int = 2000
-) -> "pd.DataFrame":
+    frame: pd.DataFrame, labels: Sequence[str], *, seed: int = 0, draws: int = 2000
+) -> pd.DataFrame:
     """Rank correlation of each label between two disjoint pools of contexts (columns `label@a`
     and `label@b`).
     """
-    import pandas as pd
-
     rows = []
     for label in labels:
         first, second = (frame[f"{label}@{side}"].to_numpy(float) for side in "ab")

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 
 from sae_research import steering
 from sae_research.studies.side_effects.pool import FIRES, Pool
 
 if TYPE_CHECKING:
-    import pandas as pd
     from sae_lens import SAE
 
     from sae_research.models import LanguageModel
@@ -148,12 +148,10 @@ def make_predictor_table(
     W: torch.Tensor,
     protocol: str,
     n_partners: int,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Every predictor of every feature; `acts` [contexts, features] at the final token, W from
     `fold_unembedding`.
     """
-    import pandas as pd
-
     features = features.to(sae.device)
     directions = steering.directions(sae)[features].float()
     encoder = sae.W_enc.T[features].float()

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 
 from sae_research.errors import ResearchError
@@ -22,7 +23,6 @@ from sae_research.studies.side_effects.screen import Fixed, Screen, check_featur
 from sae_research.studies.side_effects.settings import Settings
 
 if TYPE_CHECKING:
-    import pandas as pd
     from sae_lens import SAE
 
 FORECAST_LABELS = ("S_abs", "C", "E", "C_per_E", "clean")
@@ -40,7 +40,7 @@ counts as moved beyond the change that 2 % of the downstream latents exceed."""
 class Ranking:
     """What `screen_features` found."""
 
-    table: "pd.DataFrame"
+    table: pd.DataFrame
     """One row per eligible latent, cleanest forecast first: rank, prediction (clean, messy or
     undecided), each label's forecast with its 90 % interval, and its value where it was steered."""
     quality: dict[str, float]
@@ -49,7 +49,7 @@ class Ranking:
     """What was done otherwise than asked for, and what to beware of."""
     screen: Screen
     """The features that were steered, with everything measured on them."""
-    predictors: "pd.DataFrame"
+    predictors: pd.DataFrame
     """Predictors of every eligible latent."""
 
     def __repr__(self) -> str:
@@ -208,8 +208,8 @@ def _note_limits(screen: Screen, notes: list[str]) -> None:
 
 
 def _forecast_all(
-    labelled: "pd.DataFrame", known: "pd.DataFrame", selector: str, bounds: dict, seed: int
-) -> tuple["pd.DataFrame", dict[str, float]]:
+    labelled: pd.DataFrame, known: pd.DataFrame, selector: str, bounds: dict, seed: int
+) -> tuple[pd.DataFrame, dict[str, float]]:
     """Forecasts for every latent; intervals hold the share COVERAGE of the out-of-fold errors."""
     X = prediction.get_columns(labelled, selector)
     Y = labelled[list(FORECAST_LABELS)].to_numpy(float)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 
 from sae_research import saes, steering
@@ -13,7 +14,6 @@ from sae_research.last_token import LastToken
 from sae_research.studies.side_effects import forecasters, labels, pool, predictors
 
 if TYPE_CHECKING:
-    import pandas as pd
     from sae_lens import SAE
 
     from sae_research.catalogue import ModelSpec
@@ -124,7 +124,7 @@ class Screen:
         self.frame = pd.concat([known, measured], axis=1).astype(float)
         return self
 
-    def make_predictors(self, features: torch.Tensor, acts: torch.Tensor) -> "pd.DataFrame":
+    def make_predictors(self, features: torch.Tensor, acts: torch.Tensor) -> pd.DataFrame:
         """The predictor table of any features."""
         settings = self.settings
         return predictors.make_predictor_table(
@@ -137,7 +137,7 @@ class Screen:
             settings.n_downstream_latents,
         )
 
-    def label_on(self, tokens: torch.Tensor, rows: np.ndarray) -> "pd.DataFrame":
+    def label_on(self, tokens: torch.Tensor, rows: np.ndarray) -> pd.DataFrame:
         """Labels of some features (rows of the table) on other contexts, all of them; panel, tau
         and dose stay.
         """

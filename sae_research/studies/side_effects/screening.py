@@ -4,18 +4,15 @@ Published code, phase 4. Rows of the feature table are given by number.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
+from scipy.stats import mannwhitneyu
 
 from sae_research import stats
 from sae_research.errors import ResearchError
 from sae_research.studies.side_effects.prediction import get_columns, predict_by_ridge
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from sae_research.studies.side_effects.settings import Settings
+from sae_research.studies.side_effects.settings import Settings
 
 METRICS = ("S_abs", "S", "C_per_E", "C", "E", "KL_per_E")
 """What the groups are compared on; the paper's payoff is on S_abs and C_per_E."""
@@ -23,23 +20,19 @@ ALL = slice(None)
 
 
 def compute_clean_score(
-    frame: "pd.DataFrame", formula: str = "log_over_effect", rows: np.ndarray | slice = ALL
+    frame: pd.DataFrame, formula: str = "log_over_effect", rows: np.ndarray | slice = ALL
 ) -> np.ndarray:
     """z(|S|) - z(ln(1+C)/E) (GPT-2, Pythia, Gemma) or z(|S|) - z(ln(1+C/E)) (`log_of_ratio`,
     Llama), both standardised by the mean and spread of `rows`.
     """
     S, C, E = (frame[name].to_numpy(float) for name in ("S_abs", "C", "E"))
-    spreads = {
-        "log_over_effect": np.log1p(C) / (E + 1e-8),
-        "log_of_ratio": np.log1p(C / (E + 1e-8)),
-    }
-    if formula not in spreads:
-        raise ResearchError(f"unknown clean score '{formula}'; valid: {', '.join(spreads)}.")
+    E = E + 1e-8
+    spread = np.log1p(C / E) if formula == "log_of_ratio" else np.log1p(C) / E
 
     def z(x: np.ndarray) -> np.ndarray:
         return (x - x[rows].mean()) / (x[rows].std() + 1e-12)
 
-    return z(S) - z(spreads[formula])
+    return z(S) - z(spread)
 
 
 @dataclass
@@ -65,7 +58,7 @@ class Split:
 
 
 def split_features(
-    frame: "pd.DataFrame", settings: "Settings", seed: int, permutation: int | None = None
+    frame: pd.DataFrame, settings: Settings, seed: int, permutation: int | None = None
 ) -> Split:
     """Train clean score and effect on some features, predict the others, match on predicted effect,
     form three groups.
@@ -99,7 +92,7 @@ def split_features(
     return Split(train, held_out, ranked, ranked[:k], ranked[-k:], random)
 
 
-def measure_payoff(frame: "pd.DataFrame", groups: Split) -> dict[str, float]:
+def measure_payoff(frame: pd.DataFrame, groups: Split) -> dict[str, float]:
     """Differences of group means, clean - messy and clean - random, per metric."""
     found = {}
     for metric in METRICS:
@@ -110,9 +103,7 @@ def measure_payoff(frame: "pd.DataFrame", groups: Split) -> dict[str, float]:
     return found
 
 
-def compare_with_oracle(
-    frame: "pd.DataFrame", groups: Split, settings: "Settings"
-) -> dict[str, float]:
+def compare_with_oracle(frame: pd.DataFrame, groups: Split, settings: Settings) -> dict[str, float]:
     """Clean score of the chosen: lift over the candidates' mean, regret to the best choice (the
     oracle's), and the share of the oracle's lift that was reached.
     """
@@ -128,11 +119,9 @@ def compare_with_oracle(
 
 
 def repeat_splits(
-    frame: "pd.DataFrame", settings: "Settings", n_splits: int, seed: int, permute: bool = False
-) -> "pd.DataFrame":
+    frame: pd.DataFrame, settings: Settings, n_splits: int, seed: int, permute: bool = False
+) -> pd.DataFrame:
     """One row per random split: payoff, lift and regret; labels exist, so a split costs nothing."""
-    import pandas as pd
-
     rows = []
     for i in range(n_splits):
         groups = split_features(frame, settings, seed + i, 0 if permute else None)
@@ -142,11 +131,9 @@ def repeat_splits(
 
 
 def measure_top_k(
-    frame: "pd.DataFrame", settings: "Settings", ks: tuple[int, ...], n_splits: int, seed: int
-) -> "pd.DataFrame":
+    frame: pd.DataFrame, settings: Settings, ks: tuple[int, ...], n_splits: int, seed: int
+) -> pd.DataFrame:
     """Lift of the clean score over the candidates' mean when k are chosen, predicted and oracle."""
-    import pandas as pd
-
     truth = compute_clean_score(frame, settings.clean_score)
     rows = []
     for i in range(n_splits):
@@ -168,14 +155,11 @@ def summarize_splits(values: np.ndarray, level: float = 0.95) -> stats.Interval:
 
 
 def compare_groups(
-    labels: "pd.DataFrame", groups: dict[str, np.ndarray], *, seed: int, draws: int = 2000
-) -> "pd.DataFrame":
+    labels: pd.DataFrame, groups: dict[str, np.ndarray], *, seed: int, draws: int = 2000
+) -> pd.DataFrame:
     """Mean difference of fresh labels between groups, with a bootstrap interval and Mann-Whitney's
     p-value.
     """
-    import pandas as pd
-    from scipy.stats import mannwhitneyu
-
     rng = np.random.default_rng(seed)
     rows = []
     for metric in METRICS:
@@ -193,10 +177,10 @@ def compare_groups(
     return pd.DataFrame(rows)
 
 
-def grade_payoff(comparison: "pd.DataFrame") -> str:
+def grade_payoff(comparison: pd.DataFrame) -> str:
     """Strong if the clean group beats the messy one on both axes (|S| up, C/E down), partial on
     one, else weak.
     """
     rows = comparison[comparison.groups == "clean - messy"].set_index("metric")
-    better = [rows.difference["S_abs"] > 0, rows.difference["C_per_E"] < 0]
-    return ("weak", "partial", "strong")[sum(map(int, better))]
+    better = (rows.difference["S_abs"] > 0) + (rows.difference["C_per_E"] < 0)
+    return ("weak", "partial", "strong")[int(better)]

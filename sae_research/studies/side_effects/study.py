@@ -3,38 +3,37 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import pandas as pd
+import torch
+
 from sae_research import catalogue, last_token
+from sae_research.config import Profile
 from sae_research.errors import ResearchError
+from sae_research.models import LanguageModel
 from sae_research.studies.runner import Result, Task, concatenate
 from sae_research.studies.side_effects import analysis, corpus, labels, ranking
 from sae_research.studies.side_effects.screen import Fixed, Screen, check_hooks
 
 if TYPE_CHECKING:
-    import torch
     from sae_lens import SAE
-
-    from sae_research.config import Profile
-    from sae_research.models import LanguageModel
 
 RANKING = "ranking"
 ENGINE_TOLERANCE = 1e-4
 
 
-def tasks(profile: "Profile") -> list[Task]:
+def tasks(profile: Profile) -> list[Task]:
     """Every model with every seed, and the ranking of the first model's main SAE."""
     models = profile.side_effects.models
     screens = [{"model": m, "seed": s} for m in models for s in range(profile.runtime.seeds)]
     return [*screens, {"model": models[0], "seed": 0, "output": RANKING}]
 
 
-def run(task: Task, profile: "Profile") -> Result:
+def run(task: Task, profile: Profile) -> Result:
     """Screen the SAEs of one model: all of them for seed 0, the main one for the others.
 
     Contexts, panel and threshold are those of the main SAE throughout, so that two SAEs differ in
     nothing but themselves.
     """
-    import pandas as pd
-
     if task.get("output") == RANKING:
         return _rank_features(task, profile)
     spec = catalogue.get(task["model"])
@@ -71,10 +70,8 @@ def run(task: Task, profile: "Profile") -> Result:
     return concatenate(results)
 
 
-def summarise(results: Sequence[Result], profile: "Profile") -> dict[str, Result]:
+def summarise(results: Sequence[Result], profile: Profile) -> dict[str, Result]:
     """All screens under one another, and the ranking."""
-    import pandas as pd
-
     ranked = [r for r in results if r.task.get("output") == RANKING]
     published = concatenate([r for r in results if r not in ranked])
     n_contexts = 3 * profile.side_effects.contexts_per_bucket
@@ -84,7 +81,7 @@ def summarise(results: Sequence[Result], profile: "Profile") -> dict[str, Result
     return {"": published, RANKING: ranked[0]}
 
 
-def load_first(profile: "Profile") -> "tuple[LanguageModel, SAE, SAE, torch.Tensor]":
+def load_first(profile: Profile) -> tuple[LanguageModel, "SAE", "SAE", torch.Tensor]:
     """The first model of a profile in float32, its main SAE, downstream SAE and contexts."""
     spec = catalogue.get(profile.side_effects.models[0])
     settings = corpus.apply_departures(spec, profile.side_effects)
@@ -96,7 +93,7 @@ def load_first(profile: "Profile") -> "tuple[LanguageModel, SAE, SAE, torch.Tens
     return model, sae, downstream, corpus.make_contexts(spec, model, settings)
 
 
-def check_engine(profile: "Profile") -> dict[str, float]:
+def check_engine(profile: Profile) -> dict[str, float]:
     """Largest difference of the last-token engine from full forward passes, or an error above the
     tolerance.
     """
@@ -109,7 +106,7 @@ def check_engine(profile: "Profile") -> dict[str, float]:
     return found
 
 
-def _rank_features(task: Task, profile: "Profile") -> Result:
+def _rank_features(task: Task, profile: Profile) -> Result:
     """Every eligible feature of the first SAE ranked, with cards of the cleanest and messiest."""
     model, sae, downstream, contexts = load_first(profile)
     settings = corpus.apply_departures(catalogue.get(task["model"]), profile.side_effects)

@@ -1,19 +1,14 @@
 """The tables that figures and claims read, with readable names of models and SAEs."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import pandas as pd
 
 from sae_research import catalogue, stats
+from sae_research.studies.runner import Result
 from sae_research.studies.side_effects import screening
 from sae_research.studies.side_effects.prediction import FULL_SET, as_row
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from sae_research.studies.runner import Result
-
-    Tables = dict[str, pd.DataFrame]
+Tables = dict[str, pd.DataFrame]
 
 SAE = ["model", "sae"]
 LADDER = "width_"
@@ -29,8 +24,6 @@ MODEL_NAMES = {
     "gemma-2-2b": "Gemma 2 2B",
     "llama-3.1-8b": "Llama 3.1 8B",
 }
-
-
 SET_NAMES = {
     "activation_magnitude_only": "magnitude",
     "activation_shape_only": "shape",
@@ -76,10 +69,8 @@ def is_wide(sae: str, base: str | None = None) -> bool:
     return other is not None and base in (None, other)
 
 
-def make_tables(results: "dict[str, Result]") -> "Tables":
+def make_tables(results: dict[str, Result]) -> Tables:
     """Every table of the run with readable names of its SAEs, and those that figures add."""
-    import pandas as pd
-
     tables = {name: t.copy() for name, t in results[""].tables.items()}
     for table in tables.values():
         if "sae" in table:
@@ -97,19 +88,21 @@ def make_tables(results: "dict[str, Result]") -> "Tables":
     tables["means"] = _average_random(tables["random"])
     tables["widths"] = _compare_widths(tables)
     tables["width_effects"] = _measure_width_effects(tables)
-    tables["payoffs"] = _summarize_payoffs(tables["splits"])
-    tables["top_k_ranges"] = _summarize_top_k(tables["top_k"])
+    payoffs = ("S_abs: clean - messy", "C_per_E: clean - messy", "share_of_oracle")
+    tables["payoffs"] = _summarize_splits(tables["splits"], "labels", payoffs, "payoff")
+    choices = ("predicted", "oracle")
+    tables["top_k_ranges"] = _summarize_splits(tables["top_k"], "k", choices, "choice")
     return tables
 
 
-def select(table: "pd.DataFrame", **where: object) -> "pd.DataFrame":
+def select(table: pd.DataFrame, **where: object) -> pd.DataFrame:
     """The rows in which each column named in `where` has that value."""
     for column, value in where.items():
         table = table[table[column] == value]
     return table
 
 
-def make_intervals(rows: "pd.DataFrame", value: str = "rho", prefix: str = "") -> list:
+def make_intervals(rows: pd.DataFrame, value: str = "rho", prefix: str = "") -> list:
     """The rows of a table as intervals, to draw them."""
     n = rows["n"] if "n" in rows else [1] * len(rows)
     columns = (rows[value], rows[f"{prefix}low"], rows[f"{prefix}high"], n)
@@ -119,7 +112,7 @@ def make_intervals(rows: "pd.DataFrame", value: str = "rho", prefix: str = "") -
     ]
 
 
-def summarize_saes(rows: "pd.DataFrame", column: str) -> stats.Interval:
+def summarize_saes(rows: pd.DataFrame, column: str) -> stats.Interval:
     """Mean over SAEs (each first averaged over its seeds) with Student's interval over SAEs.
 
     The ladder of widths is left out: eight SAEs of one hook would outvote all other settings.
@@ -131,22 +124,20 @@ def summarize_saes(rows: "pd.DataFrame", column: str) -> stats.Interval:
     return stats.mean_interval(values)
 
 
-def find_main_saes(tables: "Tables") -> list[tuple[str, str]]:
+def find_main_saes(tables: Tables) -> list[tuple[str, str]]:
     """The main SAE of each model, which every seed screens: (model, name of the SAE)."""
     first = tables["facts"].drop_duplicates("model")
     return list(zip(first["model"], first["name"], strict=True))
 
 
-def _find_leads(univariate: "pd.DataFrame") -> "pd.DataFrame":
+def _find_leads(univariate: pd.DataFrame) -> pd.DataFrame:
     """The row of the strongest single predictor of the count, one per SAE."""
     rows = select(univariate, control="none", target="C", seed=0)
     return rows.loc[rows["rho"].abs().groupby([rows[name] for name in SAE], sort=False).idxmax()]
 
 
-def _average_random(random: "pd.DataFrame") -> "pd.DataFrame":
+def _average_random(random: pd.DataFrame) -> pd.DataFrame:
     """Means over SAEs of the full set's scores for SAE and random directions and the difference."""
-    import pandas as pd
-
     keys = ["target", "residualised", "direction"]
     return pd.DataFrame(
         [
@@ -156,34 +147,19 @@ def _average_random(random: "pd.DataFrame") -> "pd.DataFrame":
     )
 
 
-def _summarize_payoffs(splits: "pd.DataFrame") -> "pd.DataFrame":
-    """Mean and central 95 % of the payoff over random splits, real and permuted labels."""
-    import pandas as pd
-
-    columns = ("S_abs: clean - messy", "C_per_E: clean - messy", "share_of_oracle")
+def _summarize_splits(
+    splits: pd.DataFrame, key: str, columns: tuple[str, ...], words: str
+) -> pd.DataFrame:
+    """Mean and central 95 % over random splits of some columns, per SAE and `key`."""
     rows = []
-    for (name, labels), here in select(splits, seed=0).groupby(["name", "labels"], sort=False):
+    for (name, value), here in select(splits, seed=0).groupby(["name", key], sort=False):
         for column in columns:
-            found = screening.summarize_splits(here[column].to_numpy())
-            rows.append({"name": name, "labels": labels, "payoff": column})
-            rows[-1] |= as_row(found, "value")
+            found = as_row(screening.summarize_splits(here[column].to_numpy()), "value")
+            rows.append({"name": name, key: value, words: column, **found})
     return pd.DataFrame(rows)
 
 
-def _summarize_top_k(top_k: "pd.DataFrame") -> "pd.DataFrame":
-    """Mean and central 95 % over splits of the lift when k features are chosen."""
-    import pandas as pd
-
-    rows = []
-    for (name, k), here in select(top_k, seed=0).groupby(["name", "k"], sort=False):
-        for choice in ("predicted", "oracle"):
-            found = screening.summarize_splits(here[choice].to_numpy())
-            rows.append({"name": name, "k": k, "choice": choice})
-            rows[-1] |= as_row(found, "value")
-    return pd.DataFrame(rows)
-
-
-def find_pairs(tables: "Tables") -> list[tuple[str, str, str]]:
+def find_pairs(tables: Tables) -> list[tuple[str, str, str]]:
     """(model, base, wide) of SAEs that differ in width only."""
     first = select(tables["facts"], seed=0)
     return [
@@ -195,10 +171,8 @@ def find_pairs(tables: "Tables") -> list[tuple[str, str, str]]:
     ]
 
 
-def _compare_widths(tables: "Tables") -> "pd.DataFrame":
+def _compare_widths(tables: Tables) -> pd.DataFrame:
     """Base and wide SAE of each pair: score of the full set, payoff and its spread over splits."""
-    import pandas as pd
-
     scores = select(tables["sets"], seed=0, residualised=False, set=FULL_SET)
     splits = select(tables["splits"], seed=0, labels="real")
     rows = []
@@ -226,12 +200,10 @@ def _compare_widths(tables: "Tables") -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def _measure_width_effects(tables: "Tables") -> "pd.DataFrame":
+def _measure_width_effects(tables: Tables) -> pd.DataFrame:
     """Score of the full set with the count in base and wide SAE, for SAE and random directions, and
     the difference of the two widths (their features are independent samples).
     """
-    import pandas as pd
-
     scores = select(tables["random"], seed=0, residualised=False, target="C")
     rows = []
     for model, base, wide in find_pairs(tables):
@@ -268,10 +240,8 @@ RESIDUALISED = {
 }
 
 
-def compare_published(t: "Tables") -> "pd.DataFrame":
+def compare_published(t: Tables) -> pd.DataFrame:
     """What others measured on the real models beside the values of this run; empty without them."""
-    import pandas as pd
-
     rows: list[tuple] = []
     for model in (m for m in t["facts"]["model"].unique() if m in RESIDUALISED):
         here = {name: _select_main(table, model) for name, table in t.items()}
@@ -297,7 +267,7 @@ def compare_published(t: "Tables") -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=["model", "quantity", "target", "here"])
 
 
-def _select_main(table: "pd.DataFrame", model: str) -> "pd.DataFrame":
+def _select_main(table: pd.DataFrame, model: str) -> pd.DataFrame:
     """The rows of a model's main SAE and first seed; tables without such keys as they are."""
     if not {"model", "sae", "seed"} <= set(table.columns):
         return table
