@@ -85,20 +85,19 @@ class ModelSpec:
         source = (self._folders()[role],) if self.embedded else self.saes[role]
         sae = saes.load_sae(*source, device=device, dtype=dtype)
         if self.trained_on:
-            sae.cfg.metadata.model_name = (
-                self.model
-            )  # said openly: `check_fit` refuses every other stranger
+            # said openly: `check_fit` refuses every other stranger
+            sae.cfg.metadata.model_name = self.model
         return sae
 
     def content(self) -> list[str]:
         """What tells it from another one of its name: a toy model's checksums, else its name on the
-        hub.
+        hub and the commit there, so that a new revision is another model.
         """
-        from sae_research import store
+        from sae_research import hub, store
         from sae_research.paths import EMBEDDED
 
         if not self.embedded:
-            return [self.model]
+            return [self.model, hub.download(self.model).name]
         return [
             (EMBEDDED / self.model / piece / store.CHECKSUMS).read_text()
             for piece in ("model", "saes")
@@ -110,168 +109,134 @@ class ModelSpec:
         return build.sae_folders(self.model)
 
 
-def _gpt2_small() -> ModelSpec:
-    release, ladder = "gpt2-small-res-jb", "gpt2-small-res-jb-feature-splitting"
-    widths = (768, 1536, 3072, 6144, 12288, 24576, 49152, 98304)
-    layers = {f"layer_{n}": f"blocks.{n}.hook_resid_pre" for n in range(12)}
-    paper = {"primary": layers["layer_8"], "downstream": layers["layer_10"]}
-    steps = {f"width_{width}": layers["layer_8"] for width in widths}
-    return ModelSpec(
-        name="gpt2-small",
-        model="gpt2",
+def _with_saes(
+    name: str,
+    model: str,
+    blocks: Mapping[str, int],
+    place: str,
+    release: str,
+    sae_id: str,
+    *,
+    hooks: Mapping[str, str] | None = None,
+    saes: Mapping[str, tuple[str, str]] | None = None,
+    **others: object,
+) -> ModelSpec:
+    """A model with an SAE of one release at the block of each role; `hooks` and `saes` are further
+    ones.
+    """
+    own = {role: f"blocks.{n}.hook_resid_{place}" for role, n in blocks.items()}
+    found = {role: (release, sae_id.format(n=n, hook=own[role])) for role, n in blocks.items()}
+    hooks = {**own, **(hooks or {})}
+    return ModelSpec(name, model, hooks=hooks, saes={**found, **(saes or {})}, **others)
+
+
+def _layers(*blocks: int) -> dict[str, int]:
+    return {f"layer_{n}": n for n in blocks}
+
+
+def _gemma(size: str, blocks: Mapping[str, int], tuned: str = "", **others: object) -> ModelSpec:
+    name = f"gemma-2-{size}{tuned}"
+    release = f"gemma-scope-{size}-pt-res-canonical"
+    sae_id = "layer_{n}/width_16k/canonical"
+    parameters = {"2b": 2_614_341_888, "9b": 9_241_705_984}[size]
+    given = {"gated": True, "parameters": parameters, **others}
+    return _with_saes(name, f"google/{name}", blocks, "post", release, sae_id, **given)
+
+
+def _llama(name: str, expansion: int, *layers: int, **others: object) -> ModelSpec:
+    blocks = {"primary": 16, "downstream": 20, **_layers(*layers)}
+    release = f"llama_scope_lxr_{expansion}x"
+    sae_id = f"l{{n}}r_{expansion}x"
+    given = {"gated": True, "parameters": 8_030_261_248, **others}
+    return _with_saes(name, "meta-llama/Llama-3.1-8B", blocks, "post", release, sae_id, **given)
+
+
+_GPT2_MIDDLE = "blocks.8.hook_resid_pre"
+_GPT2_WIDTHS = (768, 1536, 3072, 6144, 12288, 24576, 49152, 98304)
+_GPT2_LADDER = "gpt2-small-res-jb-feature-splitting"
+_GEMMA_2B = {"primary": 12, "downstream": 16, **_layers(5, 6, 9, 10, 15, 18, 20, 24)}
+"""Layers of study 5 (5, 10, 15, 20) and those of study 1's sweep."""
+_TOY_NOTE = "built by notebook 00 with known truth; no network"
+
+_SPECS = (
+    _with_saes(
+        "gpt2-small",
+        "gpt2",
+        {"primary": 8, "downstream": 10, **_layers(*range(12))},
+        "pre",
+        "gpt2-small-res-jb",
+        "{hook}",
+        hooks={f"width_{w}": _GPT2_MIDDLE for w in _GPT2_WIDTHS} | {"train": _GPT2_MIDDLE},
+        saes={f"width_{w}": (_GPT2_LADDER, f"{_GPT2_MIDDLE}_{w}") for w in _GPT2_WIDTHS},
         parameters=124_439_808,
-        hooks={**paper, **layers, **steps, "train": layers["layer_8"]},
-        saes={role: (release, hook) for role, hook in {**paper, **layers}.items()}
-        | {f"width_{width}": (ladder, f"{layers['layer_8']}_{width}") for width in widths},
         mean_l0={"primary": 71.8, "downstream": 60.0},
         eligible=7532,
-        note=(
-            "SAEs trained with centred writing weights; the ladder of widths at block 8 is not "
-            "the paper's"
-        ),
-    )
-
-
-def _gpt2_large() -> ModelSpec:
-    return ModelSpec(
-        name="gpt2-large",
-        model="gpt2-large",
+        note="SAEs trained with centred writing weights; the ladder of widths at block 8 is not "
+        "the paper's",
+    ),
+    ModelSpec(
+        "gpt2-large",
+        "gpt2-large",
         parameters=774_030_080,
         hooks={"train": "blocks.20.hook_resid_pre"},
         note="study 4 trains its own SAEs, 20,480 latents wide",
-    )
-
-
-def _pythia() -> ModelSpec:
-    release = "pythia-70m-deduped-res-sm"
-    layers = {f"layer_{n}": f"blocks.{n}.hook_resid_post" for n in range(6)}
-    paper = {"primary": layers["layer_4"], "downstream": layers["layer_5"]}
-    return ModelSpec(
-        name="pythia-70m",
-        model="EleutherAI/pythia-70m-deduped",
+    ),
+    _with_saes(
+        "pythia-70m",
+        "EleutherAI/pythia-70m-deduped",
+        {"primary": 4, "downstream": 5, **_layers(*range(6))},
+        "post",
+        "pythia-70m-deduped-res-sm",
+        "{hook}",
+        hooks={"train": "blocks.4.hook_resid_post"},
         parameters=70_426_624,
-        hooks={**paper, **layers, "train": layers["layer_4"]},
-        saes={role: (release, hook) for role, hook in {**paper, **layers}.items()},
         mean_l0={"primary": 68.3, "downstream": 118.6},
         eligible=4375,
-        note=(
-            "block 5 is the last; study 3's sixteen dictionaries on attention and MLP outputs "
-            "are not in SAELens"
-        ),
-    )
-
-
-def _gemma(
-    size: str, parameters: int, layers: tuple[int, ...], tuned: str = "", **others: object
-) -> ModelSpec:
-    release = f"gemma-scope-{size}-pt-res-canonical"
-    hooks = others.pop("hooks")
-    layers = {f"layer_{n}": f"blocks.{n}.hook_resid_post" for n in layers}
-    with_saes = {role: hook for role, hook in {**hooks, **layers}.items() if role != "train"}
-    return ModelSpec(
-        name=f"gemma-2-{size}{tuned}",
-        model=f"google/gemma-2-{size}{tuned}",
-        gated=True,
-        parameters=parameters,
-        hooks={**hooks, **layers},
-        saes={
-            role: (release, f"layer_{hook.split('.')[1]}/width_16k/canonical")
-            for role, hook in with_saes.items()
-        },
-        **others,
-    )
-
-
-def _llama(expansion: int, layers: tuple[int, ...] = (), **others: object) -> ModelSpec:
-    paper = {"primary": "blocks.16.hook_resid_post", "downstream": "blocks.20.hook_resid_post"}
-    hooks = {**paper, **{f"layer_{n}": f"blocks.{n}.hook_resid_post" for n in layers}}
-    return ModelSpec(
-        model="meta-llama/Llama-3.1-8B",
-        gated=True,
-        parameters=8_030_261_248,
-        hooks=hooks,
-        saes={
-            role: (f"llama_scope_lxr_{expansion}x", f"l{hook.split('.')[1]}r_{expansion}x")
-            for role, hook in hooks.items()
-        },
-        **others,
-    )
-
-
-def _toy_model(which: str) -> ModelSpec:
-    return ModelSpec(
-        name=f"world-{which}",
-        model=which,
-        embedded=True,
-        note="built by notebook 00 with known truth; no network",
-    )
-
-
-_GEMMA_2B = {"primary": "blocks.12.hook_resid_post", "downstream": "blocks.16.hook_resid_post"}
-_GEMMA_2B_LAYERS = (5, 6, 9, 10, 15, 18, 20, 24)
-"""Study 5's layers (5, 10, 15, 20) and those of study 1's sweep."""
-
-MODEL_SPECS = {
-    spec.name: spec
-    for spec in (
-        _gpt2_small(),
-        _gpt2_large(),
-        _pythia(),
-        _gemma(
-            "2b",
-            2_614_341_888,
-            _GEMMA_2B_LAYERS,
-            hooks=_GEMMA_2B,
-            mean_l0={"primary": 83.0, "downstream": 79.3},
-            eligible=7517,
-            note="final logits are soft-capped: the Gram identity of study 2 does not hold",
-        ),
-        _gemma(
-            "2b",
-            2_614_341_888,
-            _GEMMA_2B_LAYERS,
-            "-it",
-            hooks=_GEMMA_2B,
-            trained_on="gemma-2-2b",
-            chat=True,
-            note=(
-                "instruction-tuned; the SAEs are those of the base model, as Gemma Scope has "
-                "none for this one"
-            ),
-        ),
-        _gemma(
-            "9b",
-            9_241_705_984,
-            (10, 15, 20, 25, 30),
-            hooks={"train": "blocks.23.hook_resid_pre"},
-            note=(
-                "study 4's paper says layer 23, its release 31; the block's input is inferred "
-                "from gpt2-large"
-            ),
-        ),
-        _llama(
-            8,
-            (10, 15, 20, 25, 30),
-            name="llama-3.1-8b",
-            mean_l0={"primary": 32.2, "downstream": 31.4},
-            eligible=2837,
-            note=(
-                "SAELens' threshold is the release's times its norm factor; the release states "
-                "an L0 of 50"
-            ),
-        ),
-        _llama(
-            32,
-            name="llama-3.1-8b-32x",
-            note=(
-                "the width comparison of study 2; whether its downstream SAE was widened too "
-                "is unknown"
-            ),
-        ),
-        _toy_model("text"),
-        _toy_model("survey"),
-    )
-}
+        note="block 5 is the last; study 3's sixteen dictionaries on attention and MLP outputs "
+        "are not in SAELens",
+    ),
+    _gemma(
+        "2b",
+        _GEMMA_2B,
+        mean_l0={"primary": 83.0, "downstream": 79.3},
+        eligible=7517,
+        note="final logits are soft-capped: the Gram identity of study 2 does not hold",
+    ),
+    _gemma(
+        "2b",
+        _GEMMA_2B,
+        "-it",
+        trained_on="gemma-2-2b",
+        chat=True,
+        note="instruction-tuned; the SAEs are those of the base model, as Gemma Scope has none for "
+        "this one",
+    ),
+    _gemma(
+        "9b",
+        _layers(10, 15, 20, 25, 30),
+        hooks={"train": "blocks.23.hook_resid_pre"},
+        note="study 4's paper says layer 23, its release 31; the block's input is inferred from "
+        "gpt2-large",
+    ),
+    _llama(
+        "llama-3.1-8b",
+        8,
+        *(10, 15, 20, 25, 30),
+        mean_l0={"primary": 32.2, "downstream": 31.4},
+        eligible=2837,
+        note="SAELens' threshold is the release's times its norm factor; the release states an L0 "
+        "of 50",
+    ),
+    _llama(
+        "llama-3.1-8b-32x",
+        32,
+        note="the width comparison of study 2; whether its downstream SAE was widened too is "
+        "unknown",
+    ),
+    ModelSpec("world-text", "text", embedded=True, note=_TOY_NOTE),
+    ModelSpec("world-survey", "survey", embedded=True, note=_TOY_NOTE),
+)
+MODEL_SPECS = {spec.name: spec for spec in _SPECS}
 
 
 def get(name: str) -> ModelSpec:

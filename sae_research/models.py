@@ -8,101 +8,26 @@ raw ones that SAEs of this field are trained on, and logits equal Hugging Face's
 import contextlib
 import difflib
 import functools
-import io
 import json
-import logging
-import os
 import re
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import LongTensor, Tensor
+
 from sae_research import store
 from sae_research.errors import ResearchError
+from sae_research.hub import canonical_name, download, quiet
 from sae_research.paths import relative
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-    from torch import LongTensor, Tensor
 
-Edit = Callable[["Tensor"], "Tensor"]
+Edit = Callable[[Tensor], Tensor]
 """Takes the residual [batch, positions, d_model] at a hook and returns the one to go on with."""
-
-_MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the bars, prints and deprecation noise of the model libraries; errors still come
-    through.
-    """
-    import transformers
-
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
-@functools.cache
-def canonical_name(model: str) -> str:
-    """The hub name of a model that libraries also know by short names (`gpt2-small` is `gpt2`)."""
-    if "/" in model:
-        return model
-    with quiet():
-        from transformer_lens.supported_models import MODEL_ALIASES
-    return next(
-        (official for official, aliases in MODEL_ALIASES.items() if model in aliases), model
-    )
-
-
-def download(repository: str, patterns: tuple[str, ...] = _MODEL_FILES) -> Path:
-    """The folder with those files of a hub repository that `patterns` name, fetched unless already
-    on this machine.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub import utils as hub
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    if os.environ.get("SAE_RESEARCH_PROGRESS") == "0":
-        hub.disable_progress_bars()
-    try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
-    except GatedRepoError as error:
-        raise gated(repository) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ResearchError(
-            f"there is no '{repository}' on the hub, and no such folder here; check the name."
-        ) from error
-    except OSError as error:
-        raise unreachable(repository) from error
-
-
-def gated(repository: str) -> ResearchError:
-    """What to do about a repository that asks for a licence; the token itself is never shown."""
-    return ResearchError(
-        f"{repository} is gated: accept its licence on its page of the Hugging Face hub, then "
-        "set the environment "
-        "variable HF_TOKEN to a token of that account."
-    )
-
-
-def unreachable(repository: str) -> ResearchError:
-    """What to do without network."""
-    return ResearchError(
-        f"{repository} is not on this machine and the hub cannot be reached: no network for the "
-        "laptop and gpu "
-        "profiles; connect and run again, or use the cpu profile, which needs none."
-    )
 
 
 def load_model(
@@ -112,13 +37,11 @@ def load_model(
 
     Residuals and logits of the bridge are compared with those of Hugging Face on a few tokens.
     """
-    if device.startswith("cuda") and not _has_gpu():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise ResearchError(
             f"device '{device}' is not available here; use the cpu profile or set device to cpu."
         )
     folder, name = _find(source, name)
-    import torch
-
     with quiet():
         from transformer_lens.model_bridge import TransformerBridge
         from transformers import AutoModelForCausalLM
@@ -154,7 +77,10 @@ def _find(source: str | Path, name: str | None) -> tuple[Path, str]:
             raise ResearchError(
                 f"{relative(folder)} holds no config.json; give a Hugging Face model folder."
             )
-        return folder, name or _folder_name(folder)
+        own = folder.resolve()
+        # the toy model in text/model is `world-text`
+        own_name = f"world-{own.parent.name}" if own.name == "model" else own.name
+        return folder, name or own_name
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")):
         raise ResearchError(
             f"the model folder {relative(folder)} is missing; run `make reproduce` to make it."
@@ -163,10 +89,8 @@ def _find(source: str | Path, name: str | None) -> tuple[Path, str]:
     return download(hub_name), name or hub_name
 
 
-def _hidden_states(hf_model) -> tuple["LongTensor", "tuple[Tensor, ...]", "Tensor"]:
+def _hidden_states(hf_model) -> tuple[LongTensor, tuple[Tensor, ...], Tensor]:
     """A few tokens with the hidden states and logits that Hugging Face computes for them."""
-    import torch
-
     size = hf_model.config.get_text_config().vocab_size
     tokens = torch.linspace(0, size - 1, 8, device=hf_model.device).long()[None]
     with torch.no_grad():
@@ -175,11 +99,9 @@ def _hidden_states(hf_model) -> tuple["LongTensor", "tuple[Tensor, ...]", "Tenso
 
 
 def _compare_with_hugging_face(
-    model: "LanguageModel", tokens: "LongTensor", states: "tuple[Tensor, ...]", logits: "Tensor"
+    model: "LanguageModel", tokens: LongTensor, states: tuple[Tensor, ...], logits: Tensor
 ) -> None:
     """Refuse a bridge whose residuals or logits are silently wrong."""
-    import torch
-
     tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2
     pairs = {
         f"blocks.{n}.hook_resid_pre": (model.residual(tokens, f"blocks.{n}.hook_resid_pre"), state)
@@ -192,21 +114,8 @@ def _compare_with_hugging_face(
         if not error <= tolerance * max(1.0, float(theirs.abs().max())):
             raise ResearchError(
                 f"TransformerLens runs '{model.name}' wrongly: at {place} it differs by "
-                f"{error:.2g} "
-                "from Hugging Face; this architecture cannot be used here."
+                f"{error:.2g} from Hugging Face; this architecture cannot be used here."
             )
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _folder_name(folder: Path) -> str:
-    """`world-text` for the toy model in text/model, else the folder's own name."""
-    folder = folder.resolve()
-    return f"world-{folder.parent.name}" if folder.name == "model" else folder.name
 
 
 class _Reached(Exception):
@@ -241,37 +150,32 @@ class LanguageModel:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the weights as bfloat16: the same for every folder name and number format."""
-        import torch
-
         weights = enumerate(self.bridge.original_model.parameters())
         return store.tensor_fingerprint({str(i): w.to(torch.bfloat16) for i, w in weights})
 
     # steering
 
-    @contextlib.contextmanager
-    def edited(self, edits: dict[str, Edit]) -> Iterator["LanguageModel"]:
+    def edited(self, edits: dict[str, Edit]) -> AbstractContextManager["LanguageModel"]:
         """Inside, every pass goes through these edits of the residual, before any others."""
-        before = self._standing
-        self._standing = [*before, *((self.hook(name), edit) for name, edit in edits.items())]
-        try:
-            yield self
-        finally:
-            self._standing = before
+        own = [(self.hook(name), edit) for name, edit in edits.items()]
+        return self._exchange_edits([*self._standing, *own])
 
-    @contextlib.contextmanager
-    def unedited(self) -> Iterator["LanguageModel"]:
+    def unedited(self) -> AbstractContextManager["LanguageModel"]:
         """Inside, edits of an enclosing `edited` or `steer` do not apply."""
+        return self._exchange_edits([])
+
+    @contextlib.contextmanager
+    def _exchange_edits(self, edits: list[tuple[str, Edit]]) -> Iterator["LanguageModel"]:
         before = self._standing
-        self._standing = []
+        self._standing = edits
         try:
             yield self
         finally:
             self._standing = before
 
-    @contextlib.contextmanager
     def steer(
-        self, sae: "SAE", latent: int, coefficient: float, positions: "str | Tensor" = "all"
-    ) -> Iterator["LanguageModel"]:
+        self, sae: "SAE", latent: int, coefficient: float, positions: str | Tensor = "all"
+    ) -> AbstractContextManager["LanguageModel"]:
         """Inside, `coefficient` times a latent's decoder direction is added at the SAE's hook."""
         from sae_research import saes, steering
 
@@ -282,8 +186,7 @@ class LanguageModel:
                 f"latent {latent} is out of range; this SAE has {len(directions)} latents."
             )
         edit = steering.add_direction(directions[latent], coefficient, positions)
-        with self.edited({hook: edit}):
-            yield self
+        return self.edited({hook: edit})
 
     # tokens
 
@@ -294,12 +197,10 @@ class LanguageModel:
 
     def tokens(
         self, texts: list[str], length: int | None = None, prepend_bos: bool = True
-    ) -> "LongTensor":
+    ) -> LongTensor:
         """One row a text: BOS, its tokens, cut at `length`, padded on the right to the
         longest row.
         """
-        import torch
-
         rows = [([self.bos] if prepend_bos else []) + ids for ids in self._ids(texts)]
         rows = [row[:length] for row in rows]
         longest = max(map(len, rows), default=0)
@@ -307,19 +208,17 @@ class LanguageModel:
         padded = [row + [self.pad] * ((length or longest) - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.long, device=self.device)
 
-    def packed(self, texts: list[str], length: int) -> "LongTensor":
+    def packed(self, texts: list[str], length: int) -> LongTensor:
         """The texts as one stream, each closed by EOS, in rows of BOS and `length` - 1 tokens; the
         end is dropped.
         """
-        import torch
-
         self._fits(length)
         stream = [i for ids in self._ids(texts) for i in [*ids, self.eos]]
         body = length - 1
         rows = [[self.bos, *stream[i : i + body]] for i in range(0, len(stream) - body + 1, body)]
         return torch.tensor(rows, dtype=torch.long, device=self.device).view(len(rows), length)
 
-    def content(self, tokens: "LongTensor") -> "Tensor":
+    def content(self, tokens: LongTensor) -> Tensor:
         """Mask of the positions that carry text: neither a leading BOS nor padding at the end of a
         row.
         """
@@ -331,8 +230,7 @@ class LanguageModel:
         if length > self.n_ctx:
             raise ResearchError(
                 f"a text of {length} tokens is longer than the context of {self.name} "
-                f"({self.n_ctx}); "
-                "cut it with `length`."
+                f"({self.n_ctx}); cut it with `length`."
             )
 
     # hooks
@@ -374,7 +272,7 @@ class LanguageModel:
             )
         return int(place[1]) + (place[2] == "out")
 
-    def _run(self, tokens: "LongTensor", edits: dict[str, Edit]) -> "Tensor":
+    def _run(self, tokens: LongTensor, edits: dict[str, Edit]) -> Tensor:
         self._fits(tokens.shape[-1])
         given = [(self.hook(name), edit) for name, edit in edits.items()]
         hooks = [
@@ -386,14 +284,12 @@ class LanguageModel:
     # passes
 
     def residual(
-        self, tokens: "LongTensor", hook: str, edits: dict[str, Edit] | None = None
-    ) -> "Tensor":
+        self, tokens: LongTensor, hook: str, edits: dict[str, Edit] | None = None
+    ) -> Tensor:
         """Activations [batch, positions, d] at a hook; nothing above the hook is computed."""
-        import torch
-
         found = []
 
-        def stop(value: "Tensor") -> None:
+        def stop(value: Tensor) -> None:
             found.append(value)
             raise _Reached
 
@@ -407,13 +303,13 @@ class LanguageModel:
             )
         return found[0]
 
-    def logits(self, tokens: "LongTensor", edits: dict[str, Edit] | None = None) -> "Tensor":
+    def logits(self, tokens: LongTensor, edits: dict[str, Edit] | None = None) -> Tensor:
         """Next-token logits [batch, positions, vocabulary] in float32; gradients flow if an edit
         carries them.
         """
         return self._run(tokens, edits or {}).float()
 
-    def losses(self, tokens: "LongTensor", edits: dict[str, Edit] | None = None) -> "Tensor":
+    def losses(self, tokens: LongTensor, edits: dict[str, Edit] | None = None) -> Tensor:
         """Cross-entropy in nats of each next token [batch, positions - 1]."""
         from torch.nn.functional import cross_entropy
 
@@ -424,18 +320,16 @@ class LanguageModel:
 
     def generate(
         self,
-        prompt: "str | LongTensor",
+        prompt: str | LongTensor,
         n: int,
         edits: dict[str, Edit] | None = None,
         greedy: bool = True,
         seed: int | None = None,
-    ) -> "str | LongTensor":
+    ) -> str | LongTensor:
         """The prompt followed by `n` new tokens, greedy or sampled: text for text, rows for rows.
 
         Each step reruns the whole row, edits included.
         """
-        import torch
-
         if isinstance(prompt, str):
             row = self.generate(self.tokens([prompt]), n, edits, greedy, seed)[0]
             return self.tokenizer.decode(row, skip_special_tokens=True)
@@ -454,10 +348,8 @@ class LanguageModel:
         return tokens
 
     @functools.cached_property
-    def sample(self) -> "LongTensor":
+    def sample(self) -> LongTensor:
         """Rows of 32 tokens that the model itself writes, for checks that need some of its text."""
-        import torch
-
         start = torch.full((16, 1), self.bos, dtype=torch.long, device=self.device)
         with self.unedited():
             return self.generate(start, min(32, self.n_ctx) - 1, greedy=False, seed=0)

@@ -9,15 +9,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import LongTensor, Tensor
+
 from sae_research import store
 from sae_research.errors import ResearchError, unknown
-from sae_research.models import LanguageModel, canonical_name, download, quiet, unreachable
+from sae_research.hub import canonical_name, download, quiet, unreachable
+from sae_research.models import LanguageModel
 from sae_research.paths import relative
 
 if TYPE_CHECKING:
     from sae_lens import SAE
     from sae_lens.saes.sae import SAEMetadata
-    from torch import LongTensor, Tensor
 
 
 def load_sae(
@@ -33,12 +36,11 @@ def load_sae(
     Checksums are compared where the folder has some. With `model`, `warn_if_wrong` looks whether
     the SAE explains that model's residuals.
     """
-    folder = Path(release).expanduser()
     with quiet():
-        if sae_id is not None:
-            sae = _from_release(str(release), sae_id, device, dtype)
+        if sae_id is None:
+            sae = _from_folder(Path(release).expanduser(), device, dtype)
         else:
-            sae = _from_folder(folder, device, dtype)
+            sae = _from_release(str(release), sae_id, device, dtype)
     sae = _ready(sae)
     if model is not None:
         warn_if_wrong(model, sae)
@@ -101,7 +103,7 @@ def _ready(sae: "SAE") -> "SAE":
     return sae.eval().requires_grad_(False)
 
 
-def _centre(x: "Tensor") -> "Tensor":
+def _centre(x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
 
 
@@ -112,7 +114,7 @@ def centred(sae: "SAE") -> bool:
     return bool((sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"))
 
 
-def target(sae: "SAE", residual: "Tensor") -> "Tensor":
+def target(sae: "SAE", residual: Tensor) -> Tensor:
     """What the SAE reconstructs of a raw residual: all of it, or all but its mean over d, which no
     LayerNorm sees.
     """
@@ -145,10 +147,8 @@ def check_fit(model: LanguageModel, sae: "SAE") -> str:
     names both sides.
     """
     trained_on = sae.cfg.metadata.model_name
-    if (
-        trained_on
-        and canonical_name(trained_on).split("/")[-1] != canonical_name(model.name).split("/")[-1]
-    ):
+    names = {canonical_name(name).split("/")[-1] for name in (trained_on, model.name) if name}
+    if len(names) > 1:
         raise ResearchError(
             f"this SAE was trained on the model '{trained_on}', not on '{model.name}'; load the "
             f"SAE of '{model.name}'."
@@ -156,8 +156,7 @@ def check_fit(model: LanguageModel, sae: "SAE") -> str:
     if sae.cfg.d_in != model.d_model:
         raise ResearchError(
             f"this SAE reads {sae.cfg.d_in} dimensions but the residual of '{model.name}' has "
-            f"{model.d_model}; "
-            "load the SAE of this model."
+            f"{model.d_model}; load the SAE of this model."
         )
     return model.hook(hook_of(sae))
 
@@ -191,7 +190,7 @@ def warn_if_wrong(model: LanguageModel, sae: "SAE", least: float = 0.25) -> dict
 
 
 def exact_l0(
-    sae: "SAE", activations: "Tensor", k: float, batch: int = 4096, half: bool = False
+    sae: "SAE", activations: Tensor, k: float, batch: int = 4096, half: bool = False
 ) -> "SAE":
     """A JumpReLU SAE with `sae`'s weights and unit decoder rows whose mean L0 on `activations` is
     `k`.
@@ -200,8 +199,6 @@ def exact_l0(
     pre-activation less threshold that leaves k active latents a token. `half` rounds the
     weights before, as `save` will, so that L0 stays exact.
     """
-    import torch
-
     export = _unit_jumprelu(sae)
     if half:
         rounded(export)
@@ -219,8 +216,8 @@ def exact_l0(
         if active < wanted or wanted < 1:
             raise ResearchError(
                 f"no threshold gives {k} active latents a token: this SAE has "
-                f"{active / len(activations):.1f} with a "
-                "positive pre-activation; ask for fewer, or train it less sparsely."
+                f"{active / len(activations):.1f} with a positive pre-activation; ask for fewer, "
+                "or train it less sparsely."
             )
         weakest = best[wanted - 1]
         shift = (weakest + best[wanted]) / 2 if active > wanted else weakest - weakest.abs() / 2
@@ -228,7 +225,7 @@ def exact_l0(
     return calibrated(export, activations, batch)
 
 
-def calibrated(sae: "SAE", activations: "Tensor", batch: int = 4096) -> "SAE":
+def calibrated(sae: "SAE", activations: Tensor, batch: int = 4096) -> "SAE":
     """The SAE, with its mean L0 on `activations` in its metadata."""
     l0 = sum((sae.encode(x) > 0).sum().item() for x in activations.split(batch)) / len(activations)
     sae.cfg.metadata.calibrated_l0 = l0
@@ -237,9 +234,7 @@ def calibrated(sae: "SAE", activations: "Tensor", batch: int = 4096) -> "SAE":
 
 
 def rounded(sae: "SAE") -> "SAE":
-    """The SAE with everything but its thresholds rounded to float16 values, kept in its own
-    format.
-    """
+    """The SAE with all but its thresholds rounded to float16 values, kept in its own format."""
     for name, parameter in sae.named_parameters():
         if name != "threshold":
             parameter.data = parameter.half().to(parameter.dtype)
@@ -247,10 +242,7 @@ def rounded(sae: "SAE") -> "SAE":
 
 
 def _unit_jumprelu(sae: "SAE") -> "SAE":
-    """The same dictionary as a JumpReLU SAE whose decoder rows have norm 1 (codes take up the
-    norms).
-    """
-    import torch
+    """The dictionary as a JumpReLU SAE of decoder rows of norm 1 (codes take up the norms)."""
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
     from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
     from sae_lens.saes.standard_sae import StandardSAE, StandardTrainingSAE
@@ -304,23 +296,19 @@ def save(sae: "SAE", folder: Path, half: bool = False) -> None:
             sae.save_model(partial)
         if half:
             path = partial / "sae_weights.safetensors"
-            weights = {
-                name: w if name == "threshold" else w.half() for name, w in load_file(path).items()
-            }
-            save_file({name: w.contiguous() for name, w in weights.items()}, path)
+            weights = load_file(path).items()
+            halved = {name: w if name == "threshold" else w.half() for name, w in weights}
+            save_file({name: w.contiguous() for name, w in halved.items()}, path)
 
 
 def quality(
-    model: LanguageModel, sae: "SAE", tokens: "LongTensor", hook: str | None = None, batch: int = 32
+    model: LanguageModel, sae: "SAE", tokens: LongTensor, hook: str | None = None, batch: int = 32
 ) -> dict[str, float]:
-    """How well the SAE stands in for the residual on (held-out) `tokens`; BOS and padding are left
-    out and left alone.
+    """How well the SAE stands in for the residual on `tokens`; BOS and padding are left alone.
 
     `explained_variance` is 1 - sum |x - x_hat|^2 / sum |x - mean x|^2, `ce_recovered` is
     (ce_zero - ce_spliced) / (ce_zero - ce_clean), where zero sets the residual to zero.
     """
-    import torch
-
     hook = hook or check_fit(model, sae)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
     seen, count, error = [], 0, 0.0
@@ -335,14 +323,18 @@ def quality(
             count += (codes > 0).sum().item()
             error += (target(sae, x) - sae.decode(codes)).double().square().sum().item()
             seen.append(target(sae, x).cpu())
+            real = content[:, 1:]
+            keep = content[..., None]
+
+            def splice(resid: Tensor, keep: Tensor = keep) -> Tensor:
+                found = sae.decode(sae.encode(resid.to(sae.device, sae.dtype))).to(resid)
+                return torch.where(keep, found, resid)
+
             edits = {
                 "ce_clean": lambda resid: resid,
-                "ce_spliced": lambda resid, keep=content: torch.where(
-                    keep[..., None], _reconstruct(sae, resid), resid
-                ),
-                "ce_zero": lambda resid, keep=content: torch.where(keep[..., None], 0.0, resid),
+                "ce_spliced": splice,
+                "ce_zero": lambda resid, keep=keep: torch.where(keep, 0.0, resid),
             }
-            real = content[:, 1:]
             predicted += real.sum().item()
             for name, edit in edits.items():
                 losses[name] += model.losses(rows, {hook: edit})[real].double().sum().item()
@@ -358,8 +350,3 @@ def quality(
         **losses,
         "tokens": len(x),
     }
-
-
-def _reconstruct(sae: "SAE", residual: "Tensor") -> "Tensor":
-    x = residual.to(sae.device, sae.dtype)
-    return sae.decode(sae.encode(x)).to(residual)

@@ -8,19 +8,20 @@ Every edit is a function of the residual [batch, positions, d_model] for `Langua
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from sae_research.errors import ResearchError
+from sae_research.models import Edit
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-    from torch import Tensor
 
-    from sae_research.models import Edit
-
-Change = Callable[["Tensor"], "Tensor"]
+Change = Callable[[Tensor], Tensor]
 """Takes codes [tokens, latents] and returns the codes to have instead."""
 
 
-def edit(sae: "SAE", change: Change, positions: "str | Tensor" = "all") -> "Edit":
+def edit(sae: "SAE", change: Change, positions: str | Tensor = "all") -> Edit:
     """x + dec(change(enc x)) - dec(enc x): what the SAE leaves unexplained stays, and codes left
     alone leave x alone.
 
@@ -29,7 +30,7 @@ def edit(sae: "SAE", change: Change, positions: "str | Tensor" = "all") -> "Edit
     """
     rows = directions(sae)
 
-    def apply(residual: "Tensor") -> "Tensor":
+    def apply(residual: Tensor) -> Tensor:
         mask = _mask(residual, positions)
         codes = sae.encode(residual[mask].to(sae.device, sae.dtype))
         return _added(residual, mask, (change(codes) - codes) @ rows)
@@ -38,49 +39,40 @@ def edit(sae: "SAE", change: Change, positions: "str | Tensor" = "all") -> "Edit
 
 
 def add_direction(
-    direction: "Tensor", strength: float = 1.0, positions: "str | Tensor" = "all"
-) -> "Edit":
+    direction: Tensor, strength: float = 1.0, positions: str | Tensor = "all"
+) -> Edit:
     """x + strength * direction at `positions`; the direction keeps its length."""
 
-    def apply(residual: "Tensor") -> "Tensor":
-        mask = _mask(residual, positions)
-        return _added(
-            residual, mask, strength * direction.to(residual.device).expand(int(mask.sum()), -1)
-        )
+    def apply(residual: Tensor) -> Tensor:
+        return _added(residual, _mask(residual, positions), strength * direction)
 
     return apply
 
 
 def clamp(latents: list[int], value: float) -> Change:
     """Give the latents one value whatever they were; 0 ablates them."""
-    import torch
 
-    def change(codes: "Tensor") -> "Tensor":
+    def change(codes: Tensor) -> Tensor:
         return codes.index_fill(-1, torch.as_tensor(latents, device=codes.device), value)
 
     return change
 
 
-def directions(sae: "SAE") -> "Tensor":
+def directions(sae: "SAE") -> Tensor:
     """What one unit of each latent adds to the residual [latents, d_model]."""
     if sae.cfg.normalize_activations not in ("none", None):
         raise ResearchError(
             f"this SAE normalises each token ('{sae.cfg.normalize_activations}'), so a latent "
-            "has no fixed direction; "
-            "edit with an SAE that reads raw residuals."
+            "has no fixed direction; edit with an SAE that reads raw residuals."
         )
     rows = sae.W_dec.detach()
-    return (
-        rows / rows.norm(dim=-1, keepdim=True)
-        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
-        else rows
-    )
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return rows / rows.norm(dim=-1, keepdim=True)
+    return rows
 
 
-def _mask(residual: "Tensor", positions: "str | Tensor") -> "Tensor":
+def _mask(residual: Tensor, positions: str | Tensor) -> Tensor:
     """Where to edit, as a boolean mask [batch, positions] without the first position."""
-    import torch
-
     mask = torch.zeros(residual.shape[:2], dtype=torch.bool, device=residual.device)
     if not isinstance(positions, str):
         if positions.shape[-1] != mask.shape[-1]:
@@ -99,15 +91,12 @@ def _mask(residual: "Tensor", positions: "str | Tensor") -> "Tensor":
     return mask
 
 
-def _added(residual: "Tensor", mask: "Tensor", difference: "Tensor") -> "Tensor":
+def _added(residual: Tensor, mask: Tensor, difference: Tensor) -> Tensor:
     """`residual` plus `difference` at the masked positions, summed in the wider of the two number
     formats.
     """
-    import torch
-
     wide = torch.promote_types(residual.dtype, difference.dtype)
     edited = residual.clone()
-    edited[mask] = (residual[mask].to(wide) + difference.to(residual.device, wide)).to(
-        residual.dtype
-    )
+    moved = residual[mask].to(wide) + difference.to(residual.device, wide)
+    edited[mask] = moved.to(residual.dtype)
     return edited

@@ -14,18 +14,18 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_research import activations, saes
 from sae_research.errors import ResearchError
+from sae_research.hub import quiet
+from sae_research.models import LanguageModel
 
 if TYPE_CHECKING:
     from sae_lens import SAE, TrainingSAE
     from sae_lens.saes.sae import TrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
-    from torch import Tensor
-
-    from sae_research.models import LanguageModel
 
     MakeTrainer = Callable[["TrainingSAE", "SAETraining"], "SAETrainer"]
 
@@ -47,9 +47,7 @@ class SAETraining:
     decay: float = 0.3
     """Last share of the steps, in which the learning rate falls linearly to a hundredth."""
     dead_window: int = 100
-    """Steps without firing after which a latent counts as dead (TopK revives the dead through its
-    auxiliary loss).
-    """
+    """Steps without firing after which a latent is dead (TopK's auxiliary loss revives it)."""
     centre: bool = True
     """Whether the decoder bias starts at the first batch's mean instead of zero."""
 
@@ -79,7 +77,7 @@ def trainer(
 
 def train(
     configs: "dict[str, TrainingSAEConfig]",
-    batches: "Iterable[Tensor]",
+    batches: Iterable[Tensor],
     settings: SAETraining,
     seed: int,
     trainers: "dict[str, MakeTrainer] | None" = None,
@@ -98,7 +96,7 @@ def train(
         raise ResearchError("there are no activations to train on; collect some first.")
     scale = math.sqrt(first.shape[-1]) / first.norm(dim=-1).mean().item()
     running = {}
-    with saes.quiet():
+    with quiet():
         for name, config in configs.items():
             torch.manual_seed(seed)
             sae = TrainingSAE.get_sae_class_for_architecture(config.architecture())(config)
@@ -109,20 +107,14 @@ def train(
             if settings.centre:
                 sae.b_dec.data = (first.mean(0) * (scale if scaled else 1.0)).to(sae.b_dec)
     steps = 0
-    for step, batch in enumerate(
-        tqdm(
-            islice(chain([first], batches), settings.steps),
-            total=settings.steps,
-            desc="SAEs",
-            leave=False,
-        )
-    ):
+    stream = islice(chain([first], batches), settings.steps)
+    for batch in tqdm(stream, total=settings.steps, desc="SAEs", leave=False):
         for name, run in running.items():
             loss = run.step(batch).loss
             run.n_training_steps += 1
             if not torch.isfinite(loss):
                 raise ResearchError(
-                    f"the loss of SAE '{name}' is not finite at step {step}; lower its learning "
+                    f"the loss of SAE '{name}' is not finite at step {steps}; lower its learning "
                     "rate."
                 )
         steps += 1
@@ -139,9 +131,9 @@ def train(
 
 
 def train_sae(
-    model: "LanguageModel",
+    model: LanguageModel,
     hook: str,
-    texts: "list[str] | Tensor",
+    texts: list[str] | Tensor,
     *,
     width: int,
     k: int,
@@ -216,7 +208,7 @@ def aimed_at(l0: float, rate: float = 0.01, gain: float = 0.5) -> "MakeTrainer":
     class AimedTrainer(SAETrainer):
         total = 0.0
 
-        def step(self, batch: "Tensor"):
+        def step(self, batch: Tensor):
             output = super().step(batch)
             found = (output.feature_acts > 0).sum().item() / len(batch)
             excess = max(-1.0, min(1.0, math.log(max(found, 1e-3) / l0)))
@@ -236,7 +228,7 @@ def held_at(l0: float, rate: float = 0.005) -> "MakeTrainer":
     from sae_lens.training.sae_trainer import SAETrainer
 
     class HeldTrainer(SAETrainer):
-        def step(self, batch: "Tensor"):
+        def step(self, batch: Tensor):
             output = super().step(batch)
             found = (output.feature_acts > 0).sum().item() / len(batch)
             self.sae.threshold.data *= (max(found, 1e-3) / l0) ** rate
@@ -245,15 +237,13 @@ def held_at(l0: float, rate: float = 0.005) -> "MakeTrainer":
     return lambda sae, settings: trainer(sae, settings, HeldTrainer)
 
 
-def inference(sae: "TrainingSAE", activations: "Tensor", k: float | None = None) -> "SAE":
-    """The inference SAE with weights rounded to float16 values: TopK and ReLU as trained, others
-    of mean L0 `k`.
-    """
+def inference(sae: "TrainingSAE", activations: Tensor, k: float | None = None) -> "SAE":
+    """The inference SAE, its weights float16 values: TopK and ReLU as trained, others of L0 `k`."""
     from sae_lens import SAE
 
     if sae.cfg.architecture() not in ("topk", "standard"):
         return saes.exact_l0(sae, activations, k, half=True)
-    with TemporaryDirectory() as folder, saes.quiet():
+    with TemporaryDirectory() as folder, quiet():
         sae.save_inference_model(folder)
         export = SAE.load_from_disk(folder).eval().requires_grad_(False)
     return saes.calibrated(saes.rounded(export), activations)

@@ -21,7 +21,7 @@ HEAVY = (
 MODULES = (
     *("paths", "config", "errors", "store", "stats", "figures", "claims", "ledger", "notebooks"),
     *("parallel", "doctor", "machine", "settings_page", "catalogue", "pipeline", "stages"),
-    *("comparison", "dependencies", "models", "saes", "activations", "steering", "surveys.files"),
+    *("comparison", "dependencies", "hub", "surveys.files"),
 )
 EVERY = [
     ".".join(path.relative_to(paths.ROOT).with_suffix("").parts).removesuffix(".__init__")

@@ -78,7 +78,7 @@ def test_an_sae_of_ours_explains_it(stories, rows):
     acts = activations.collect(stories, rows[:400], HOOK)
     settings = training.SAETraining(steps=400, batch_size=1024)
     config = training.topk(64, 1024, k=24, metadata=saes.metadata(stories, HOOK))
-    batches = activations.batches(acts, settings.batch, settings.steps, seed=0)
+    batches = activations.batches(acts, settings.batch_size, settings.steps, seed=0)
     sae = training.train({"topk": config}, batches, settings, seed=0)["topk"]
     export = training.inference(sae, acts[:20_000])
     assert saes.check_fit(stories, export) == "blocks.2.hook_out"

@@ -248,7 +248,7 @@ def _attempt(code, folder, endpoint):
     return done.stdout
 
 
-IMPORT = "from sae_research import models"
+IMPORT = "from sae_research import hub, models"
 
 
 @pytest.mark.parametrize(
@@ -275,9 +275,7 @@ def test_gated_and_unknown_models_are_explained_without_the_token(model, message
 
 def test_no_network_is_said_at_once(tmp_path):
     start = time.monotonic()
-    said = _attempt(
-        (IMPORT, "models.download('google/gemma-2-2b')"), tmp_path, "http://127.0.0.1:9"
-    )
+    said = _attempt((IMPORT, "hub.download('google/gemma-2-2b')"), tmp_path, "http://127.0.0.1:9")
     assert re.match(
         "ResearchError google/gemma-2-2b is not on this machine .* no network for the laptop", said
     ), said

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sae_research import config, dependencies, paths, store
+from sae_research import config, dependencies, hub, paths, store
 from sae_research.studies import runner
 from sae_research.studies.runner import Result
 
@@ -108,6 +108,15 @@ def test_data_files_are_part_of_the_key(counted, tmp_path):
     data.write_text("b")
     runner.run_study("counted", profile)
     assert ran == [0, 1, 2] * 2
+
+
+def test_another_revision_of_a_hub_model_is_another_key(counted, tmp_path, monkeypatch):
+    module, profile, ran = counted
+    module.tasks = lambda profile: [{"seed": 0, "model": "gpt2-small"}]
+    for commit in ("aaa", "aaa", "bbb"):
+        monkeypatch.setattr(hub, "download", lambda model, commit=commit: tmp_path / model / commit)
+        runner.run_study("counted", profile)
+    assert ran == [0, 0]
 
 
 def test_results_keep_tables_tensors_and_files(tmp_path):

@@ -5,7 +5,7 @@ import json
 import miniatures
 import pytest
 
-from sae_research import models, saes
+from sae_research import hub, models, saes
 from sae_research.errors import ResearchError
 
 KINDS = (
@@ -236,7 +236,7 @@ def test_sae_of_centred_weights_reads_raw_residuals(tmp_path, tokens):
 
     folder = miniatures.save(tmp_path / "gpt2", "gpt2")
     raw = models.load_model(folder)
-    with models.quiet():
+    with hub.quiet():
         bridge = TransformerBridge.boot_transformers(str(folder), device="cpu")
         bridge.enable_compatibility_mode(
             fold_ln=False,

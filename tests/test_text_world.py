@@ -232,8 +232,7 @@ def test_detectors_score_like_a_direct_count(planted):
         )
 
 
-def test_tiny_model_is_built_measured_and_rebuilt_with_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAE_RESEARCH_PROGRESS", "0")
+def test_tiny_model_is_built_measured_and_rebuilt_with_the_same_bytes(tmp_path):
     text_model.train_model(TINY, 0, tmp_path / "model", 1)
     text_model.train_model(TINY, 0, tmp_path / "again" / "model", 1)
     weights = (tmp_path / "model" / "model.safetensors").read_bytes()

@@ -23,11 +23,6 @@ def sparse_data():
     return (on * (1 + 0.2 * torch.rand(4000, 24, generator=random))) @ directions * 5 + 1
 
 
-@pytest.fixture(autouse=True)
-def _silent(monkeypatch):
-    monkeypatch.setenv("SAE_RESEARCH_PROGRESS", "0")
-
-
 def run(data, configs, settings=SETTINGS, **given):
     return training.train(
         configs,

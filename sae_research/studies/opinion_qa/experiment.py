@@ -12,7 +12,8 @@ import torch
 from sae_research import catalogue, paths, store
 from sae_research.config import Profile
 from sae_research.errors import ResearchError
-from sae_research.models import LanguageModel, download
+from sae_research.hub import download
+from sae_research.models import LanguageModel
 from sae_research.studies.opinion_qa.cache import CachedPrompts
 from sae_research.studies.opinion_qa.evaluate import EvalSet
 from sae_research.studies.opinion_qa.fit import Targets, shrink_targets

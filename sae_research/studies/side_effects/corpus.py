@@ -10,14 +10,13 @@ import numpy as np
 import torch
 
 from sae_research import catalogue
+from sae_research.catalogue import ModelSpec
 from sae_research.errors import ResearchError
+from sae_research.models import LanguageModel
+from sae_research.studies.side_effects.settings import Settings
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-    from sae_research.catalogue import ModelSpec
-    from sae_research.models import LanguageModel
-    from sae_research.studies.side_effects.settings import Settings
 
 WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 MIN_CHARACTERS = {"author": 100, "replication": 200}
@@ -41,7 +40,7 @@ PUBLISHED_DEPARTURES = {
 """How a model's published script differs from that of GPT-2, under the author's protocol."""
 
 
-def apply_departures(spec: "ModelSpec", settings: "Settings") -> "Settings":
+def apply_departures(spec: ModelSpec, settings: Settings) -> Settings:
     """The settings with what this model's published script does differently."""
     own = PUBLISHED_DEPARTURES.get(spec.name, {})
     if settings.protocol != "author":  # the replication treats all models alike but for memory
@@ -50,8 +49,8 @@ def apply_departures(spec: "ModelSpec", settings: "Settings") -> "Settings":
 
 
 def choose_saes(
-    spec: "ModelSpec", settings: "Settings"
-) -> tuple[dict[str, tuple["ModelSpec", str]], str]:
+    spec: ModelSpec, settings: Settings
+) -> tuple[dict[str, tuple[ModelSpec, str]], str]:
     """The primary SAEs of a model by name, each as (owner, role), and the downstream SAE's role.
 
     A role `other/role` is an SAE that the catalogue lists under another name of the same model.
@@ -73,15 +72,15 @@ def choose_saes(
     return primary_saes, downstream
 
 
-def load_sae(spec: "ModelSpec", role: str, model: "LanguageModel") -> "SAE":
+def load_sae(spec: ModelSpec, role: str, model: LanguageModel) -> "SAE":
     """An SAE in float32 whatever the model runs in: thresholds and bfloat16 rounding do not mix."""
     return spec.sae(role, device=model.device, dtype="float32")
 
 
 def make_contexts(
-    spec: "ModelSpec",
-    model: "LanguageModel",
-    settings: "Settings",
+    spec: ModelSpec,
+    model: LanguageModel,
+    settings: Settings,
     *,
     fresh: bool = False,
     seed: int = 0,
@@ -102,7 +101,7 @@ def make_contexts(
 
 
 def cut_texts(
-    model: "LanguageModel", texts: list[str], settings: "Settings", seed: int
+    model: LanguageModel, texts: list[str], settings: Settings, seed: int
 ) -> torch.Tensor:
     """All contexts of some texts: cut from one shuffled stream (author's protocol), or the
     beginning of each text (replication).
@@ -140,7 +139,7 @@ def _load_wikitext(fresh: bool, protocol: str) -> list[str]:
 
 
 def _make_toy_contexts(
-    name: str, model: "LanguageModel", n: int, length: int, seed: int
+    name: str, model: LanguageModel, n: int, length: int, seed: int
 ) -> torch.Tensor:
     """Fresh documents of a toy model's world, cut anywhere."""
     if name == "text":

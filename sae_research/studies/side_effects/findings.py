@@ -16,19 +16,17 @@ from sae_research.studies.side_effects.tables import (
     is_wide,
     make_tables,
     name_model,
-    name_sae,
     select,
     summarize_saes,
 )
 
-__all__ = ["make_tables", "make_titles", "measure_claims", "name_sae", "summarize"]
+__all__ = ["make_tables", "make_titles", "measure_claims", "summarize"]
 
 
 def _measure(found: stats.Interval, control: Measurement | None = None) -> Measurement:
     """An interval without bounds is none."""
-    if not np.isfinite(found.low):
-        return Measurement(found.value, n=found.n, control=control)
-    return Measurement(found.value, found.low, found.high, found.n, control)
+    ends = (found.low, found.high) if np.isfinite(found.low) else (None, None)
+    return Measurement(found.value, *ends, found.n, control)
 
 
 def _control(found: stats.Interval) -> Measurement:
@@ -229,11 +227,8 @@ def make_titles(t: Tables) -> dict[str, str]:
     """What each figure shows, with the numbers of this run."""
     m = {name.removeprefix("side_effects."): x for name, x in measure_claims(t).items() if x}
 
-    def say(name: str) -> str:
-        return f"{m[name].value:.2f}"
-
-    def say_control(name: str) -> str:
-        return f"{m[name].control.value:.2f}"
+    def say(name: str, control: bool = False) -> str:
+        return f"{(m[name].control if control else m[name]).value:.2f}"
 
     own = select(t["sensitivity"], kind="direction", value="SAE", label="C")
     own = summarize_saes(own, "rho")
@@ -248,7 +243,7 @@ def make_titles(t: Tables) -> dict[str, str]:
         f"{say('predict.stability_over_frequency')} for stability",
         "gains": "The gain over frequency in predicting spread is "
         f"{say('predict.spread_over_frequency')}, and "
-        f"{say_control('predict.spread_over_frequency')} for random directions",
+        f"{say('predict.spread_over_frequency', control=True)} for random directions",
         "residualised": "Without effect size, activation and frequency, spread is predicted at "
         f"{say('predict.spread_residualised')}, stability at "
         f"{say('predict.stability_residualised')}",
@@ -263,7 +258,7 @@ def make_titles(t: Tables) -> dict[str, str]:
     if "width.signal" in m:
         titles["width"] = (
             f"The full set predicts the count at {say('width.signal')} in wide SAEs, "
-            f"{say_control('width.signal')} below their bases"
+            f"{say('width.signal', control=True)} below their bases"
         )
     return titles
 

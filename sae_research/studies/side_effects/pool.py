@@ -12,11 +12,10 @@ from tqdm.auto import tqdm
 
 from sae_research.errors import ResearchError
 from sae_research.last_token import LastToken
+from sae_research.studies.side_effects.settings import Settings
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-    from sae_research.studies.side_effects.settings import Settings
 
 FIRES = 1e-6
 """A latent fires above this activation (published code)."""
@@ -46,30 +45,17 @@ def make_latent_encoder(sae: "SAE", latents: torch.Tensor) -> LatentEncoder:
 
 def encode(sae: "SAE", residual: torch.Tensor) -> torch.Tensor:
     """All latents' activations as a dense float32 tensor."""
-    acts = sae.encode(residual.to(sae.device))
-    return (acts.to_dense() if acts.is_sparse else acts).float()
+    return sae.encode(residual.to(sae.device)).to_dense().float()
 
 
-@dataclass
 class ActivationSums:
-    """Sums over tokens of each latent's activation, from which its statistics follow."""
+    """Sums over tokens of each latent's activation a, from which its statistics follow."""
 
-    n_tokens: int
-    """Tokens seen."""
-    powers: torch.Tensor
-    """[4, latents]: sums of a, a^2, a^3 and a^4, in float64."""
-    log_sum: torch.Tensor
-    """Sum of a ln a."""
-    firing: torch.Tensor
-    """Tokens on which the latent fires."""
-    largest: torch.Tensor
-    """Largest activation."""
-
-    @classmethod
-    def start(cls, n_latents: int, device: torch.device) -> "ActivationSums":
-        """Before any token."""
-        zero = torch.zeros(n_latents, dtype=torch.float64, device=device)
-        return cls(0, zero.expand(4, -1).clone(), zero.clone(), zero.clone(), zero.clone())
+    def __init__(self, n_latents: int, device: torch.device):
+        self.n_tokens = 0
+        # sums of a, a^2, a^3, a^4; of a ln a; tokens on which it fires; its largest activation
+        self.powers = torch.zeros(4, n_latents, dtype=torch.float64, device=device)
+        self.log_sum, self.firing, self.largest = self.powers.new_zeros(3, n_latents)
 
     def add(self, acts: torch.Tensor) -> None:
         """Count in the activations of some tokens [tokens, latents]."""
@@ -130,7 +116,7 @@ def run_clean_pass(
     engine: LastToken, sae: "SAE", downstream: "SAE", tokens: torch.Tensor, batch_size: int = 64
 ) -> Pool:
     """One clean pass over contexts, by the engine so that all above the edit is in float32."""
-    sums = ActivationSums.start(sae.cfg.d_sae, sae.device)
+    sums = ActivationSums(sae.cfg.d_sae, sae.device)
     last, below, fires = [], [], []
     counts = torch.zeros(())
     n_active = 0.0
@@ -183,7 +169,7 @@ def find_eligible(pool: Pool, band: tuple[float, float]) -> torch.Tensor:
     return ((frequency >= band[0]) & (frequency <= band[1])).nonzero()[:, 0]
 
 
-def sample_features(pool: Pool, settings: "Settings", seed: int) -> torch.Tensor:
+def sample_features(pool: Pool, settings: Settings, seed: int) -> torch.Tensor:
     """Eligible features to steer: evenly spaced ranks of the frequency (author), or uniformly
     random ones (replication).
     """

@@ -7,12 +7,12 @@ import pandas as pd
 import torch
 
 from sae_research import steering
+from sae_research.models import LanguageModel
 from sae_research.studies.side_effects.pool import FIRES, Pool
+from sae_research.studies.side_effects.settings import Settings
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-    from sae_research.models import LanguageModel
 
 GEOMETRY = ("decoder_norm", "encoder_norm", "encoder_decoder_cos", "crowding_max", "crowding")
 FREQUENCY = ("final_frequency", "token_frequency")
@@ -75,7 +75,7 @@ def find_neighbours(
 
 
 @torch.no_grad()
-def fold_unembedding(model: "LanguageModel", folded: bool = True) -> torch.Tensor:
+def fold_unembedding(model: LanguageModel, folded: bool = True) -> torch.Tensor:
     """W_U in float32; `folded` takes in the final norm's gain (and centring) and centres over the
     vocabulary.
 
@@ -146,8 +146,7 @@ def make_predictor_table(
     features: torch.Tensor,
     acts: torch.Tensor,
     W: torch.Tensor,
-    protocol: str,
-    n_partners: int,
+    settings: Settings,
 ) -> pd.DataFrame:
     """Every predictor of every feature; `acts` [contexts, features] at the final token, W from
     `fold_unembedding`.
@@ -178,7 +177,9 @@ def make_predictor_table(
         "binary_entropy": -safe * np.log(safe) - (1 - safe) * np.log(1 - safe),
         "activation_entropy": tokens["entropy"],
         "kurtosis": tokens["kurtosis"],
-        **measure_coactivation(pool.fires, features, n_partners, protocol),
+        **measure_coactivation(
+            pool.fires, features, settings.n_downstream_latents, settings.protocol
+        ),
         **measure_direct_logits(directions, W),
     }
     return pd.DataFrame(

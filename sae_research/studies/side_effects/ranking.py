@@ -65,25 +65,14 @@ class Ranking:
                 f"feature {latent} is not eligible: it fires too rarely or too often at the final "
                 "token."
             )
-        return make_card(self, latent, self._steer(latent))
-
-    def _steer(self, latent: int) -> Screen:
-        """The screen that holds a latent."""
         one = self.screen
-        if latent in one.frame.index:
-            return one
-        fixed = Fixed(one.panel, one.tau, one.dose)
-        return Screen(
-            one.engine.model,
-            one.sae,
-            one.downstream,
-            one.tokens,
-            one.settings,
-            seed=one.seed,
-            features=[latent],
-            fixed=fixed,
-            clean=one.pool,
-        ).run()
+        if latent not in one.frame.index:
+            fixed = Fixed(one.panel, one.tau, one.dose)
+            given = (one.engine.model, one.sae, one.downstream, one.tokens, one.settings)
+            one = Screen(
+                *given, seed=one.seed, features=[latent], fixed=fixed, clean=one.pool
+            ).run()
+        return make_card(self, latent, one)
 
     @cached_property
     def top_contexts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -220,12 +209,9 @@ def _forecast_all(
     table = known[[]].copy().rename_axis("latent")
     for i, name in enumerate(FORECAST_LABELS):
         low, high = bounds.get(name, (None, None))
-        for column, value in (
-            (name, predicted[:, i]),
-            (f"{name} low", predicted[:, i] - width[i]),
-            (f"{name} high", predicted[:, i] + width[i]),
-        ):
-            table[column] = value if low is None else np.clip(value, low, high)
+        for suffix, half in (("", 0), (" low", -width[i]), (" high", width[i])):
+            value = predicted[:, i] + half
+            table[name + suffix] = value if low is None else np.clip(value, low, high)
         table[f"{name} measured"] = labelled[name]
     middle = table["clean"].median()
     side = np.select(

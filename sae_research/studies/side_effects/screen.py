@@ -9,16 +9,15 @@ import pandas as pd
 import torch
 
 from sae_research import saes, steering
+from sae_research.catalogue import ModelSpec
 from sae_research.errors import ResearchError
 from sae_research.last_token import LastToken
+from sae_research.models import LanguageModel
 from sae_research.studies.side_effects import forecasters, labels, pool, predictors
+from sae_research.studies.side_effects.settings import Settings
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-    from sae_research.catalogue import ModelSpec
-    from sae_research.models import LanguageModel
-    from sae_research.studies.side_effects.settings import Settings
 
 LABELS = ("C", "C_per_E", "E", "E_cv", "S", "S_abs", "S_loo", "pair", "pair_abs")
 LABELS += ("L2", "moved", "KL", "KL_per_E")
@@ -55,18 +54,18 @@ class Screen:
 
     def __init__(
         self,
-        model: "LanguageModel",
+        model: LanguageModel,
         sae: "SAE",
         downstream: "SAE",
         tokens: torch.Tensor,
-        settings: "Settings",
+        settings: Settings,
         *,
         seed: int = 0,
         folded: bool = True,
         features: Sequence[int] | None = None,
         fixed: Fixed | None = None,
-        clean: "pool.Pool | None" = None,
-        expected: "ModelSpec | None" = None,
+        clean: pool.Pool | None = None,
+        expected: ModelSpec | None = None,
     ):
         """Run the clean pass (unless `clean` is one) and choose features, panel, dose and tau.
 
@@ -126,15 +125,8 @@ class Screen:
 
     def make_predictors(self, features: torch.Tensor, acts: torch.Tensor) -> pd.DataFrame:
         """The predictor table of any features."""
-        settings = self.settings
         return predictors.make_predictor_table(
-            self.sae,
-            self.pool,
-            features,
-            acts,
-            self.unembedding,
-            settings.protocol,
-            settings.n_downstream_latents,
+            self.sae, self.pool, features, acts, self.unembedding, self.settings
         )
 
     def label_on(self, tokens: torch.Tensor, rows: np.ndarray) -> pd.DataFrame:
@@ -173,7 +165,7 @@ class Screen:
         """Mean norm of the final token's residual at the primary hook."""
         return float(self.pool.last.norm(dim=1).mean())
 
-    def _check_against(self, expected: "ModelSpec", slack: float = 0.05) -> None:
+    def _check_against(self, expected: ModelSpec, slack: float = 0.05) -> None:
         """Stop a run on the wrong weights: compare with the catalogue's L0 and eligible features.
 
         Eligible features are counted in the catalogue's band, whatever band the run samples from.
@@ -206,25 +198,17 @@ class Screen:
         if self.settings.tau_quantile is None:
             return self.settings.tau
         some = slice(None, None, max(1, len(self.features) // 24))
+        edits = (self.directions[some], self.contexts[some, ::4])
         tau, self.changed_fraction = labels.choose_tau(
-            self.engine,
-            self.encode_panel,
-            self.tokens,
-            self.directions[some],
-            self.contexts[some, ::4],
-            self.settings.tau_quantile,
+            self.engine, self.encode_panel, self.tokens, *edits, self.settings.tau_quantile
         )
         return tau
 
     def _steer(self, directions, contexts, *, tokens=None, taus=(), sizes=()):
+        tokens = self.tokens if tokens is None else tokens
+        taus = (self.tau, *taus)
         return labels.measure_effects(
-            self.engine,
-            self.encode_panel,
-            self.tokens if tokens is None else tokens,
-            directions,
-            contexts,
-            (self.tau, *taus),
-            sizes,
+            self.engine, self.encode_panel, tokens, directions, contexts, taus, sizes
         )
 
     def _label_doses(self) -> dict[str, np.ndarray]:
@@ -277,16 +261,15 @@ class Screen:
         n_random = 8 * self.directions.shape[1]
         W = forecasters.fit_random_map(self.engine, self.tokens[:64], norm, n_random, self.seed)
         count = forecasters.count_moved
+        linear = forecasters.forecast_linear_labels
         return {
             "C^identity": count(encode_panel, clean, self.directions, self.tau),
             "C^random_map": count(encode_panel, clean, self.directions @ W, self.tau),
-            **forecasters.forecast_linear_labels(
-                J, self.engine, encode_panel, self.directions, self.tau
-            ),
+            **linear(J, self.engine, encode_panel, self.directions, self.tau),
         }
 
 
-def check_hooks(model: "LanguageModel", sae: "SAE", downstream: "SAE") -> tuple[str, str]:
+def check_hooks(model: LanguageModel, sae: "SAE", downstream: "SAE") -> tuple[str, str]:
     """Both hooks by the model's names, if both SAEs fit it and the second lies above the first."""
     hook = saes.check_fit(model, sae)
     read_hook = saes.check_fit(model, downstream)

@@ -182,5 +182,5 @@ def grade_payoff(comparison: pd.DataFrame) -> str:
     one, else weak.
     """
     rows = comparison[comparison.groups == "clean - messy"].set_index("metric")
-    better = (rows.difference["S_abs"] > 0) + (rows.difference["C_per_E"] < 0)
-    return ("weak", "partial", "strong")[int(better)]
+    better = [rows.difference["S_abs"] > 0, rows.difference["C_per_E"] < 0]
+    return ("weak", "partial", "strong")[sum(better)]

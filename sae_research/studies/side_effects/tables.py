@@ -242,33 +242,28 @@ RESIDUALISED = {
 
 def compare_published(t: Tables) -> pd.DataFrame:
     """What others measured on the real models beside the values of this run; empty without them."""
-    rows: list[tuple] = []
+    rows = []
     for model in (m for m in t["facts"]["model"].unique() if m in RESIDUALISED):
-        here = {name: _select_main(table, model) for name, table in t.items()}
+        main = {"model": model, "sae": "primary", "seed": 0}
         spec = catalogue.get(model)
-        facts = here["facts"].iloc[0]
-        for role, value in spec.mean_l0.items():
-            target = f"{value:g} (replication, within 1)"
-            rows.append((model, f"L0, {role}", target, facts[f"l0_{role}"]))
-        if spec.eligible is not None:
-            target = f"{spec.eligible} (replication's band and contexts)"
-            rows.append((model, "eligible features", target, facts["eligible"]))
+        facts = select(t["facts"], **main).iloc[0]
+        found = [
+            (f"L0, {role}", f"{value:g} (replication, within 1)", facts[f"l0_{role}"])
+            for role, value in spec.mean_l0.items()
+        ]
+        target = f"{spec.eligible} (replication's band and contexts)"
+        found.append(("eligible features", target, facts["eligible"]))
         for _, name, control, target in (p for p in PUBLISHED if p[0] == model):
-            found = select(here["univariate"], predictor=name, target="C")
-            found = found[(found["control"] == "none") == (control == "none")]
-            rows += [(model, f"{name} and C, control {control}", target, r) for r in found.rho]
-        row = select(here["sets"], residualised=True, set=FULL_SET, target="C").iloc[0]
+            raw = select(t["univariate"], predictor=name, target="C", **main)
+            raw = raw[(raw["control"] == "none") == (control == "none")]
+            found += [(f"{name} and C, control {control}", target, rho) for rho in raw.rho]
+        left = select(t["sets"], residualised=True, set=FULL_SET, target="C", **main).iloc[0]
         target = f"{RESIDUALISED[model]} within .10 (replication, mean over folds)"
-        rows.append((model, "residualised C, full set", target, row.per_fold))
-        row = select(here["sensitivity"], kind="direction", value="random", label="C").iloc[0]
-        rows.append((model, "crowding and C of random directions", "at most .1 in size", row.rho))
-        row = select(here["reliability"], label="C").iloc[0]
-        rows.append((model, "reliability of C", "at least .90", row.rho))
+        found.append(("residualised C, full set", target, left.per_fold))
+        random = {"kind": "direction", "value": "random", "label": "C"}
+        rho = select(t["sensitivity"], **random, **main).iloc[0].rho
+        found.append(("crowding and C of random directions", "at most .1 in size", rho))
+        rho = select(t["reliability"], label="C", **main).iloc[0].rho
+        found.append(("reliability of C", "at least .90", rho))
+        rows += [(model, *row) for row in found]
     return pd.DataFrame(rows, columns=["model", "quantity", "target", "here"])
-
-
-def _select_main(table: pd.DataFrame, model: str) -> pd.DataFrame:
-    """The rows of a model's main SAE and first seed; tables without such keys as they are."""
-    if not {"model", "sae", "seed"} <= set(table.columns):
-        return table
-    return select(table, model=model, sae="primary", seed=0)
