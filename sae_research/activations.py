@@ -1,6 +1,4 @@
-"""Residuals of a model at one hook: collected once, then streamed to every consumer in the same
-order.
-"""
+"""Residuals of a model at one hook: collected once, then streamed in one order to all."""
 
 from collections.abc import Iterator
 
@@ -29,9 +27,7 @@ def collect(
 
 
 def batches(acts: Tensor, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """`steps` batches [batch_size, d]: a new seeded shuffle each pass, every row once a pass, no
-    short batch.
-    """
+    """`steps` batches [batch_size, d]: each pass in a new seeded order, every row once a pass."""
     if not 0 < batch_size <= len(acts):
         raise ResearchError(
             f"batches of {batch_size} do not fit: there are {len(acts)} activations; collect more."

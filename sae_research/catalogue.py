@@ -33,25 +33,17 @@ class ModelSpec:
     embedded: bool = False
     """Whether model and SAEs lie in `data/embedded`."""
     hooks: Mapping[str, str] = field(default_factory=dict)
-    """Place of the residual stream by role: those of the SAEs, and `train` where a study trains
-    its own.
-    """
+    """Hook by role: those of the SAEs, and `train` where a study trains its own."""
     saes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """SAELens release and id by role; a toy model's are found in its folder, by their folder
-    names.
-    """
+    """SAELens release and id by role; a toy model's are the folders beside it."""
     trained_on: str = ""
-    """The model whose SAEs these are, where this one has none: they are put on its residuals all
-    the same.
-    """
+    """The model whose SAEs these are, where this one has none and takes another's."""
     chat: bool = False
     """Whether it was tuned on dialogues: prompts then go through its tokenizer's chat template."""
     mean_l0: Mapping[str, float] = field(default_factory=dict)
     """Mean L0 at the final token by role, as independently measured: a check on loading."""
     eligible: int | None = None
-    """Latents of `primary` whose final-token frequency lies in [.002, .5] of 2,048 contexts,
-    likewise.
-    """
+    """Latents of `primary` that fire at .002 to .5 of 2,048 final tokens, likewise."""
     note: str = field(default="", compare=False)
     """What a reader should know."""
 
@@ -121,9 +113,7 @@ def _with_saes(
     saes: Mapping[str, tuple[str, str]] | None = None,
     **others: object,
 ) -> ModelSpec:
-    """A model with an SAE of one release at the block of each role; `hooks` and `saes` are further
-    ones.
-    """
+    """A model with an SAE of one release at each role's block, and further `hooks` and `saes`."""
     own = {role: f"blocks.{n}.hook_resid_{place}" for role, n in blocks.items()}
     found = {role: (release, sae_id.format(n=n, hook=own[role])) for role, n in blocks.items()}
     hooks = {**own, **(hooks or {})}

@@ -80,9 +80,7 @@ class LastToken(ModelTail):
 
     @torch.no_grad()
     def record(self, tokens: torch.Tensor, residual: torch.Tensor | None = None) -> Record:
-        """One clean pass over contexts [B, T] of equal length, no padding; `residual` at the hook
-        if it is known.
-        """
+        """A clean pass over contexts [B, T] without padding; `residual` at the hook if known."""
         from transformers import DynamicCache
 
         h = self.residual(tokens) if residual is None else residual
@@ -107,9 +105,7 @@ class LastToken(ModelTail):
         pack: int = 8,
         rows: int = 768,
     ) -> Iterator[tuple[torch.Tensor, State]]:
-        """Yield (row numbers, edited states): row r adds `directions[which[r]]` to the final token
-        of `contexts[r]`.
-        """
+        """Yield (rows, edited states): row r adds `directions[which[r]]` in `contexts[r]`."""
         from transformers import DynamicCache
 
         prefix = record.keys[0].shape[2] if record.keys else 0
@@ -171,9 +167,7 @@ class LastToken(ModelTail):
 
 
 def _chunks(contexts: torch.Tensor, pack: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows grouped by context in chunks of `pack`: the context of each chunk, and its row numbers
-    (-1 pads).
-    """
+    """The context of each chunk of at most `pack` rows, and its row numbers (-1 pads)."""
     order = torch.argsort(contexts, stable=True)
     sorted_contexts = contexts[order]
     _, counts = torch.unique_consecutive(sorted_contexts, return_counts=True)
@@ -216,9 +210,7 @@ def discrepancy(
     directions: torch.Tensor,
     **settings: int,
 ) -> dict[str, float]:
-    """Largest difference of engine and full forward over every context and direction, beside the
-    largest effect.
-    """
+    """Largest error of the engine over every context and direction, beside the largest effect."""
     contexts = torch.arange(len(tokens)).expand(len(directions), -1)
     truth = [run_naive(model, hook, reads, tokens, d) for d in directions]
     logits = torch.cat([t[0] for t in truth])

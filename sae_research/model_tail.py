@@ -135,8 +135,6 @@ class ModelTail:
 
 
 def _attention_window(config: object) -> int | None:
-    """The shortest attention window: Mistral and Gemma say `sliding_window`, GPT-Neo
-    `window_size`.
-    """
+    """The shortest attention window (Mistral: `sliding_window`, GPT-Neo: `window_size`)."""
     sizes = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
     return min((size for size in sizes if isinstance(size, int)), default=None)

@@ -1,5 +1,4 @@
-"""The model adapter: one language model behind TransformerLens' bridge, by hub name or local
-folder.
+"""One language model behind TransformerLens' bridge, by hub name or local folder.
 
 The bridge runs the Hugging Face model as it is (no compatibility mode), so residuals are the
 raw ones that SAEs of this field are trained on, and logits equal Hugging Face's.
@@ -8,10 +7,8 @@ raw ones that SAEs of this field are trained on, and logits equal Hugging Face's
 import contextlib
 import difflib
 import functools
-import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +56,7 @@ def load_model(
             bridge = TransformerBridge.boot_transformers(
                 str(folder.resolve()), hf_model=hf_model, device=device, dtype=number_format
             )
-        except (OSError, ValueError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ResearchError(
                 f"the model '{name}' cannot be loaded ({str(error).splitlines()[0]}); its files "
                 "may be incomplete: delete and fetch or make them again."
@@ -123,9 +120,7 @@ class _Reached(Exception):
 
 
 class LanguageModel:
-    """A frozen language model: tokens in; residuals, logits and losses out, with edits of the
-    residual on the way.
-    """
+    """A frozen language model: tokens in; residuals, logits and losses out, edited on the way."""
 
     def __init__(self, bridge, name: str):
         self.bridge = bridge.eval().requires_grad_(False)
@@ -155,12 +150,12 @@ class LanguageModel:
 
     # steering
 
-    def edited(self, edits: dict[str, Edit]) -> AbstractContextManager["LanguageModel"]:
+    def edited(self, edits: dict[str, Edit]) -> contextlib.AbstractContextManager["LanguageModel"]:
         """Inside, every pass goes through these edits of the residual, before any others."""
         own = [(self.hook(name), edit) for name, edit in edits.items()]
         return self._exchange_edits([*self._standing, *own])
 
-    def unedited(self) -> AbstractContextManager["LanguageModel"]:
+    def unedited(self) -> contextlib.AbstractContextManager["LanguageModel"]:
         """Inside, edits of an enclosing `edited` or `steer` do not apply."""
         return self._exchange_edits([])
 
@@ -175,7 +170,7 @@ class LanguageModel:
 
     def steer(
         self, sae: "SAE", latent: int, coefficient: float, positions: str | Tensor = "all"
-    ) -> AbstractContextManager["LanguageModel"]:
+    ) -> contextlib.AbstractContextManager["LanguageModel"]:
         """Inside, `coefficient` times a latent's decoder direction is added at the SAE's hook."""
         from sae_research import saes, steering
 
@@ -198,9 +193,7 @@ class LanguageModel:
     def tokens(
         self, texts: list[str], length: int | None = None, prepend_bos: bool = True
     ) -> LongTensor:
-        """One row a text: BOS, its tokens, cut at `length`, padded on the right to the
-        longest row.
-        """
+        """One row a text: BOS and its tokens, cut at `length`, padded on the right."""
         rows = [([self.bos] if prepend_bos else []) + ids for ids in self._ids(texts)]
         rows = [row[:length] for row in rows]
         longest = max(map(len, rows), default=0)
@@ -209,9 +202,7 @@ class LanguageModel:
         return torch.tensor(padded, dtype=torch.long, device=self.device)
 
     def packed(self, texts: list[str], length: int) -> LongTensor:
-        """The texts as one stream, each closed by EOS, in rows of BOS and `length` - 1 tokens; the
-        end is dropped.
-        """
+        """The texts as one stream, each closed by EOS, in rows of `length` that begin with BOS."""
         self._fits(length)
         stream = [i for ids in self._ids(texts) for i in [*ids, self.eos]]
         body = length - 1
@@ -219,9 +210,7 @@ class LanguageModel:
         return torch.tensor(rows, dtype=torch.long, device=self.device).view(len(rows), length)
 
     def content(self, tokens: LongTensor) -> Tensor:
-        """Mask of the positions that carry text: neither a leading BOS nor padding at the end of a
-        row.
-        """
+        """Mask of the positions that carry text: neither a leading BOS nor padding at the end."""
         mask = (tokens != self.pad).flip(-1).cumsum(-1).flip(-1) > 0
         mask[:, 0] &= tokens[:, 0] != self.bos
         return mask
@@ -236,9 +225,7 @@ class LanguageModel:
     # hooks
 
     def hook(self, name: str) -> str:
-        """The bridge's own name of a hook; each place of the residual stream has one name,
-        whatever it is called.
-        """
+        """The bridge's own name of a hook, one for each place of the residual stream."""
         place = re.fullmatch(
             r"blocks\.(\d+)\.(?:hook_resid_pre|hook_in|hook_resid_post|hook_out)", name
         )
@@ -261,9 +248,7 @@ class LanguageModel:
         )
 
     def depth(self, hook: str) -> int:
-        """How many blocks lie below a place of the residual stream: the block to go on with after
-        an edit there.
-        """
+        """How many blocks lie below a hook of the residual stream: where to go on after an edit."""
         place = re.fullmatch(r"blocks\.(\d+)\.hook_(in|out)", self.hook(hook))
         if not place:
             raise ResearchError(
@@ -304,9 +289,7 @@ class LanguageModel:
         return found[0]
 
     def logits(self, tokens: LongTensor, edits: dict[str, Edit] | None = None) -> Tensor:
-        """Next-token logits [batch, positions, vocabulary] in float32; gradients flow if an edit
-        carries them.
-        """
+        """Next-token logits [batch, positions, vocabulary], float32; edits may carry gradients."""
         return self._run(tokens, edits or {}).float()
 
     def losses(self, tokens: LongTensor, edits: dict[str, Edit] | None = None) -> Tensor:

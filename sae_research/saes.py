@@ -1,6 +1,4 @@
-"""Sparse dictionaries: load SAEs, check that they fit a model, give them an exact L0, save them,
-judge them.
-"""
+"""SAEs: load them, check that they fit a model, give them an exact L0, save and judge them."""
 
 import copy
 import json
@@ -108,23 +106,17 @@ def _centre(x: Tensor) -> Tensor:
 
 
 def centred(sae: "SAE") -> bool:
-    """Whether the SAE was trained with centred writing weights, which take the mean over d out of
-    the residual.
-    """
+    """Whether the SAE was trained on residuals less their mean over d (centred weights)."""
     return bool((sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"))
 
 
 def target(sae: "SAE", residual: Tensor) -> Tensor:
-    """What the SAE reconstructs of a raw residual: all of it, or all but its mean over d, which no
-    LayerNorm sees.
-    """
+    """What the SAE rebuilds of a raw residual: all, or all but its mean (no LayerNorm sees it)."""
     return _centre(residual) if centred(sae) else residual
 
 
 def metadata(model: LanguageModel, hook: str) -> "SAEMetadata":
-    """What an SAE must carry for others to use it: its model, hook, context size and whether texts
-    begin with BOS.
-    """
+    """What others need to know of an SAE: model, hook, context size, whether BOS comes first."""
     with quiet():
         from sae_lens.saes.sae import SAEMetadata
 
@@ -143,9 +135,7 @@ def hook_of(sae: "SAE") -> str:
 
 
 def check_fit(model: LanguageModel, sae: "SAE") -> str:
-    """The bridge's name of the SAE's hook, once model, hook and width agree; else one error that
-    names both sides.
-    """
+    """The bridge's name of the SAE's hook, if model, hook and width agree."""
     trained_on = sae.cfg.metadata.model_name
     names = {canonical_name(name).split("/")[-1] for name in (trained_on, model.name) if name}
     if len(names) > 1:

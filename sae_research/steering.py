@@ -1,5 +1,4 @@
-"""Edits of the residual stream: in SAE space with the error term kept, or along a direction; never
-at BOS.
+"""Edits of the residual stream, in SAE space or along a direction, never at BOS.
 
 Every edit is a function of the residual [batch, positions, d_model] for `LanguageModel.logits`,
 `losses` or `generate`.
@@ -92,9 +91,7 @@ def _mask(residual: Tensor, positions: str | Tensor) -> Tensor:
 
 
 def _added(residual: Tensor, mask: Tensor, difference: Tensor) -> Tensor:
-    """`residual` plus `difference` at the masked positions, summed in the wider of the two number
-    formats.
-    """
+    """`residual` plus `difference` where `mask` is true, summed in the wider number format."""
     wide = torch.promote_types(residual.dtype, difference.dtype)
     edited = residual.clone()
     moved = residual[mask].to(wide) + difference.to(residual.device, wide)

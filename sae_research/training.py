@@ -155,11 +155,18 @@ def train_sae(
     return inference(train({"sae": config}, stream, settings, seed)["sae"], data)
 
 
+_COMMON = {
+    "dtype": "float32",
+    "device": "cpu",
+    "normalize_activations": "expected_average_only_in",
+}
+
+
 def topk(d_in: int, d_sae: int, k: int, **given) -> "TrainingSAEConfig":
     """A TopK SAE: every token keeps its `k` largest latents."""
     from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 
-    return TopKTrainingSAEConfig(**_common(d_in, d_sae), k=k, **given)
+    return TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, **_COMMON, k=k, **given)
 
 
 def jumprelu(
@@ -181,24 +188,16 @@ def jumprelu(
         "jumprelu_ste_to_input": False,
         "l0_warm_up_steps": 500,
     }
-    return JumpReLUTrainingSAEConfig(**_common(d_in, d_sae), **(shape | given))
+    return JumpReLUTrainingSAEConfig(d_in=d_in, d_sae=d_sae, **_COMMON, **(shape | given))
 
 
 def relu(d_in: int, d_sae: int, coefficient: float = 0.3, **given) -> "TrainingSAEConfig":
     """A ReLU SAE with an L1 penalty; `aimed_at` steers the penalty to a mean L0."""
     from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
 
-    return StandardTrainingSAEConfig(**_common(d_in, d_sae), l1_coefficient=coefficient, **given)
-
-
-def _common(d_in: int, d_sae: int) -> dict:
-    return {
-        "d_in": d_in,
-        "d_sae": d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "normalize_activations": "expected_average_only_in",
-    }
+    return StandardTrainingSAEConfig(
+        d_in=d_in, d_sae=d_sae, **_COMMON, l1_coefficient=coefficient, **given
+    )
 
 
 def aimed_at(l0: float, rate: float = 0.01, gain: float = 0.5) -> "MakeTrainer":

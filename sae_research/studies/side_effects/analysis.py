@@ -162,9 +162,7 @@ def score_forecasts(frame: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
 
 
 def _vary_measurement(frame: pd.DataFrame, settings: Settings, seed: int) -> pd.DataFrame:
-    """Crowding against count and count per effect: at every dose, threshold and panel size, and
-    for random directions.
-    """
+    """Crowding against C and C/E: every dose, threshold and panel size, and random directions."""
     doses = sorted({1.0, *settings.dose_multiples})
     cases = [("dose", f"{m:g}", "" if m == 1 else f"@{m:g}") for m in doses]
     cases += [("threshold", "1", "")]

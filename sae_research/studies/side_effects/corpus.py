@@ -103,9 +103,7 @@ def make_contexts(
 def cut_texts(
     model: LanguageModel, texts: list[str], settings: Settings, seed: int
 ) -> torch.Tensor:
-    """All contexts of some texts: cut from one shuffled stream (author's protocol), or the
-    beginning of each text (replication).
-    """
+    """All contexts of some texts: cut from one stream (author), or each text's beginning."""
     # the replication shuffles texts only where a seed of its own was asked for
     shuffled = settings.protocol == "author" or seed not in (0, FRESH_SEED)
     rng = np.random.default_rng(seed)

@@ -44,9 +44,7 @@ def measure_gain(t: Tables, baseline: str, label: str) -> Measurement:
 
 
 def measure_residualised(t: Tables, label: str, control: str | None = None) -> Measurement:
-    """Out-of-fold rank correlation of the full set with what the nuisances leave of the label, and
-    of the control label.
-    """
+    """Rank correlation of the full set with what nuisances leave of label and control label."""
     rows = select(t["sets"], residualised=True, set=FULL_SET)
     found = summarize_saes(select(rows, target=label), "pooled")
     other = control and _control(summarize_saes(select(rows, target=control), "pooled"))
@@ -78,9 +76,7 @@ def measure_payoff_of(t: Tables, metric: str, model: str) -> Measurement:
 
 
 def compare_axes(t: Tables, model: str) -> Measurement:
-    """Payoff on stability minus that on the count per effect (fewer is better), in standard
-    deviations.
-    """
+    """Payoff on stability minus that on C/E (fewer is better), in standard deviations."""
     S = measure_payoff_of(t, "S_abs", model)
     C = measure_payoff_of(t, "C_per_E", model)
     value = S.value + C.value
@@ -96,9 +92,7 @@ def count_improved_axes(t: Tables, model: str) -> Measurement:
 
 
 def measure_signature(t: Tables) -> Measurement:
-    """How much more often the strongest single predictor differs between SAEs than between
-    resamples of one.
-    """
+    """How much oftener the best single predictor differs between SAEs than between resamples."""
     rows = select(t["leaders"], seed=0)
     rows = rows[~rows["sae"].str.startswith(LADDER)]
     table = rows.pivot_table(index="draw", columns=SAE, values="predictor", aggfunc="first")

@@ -41,9 +41,7 @@ def count_moved(
 
 @dataclass
 class Jacobians:
-    """d(state)/d(edit) of the final token in a few contexts, [contexts, d, d], a row per axis of
-    the edit.
-    """
+    """d(state)/d(edit) of the final token, [contexts, d, d], a row per axis of the edit."""
 
     read: torch.Tensor
     """Of the downstream residual."""
@@ -105,9 +103,7 @@ def fit_random_map(
     seed: int,
     ridge: float = 1e-2,
 ) -> torch.Tensor:
-    """W [d, d]: ridge regression of the downstream change on the edit, over random directions of
-    one norm.
-    """
+    """W [d, d]: ridge of the downstream change on the edit, over random directions of one norm."""
     record = engine.record(tokens)
     d = record.last.shape[1]
     noise = np.random.default_rng(seed).standard_normal((n_directions, d))

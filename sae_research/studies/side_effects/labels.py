@@ -188,9 +188,7 @@ def compute_labels(
 
 
 def draw_random_directions(directions: torch.Tensor, seed: int) -> torch.Tensor:
-    """One random direction of the same norm for each given one: the control of every claim about
-    SAE directions.
-    """
+    """One random direction of the same norm for each given one: the control of every claim."""
     noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(tuple(directions.shape)))
     noise = noise.to(directions)
     return noise / noise.norm(dim=1, keepdim=True) * directions.norm(dim=1, keepdim=True)

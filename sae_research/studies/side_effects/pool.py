@@ -1,6 +1,4 @@
-"""One clean pass over the contexts: which latents fire, which features to steer and in which
-contexts.
-"""
+"""One clean pass over the contexts: what fires, which features to steer and where."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -166,9 +166,7 @@ def compare_sets(
 
 
 def _swap_p_value(a: np.ndarray, b: np.ndarray, y: np.ndarray, seed: int, draws: int) -> float:
-    """Two-sided p-value of equal rank correlations with y: the ranks of two predictions trade
-    places at random.
-    """
+    """P-value of equal rank correlations with y: two predictions' ranks trade places at random."""
     a, b, y = (rankdata(v) - (len(v) + 1) / 2 for v in (a, b, y))
     rng = np.random.default_rng(seed)
     swapped = (rng.integers(0, 2, (draws, len(y))) * 2 - 1) @ ((a - b) * y)
@@ -296,9 +294,7 @@ def correlate_predictors(
 def measure_reliability(
     frame: pd.DataFrame, labels: Sequence[str], *, seed: int = 0, draws: int = 2000
 ) -> pd.DataFrame:
-    """Rank correlation of each label between two disjoint pools of contexts (columns `label@a`
-    and `label@b`).
-    """
+    """Rank correlation of each label between two disjoint pools of contexts, `@a` and `@b`."""
     rows = []
     for label in labels:
         first, second = (frame[f"{label}@{side}"].to_numpy(float) for side in "ab")

@@ -102,9 +102,7 @@ class Screen:
         self.frame: pd.DataFrame | None = None
 
     def run(self, prompt: torch.Tensor | None = None) -> "Screen":
-        """Steer every feature and fill `frame`, one row per feature; `prompt` [1, T] is that of the
-        output score.
-        """
+        """Steer every feature and fill `frame`, a row each; `prompt` [1, T]: the output score's."""
         import pandas as pd
 
         if prompt is None:
@@ -130,9 +128,7 @@ class Screen:
         )
 
     def label_on(self, tokens: torch.Tensor, rows: np.ndarray) -> pd.DataFrame:
-        """Labels of some features (rows of the table) on other contexts, all of them; panel, tau
-        and dose stay.
-        """
+        """Labels of some rows of the table on other contexts; panel, tau and dose stay."""
         import pandas as pd
 
         chosen = torch.from_numpy(np.asarray(rows)).to(self.directions.device)

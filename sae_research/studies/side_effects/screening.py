@@ -157,9 +157,7 @@ def summarize_splits(values: np.ndarray, level: float = 0.95) -> stats.Interval:
 def compare_groups(
     labels: pd.DataFrame, groups: dict[str, np.ndarray], *, seed: int, draws: int = 2000
 ) -> pd.DataFrame:
-    """Mean difference of fresh labels between groups, with a bootstrap interval and Mann-Whitney's
-    p-value.
-    """
+    """Mean difference of labels between groups, with bootstrap interval and Mann-Whitney's p."""
     rng = np.random.default_rng(seed)
     rows = []
     for metric in METRICS:
@@ -178,9 +176,7 @@ def compare_groups(
 
 
 def grade_payoff(comparison: pd.DataFrame) -> str:
-    """Strong if the clean group beats the messy one on both axes (|S| up, C/E down), partial on
-    one, else weak.
-    """
+    """Strong if clean beats messy on both axes (|S| up, C/E down), partial on one, else weak."""
     rows = comparison[comparison.groups == "clean - messy"].set_index("metric")
     better = [rows.difference["S_abs"] > 0, rows.difference["C_per_E"] < 0]
     return ("weak", "partial", "strong")[sum(better)]

@@ -13,6 +13,7 @@ from sae_research.models import LanguageModel
 from sae_research.studies.runner import Result, Task, concatenate
 from sae_research.studies.side_effects import analysis, corpus, labels, ranking
 from sae_research.studies.side_effects.screen import Fixed, Screen, check_hooks
+from sae_research.studies.side_effects.settings import Settings
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -35,22 +36,19 @@ def run(task: Task, profile: Profile) -> Result:
     nothing but themselves.
     """
     if task.get("output") == RANKING:
-        return _rank_features(task, profile)
-    spec = catalogue.get(task["model"])
+        return _rank_features(profile)
     seed = task["seed"]
-    settings = corpus.apply_departures(spec, profile.side_effects)
-    model = spec.load(device=profile.runtime.device, dtype=profile.runtime.dtype)
-    primary_saes, role = corpus.choose_saes(spec, settings)
-    downstream = corpus.load_sae(spec, role, model)
+    runtime = profile.runtime
+    spec, settings, model, primary_saes, downstream = _load(profile, task["model"], runtime.dtype)
     contexts = corpus.make_contexts(spec, model, settings, seed=seed)
     fresh = corpus.make_contexts(spec, model, settings, fresh=True, seed=seed)
     prompt = None if spec.embedded else model.tokens([settings.output_score_prompt])
     fixed: Fixed | None = None
     results = []
-    for name, (owner, owned_role) in primary_saes.items():
+    for name, source in primary_saes.items():
         screen = Screen(
             model,
-            corpus.load_sae(owner, owned_role, model),
+            corpus.load_sae(*source, model),
             downstream,
             contexts,
             settings,
@@ -81,23 +79,26 @@ def summarise(results: Sequence[Result], profile: Profile) -> dict[str, Result]:
     return {"": published, RANKING: ranked[0]}
 
 
-def load_first(profile: Profile) -> tuple[LanguageModel, "SAE", "SAE", torch.Tensor]:
-    """The first model of a profile in float32, its main SAE, downstream SAE and contexts."""
-    spec = catalogue.get(profile.side_effects.models[0])
+def _load(profile: Profile, name: str, dtype: str = "float32") -> tuple:
+    """A model: its entry, settings, the model, where its primary SAEs are, its downstream SAE."""
+    spec = catalogue.get(name)
     settings = corpus.apply_departures(spec, profile.side_effects)
-    model = spec.load(device=profile.runtime.device)
+    model = spec.load(device=profile.runtime.device, dtype=dtype)
     primary_saes, role = corpus.choose_saes(spec, settings)
-    owner, owned_role = next(iter(primary_saes.values()))
-    sae = corpus.load_sae(owner, owned_role, model)
-    downstream = corpus.load_sae(spec, role, model)
-    return model, sae, downstream, corpus.make_contexts(spec, model, settings)
+    return spec, settings, model, primary_saes, corpus.load_sae(spec, role, model)
+
+
+def _load_first(profile: Profile) -> tuple[Settings, LanguageModel, "SAE", "SAE", torch.Tensor]:
+    """The first model of a profile: settings, model, main and downstream SAE, contexts."""
+    first = profile.side_effects.models[0]
+    spec, settings, model, primary_saes, downstream = _load(profile, first)
+    sae = corpus.load_sae(*next(iter(primary_saes.values())), model)
+    return settings, model, sae, downstream, corpus.make_contexts(spec, model, settings)
 
 
 def check_engine(profile: Profile) -> dict[str, float]:
-    """Largest difference of the last-token engine from full forward passes, or an error above the
-    tolerance.
-    """
-    model, sae, downstream, contexts = load_first(profile)
+    """The engine's largest difference from full passes, or an error above the tolerance."""
+    _, model, sae, downstream, contexts = _load_first(profile)
     hook, read_hook = check_hooks(model, sae, downstream)
     directions = sae.W_dec[:6].detach().float()
     found = last_token.discrepancy(model, hook, (read_hook,), contexts[:16], directions)
@@ -106,10 +107,9 @@ def check_engine(profile: Profile) -> dict[str, float]:
     return found
 
 
-def _rank_features(task: Task, profile: Profile) -> Result:
+def _rank_features(profile: Profile) -> Result:
     """Every eligible feature of the first SAE ranked, with cards of the cleanest and messiest."""
-    model, sae, downstream, contexts = load_first(profile)
-    settings = corpus.apply_departures(catalogue.get(task["model"]), profile.side_effects)
+    settings, model, sae, downstream, contexts = _load_first(profile)
     ranked = ranking.screen_features(model, sae, contexts, downstream=downstream, settings=settings)
     latents = [int(ranked.table.index[i]) for i in (0, -1)]
     files = {}
