@@ -261,8 +261,7 @@ def load_sae(
 ) -> "SAE":
     """An SAE by SAELens release and id, by model and role of this catalogue, or from a folder.
 
-    With `model`, explained variance and L0 are looked at on a few tokens: a wrong load is
-    warned of.
+    With `model`, `saes.warn_if_wrong` looks at explained variance and L0 on a few tokens.
 
     >>> load_sae("world-survey", "block0_topk").cfg.d_in
     64
@@ -270,8 +269,9 @@ def load_sae(
     from sae_research import saes
 
     if sae_id is None or str(release) not in MODEL_SPECS:
-        return saes.load_sae(release, sae_id, model=model, device=device, dtype=dtype)
-    sae = MODEL_SPECS[str(release)].sae(sae_id, device=device, dtype=dtype)
+        sae = saes.load_sae(release, sae_id, device=device, dtype=dtype)
+    else:
+        sae = MODEL_SPECS[str(release)].sae(sae_id, device=device, dtype=dtype)
     if model is not None:
         saes.warn_if_wrong(model, sae)
     return sae

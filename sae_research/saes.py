@@ -22,27 +22,17 @@ if TYPE_CHECKING:
 
 
 def load_sae(
-    release: str | Path,
-    sae_id: str | None = None,
-    *,
-    model: LanguageModel | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
+    release: str | Path, sae_id: str | None = None, *, device: str = "cpu", dtype: str = "float32"
 ) -> "SAE":
-    """A frozen SAE: `sae_id` of a SAELens release, or a folder in SAELens format.
-
-    Checksums are compared where the folder has some. With `model`, `warn_if_wrong` looks whether
-    the SAE explains that model's residuals.
+    """A frozen SAE: `sae_id` of a SAELens release, or a folder in SAELens format (whose checksums
+    are compared if it has some).
     """
     with quiet():
         if sae_id is None:
             sae = _from_folder(Path(release).expanduser(), device, dtype)
         else:
             sae = _from_release(str(release), sae_id, device, dtype)
-    sae = _ready(sae)
-    if model is not None:
-        warn_if_wrong(model, sae)
-    return sae
+    return _ready(sae)
 
 
 def _from_folder(folder: Path, device: str, dtype: str) -> "SAE":

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sae_research import activations, models, saes, training  # noqa: E402
+from sae_research import activations, catalogue, models, saes, training  # noqa: E402
 from sae_research.errors import ResearchError  # noqa: E402
 
 D, M, K = 16, 32, 3
@@ -136,6 +136,6 @@ def test_train_sae_carries_its_model_and_hook(tmp_path):
     assert sae.cfg.metadata.hook_name == hook
     assert saes.check_fit(model, sae) == "blocks.1.hook_out"
     saes.save(sae, tmp_path / "sae")
-    assert saes.load_sae(tmp_path / "sae", model=model).cfg.d_sae == 64
+    assert catalogue.load_sae(tmp_path / "sae", model=model).cfg.d_sae == 64
     again = training.train_sae(model, hook, texts, width=64, k=4, settings=settings, seed=1)
     assert not torch.equal(again.W_dec, sae.W_dec)

@@ -111,21 +111,15 @@ def confirm_on_fresh(screen: Screen, fresh: torch.Tensor, settings: Settings, se
     frame = screen.frame
     split = screening.split_features(frame, settings, first)
     measured = screen.label_on(fresh, split.held_out)
-    place = {row: i for i, row in enumerate(split.held_out)}
     spread = measured.std(ddof=0) + 1e-12
-
-    def place_groups(chosen: screening.Split) -> dict[str, np.ndarray]:
-        groups = chosen.groups().items()
-        return {name: np.array([place[row] for row in rows]) for name, rows in groups}
-
-    table = screening.compare_groups(
-        measured, place_groups(split), seed=seed, draws=settings.n_bootstrap
-    )
+    # rows by their number in the feature table, as in the groups
+    measured = measured.set_axis(split.held_out).reindex(range(len(frame)))
+    table = screening.compare_groups(measured, split, seed, settings.n_bootstrap)
     standardised = table["difference"] / spread[table["metric"]].to_numpy()
     null = []
     for i in range(settings.n_permutations):
-        chosen = place_groups(screening.split_features(frame, settings, first, permutation=i))
-        gap = measured.iloc[chosen["clean"]].mean() - measured.iloc[chosen["messy"]].mean()
+        chosen = screening.split_features(frame, settings, first, permutation=i)
+        gap = measured.iloc[chosen.clean].mean() - measured.iloc[chosen.messy].mean()
         null.append({"permutation": i, **(gap / spread)[list(screening.METRICS)]})
     grade = screening.grade_payoff(table)
     return {

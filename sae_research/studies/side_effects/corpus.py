@@ -4,7 +4,6 @@ Contexts are rows of tokens of one length without padding, BOS first; the last t
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +13,6 @@ from sae_research.catalogue import ModelSpec
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
 from sae_research.studies.side_effects.settings import Settings
-
-if TYPE_CHECKING:
-    from sae_lens import SAE
 
 WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 MIN_CHARACTERS = {"author": 100, "replication": 200}
@@ -70,11 +66,6 @@ def choose_saes(
             f"{', '.join(settings.downstream_saes)}; correct both lists in params.yaml."
         )
     return primary_saes, downstream
-
-
-def load_sae(spec: ModelSpec, role: str, model: LanguageModel) -> "SAE":
-    """An SAE in float32 whatever the model runs in: thresholds and bfloat16 rounding do not mix."""
-    return spec.sae(role, device=model.device, dtype="float32")
 
 
 def make_contexts(

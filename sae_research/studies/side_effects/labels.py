@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from sae_research.last_token import LastToken
 
 EPS = 1e-8
-ALL = slice(None)
 
 
 @dataclass
@@ -46,9 +45,9 @@ class SteeringEffects:
         own = {name: value[rows] for name, value in vars(self).items() if name not in shared}
         return replace(self, **own)
 
-    def states(self, row: int, columns: slice = ALL) -> tuple[torch.Tensor, torch.Tensor]:
+    def states(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Final states of one direction before and after steering, [contexts, d] each."""
-        return self.clean[self.row_of[self.contexts[row, columns]]], self.steered[row, columns]
+        return self.clean[self.row_of[self.contexts[row]]], self.steered[row]
 
 
 @torch.no_grad()
@@ -138,17 +137,17 @@ def simulate_noise(n_contexts: int, draws: int = 200, d: int = 1000) -> dict[str
 
 
 @torch.no_grad()
-def compute_logit_labels(
-    engine: LastToken, effects: SteeringEffects, columns: slice = ALL, divergence: bool = True
+def compute_labels(
+    engine: LastToken, effects: SteeringEffects, divergence: bool = True
 ) -> dict[str, np.ndarray]:
-    """E, stability and KL of every direction, over some of its contexts.
+    """All labels of every direction: from the panel, from the logits, and C_per_E = C / (E + eps).
 
     Without a softcap D = dz W_U, so <D_x, D_y> = dz_x G dz_y and no tensor has vocabulary size.
     """
     G = engine.W_U @ engine.W_U.T if engine.softcap is None else None
-    found: dict[str, list[float]] = {}
+    rows = []
     for row in range(len(effects.contexts)):
-        before, after = effects.states(row, columns)
+        before, after = effects.states(row)
         if G is not None:
             dz = after - before
             labels = compute_stability(dz @ G @ dz.T)
@@ -163,27 +162,10 @@ def compute_logit_labels(
             labels["KL"] = float((p0.exp() * (p0 - p1)).sum(-1).mean())
             labels["KL_reverse"] = float((p1.exp() * (p1 - p0)).sum(-1).mean())
             labels["KL_per_E"] = labels["KL"] / (labels["E"] + EPS)
-        for name, value in labels.items():
-            found.setdefault(name, []).append(value)
-    return {name: np.array(values) for name, values in found.items()}
-
-
-def compute_panel_labels(effects: SteeringEffects, columns: slice = ALL) -> dict[str, np.ndarray]:
-    """C at the first threshold, and what else the panel tells, over some of the contexts."""
-    values = {
-        "C": effects.counts[:, columns, 0],
-        "L2": effects.l2[:, columns],
-        "moved": effects.moved[:, columns],
-    }
-    return {name: value.mean(1).double().cpu().numpy() for name, value in values.items()}
-
-
-def compute_labels(
-    engine: LastToken, effects: SteeringEffects, columns: slice = ALL, divergence: bool = True
-) -> dict[str, np.ndarray]:
-    """All labels of every direction; C_per_E is the count per effect, C / (E + eps)."""
-    found = compute_panel_labels(effects, columns)
-    found |= compute_logit_labels(engine, effects, columns, divergence)
+        rows.append(labels)
+    panel = {"C": effects.counts[:, :, 0], "L2": effects.l2, "moved": effects.moved}
+    found = {name: value.mean(1).double().cpu().numpy() for name, value in panel.items()}
+    found |= {name: np.array([row[name] for row in rows]) for name in rows[0]}
     return found | {"C_per_E": found["C"] / (found["E"] + EPS)}
 
 

@@ -52,10 +52,6 @@ class Split:
     random: np.ndarray
     """Drawn from the others."""
 
-    def groups(self) -> dict[str, np.ndarray]:
-        """The three groups by name."""
-        return {"clean": self.clean, "messy": self.messy, "random": self.random}
-
 
 def split_features(
     frame: pd.DataFrame, settings: Settings, seed: int, permutation: int | None = None
@@ -154,17 +150,15 @@ def summarize_splits(values: np.ndarray, level: float = 0.95) -> stats.Interval:
     return stats.Interval(float(np.mean(values)), float(low), float(high), len(values))
 
 
-def compare_groups(
-    labels: pd.DataFrame, groups: dict[str, np.ndarray], *, seed: int, draws: int = 2000
-) -> pd.DataFrame:
+def compare_groups(labels: pd.DataFrame, split: Split, seed: int, draws: int) -> pd.DataFrame:
     """Mean difference of labels between groups, with bootstrap interval and Mann-Whitney's p."""
     rng = np.random.default_rng(seed)
     rows = []
     for metric in METRICS:
         y = labels[metric].to_numpy(float)
         for a, b in (("clean", "messy"), ("clean", "random"), ("messy", "random")):
-            first = y[groups[a]]
-            second = y[groups[b]]
+            first = y[getattr(split, a)]
+            second = y[getattr(split, b)]
             drawn = first[rng.integers(0, len(first), (draws, len(first)))].mean(1)
             drawn = drawn - second[rng.integers(0, len(second), (draws, len(second)))].mean(1)
             low, high = np.quantile(drawn, [0.025, 0.975])

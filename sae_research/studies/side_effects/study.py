@@ -45,10 +45,10 @@ def run(task: Task, profile: Profile) -> Result:
     prompt = None if spec.embedded else model.tokens([settings.output_score_prompt])
     fixed: Fixed | None = None
     results = []
-    for name, source in primary_saes.items():
+    for name, (owner, role) in primary_saes.items():
         screen = Screen(
             model,
-            corpus.load_sae(*source, model),
+            owner.sae(role, device=model.device),
             downstream,
             contexts,
             settings,
@@ -80,19 +80,23 @@ def summarise(results: Sequence[Result], profile: Profile) -> dict[str, Result]:
 
 
 def _load(profile: Profile, name: str, dtype: str = "float32") -> tuple:
-    """A model: its entry, settings, the model, where its primary SAEs are, its downstream SAE."""
+    """A model: its entry, settings, the model, where its primary SAEs are, its downstream SAE.
+
+    SAEs stay in float32 whatever the model runs in: thresholds and bfloat16 rounding do not mix.
+    """
     spec = catalogue.get(name)
     settings = corpus.apply_departures(spec, profile.side_effects)
     model = spec.load(device=profile.runtime.device, dtype=dtype)
     primary_saes, role = corpus.choose_saes(spec, settings)
-    return spec, settings, model, primary_saes, corpus.load_sae(spec, role, model)
+    return spec, settings, model, primary_saes, spec.sae(role, device=model.device)
 
 
 def _load_first(profile: Profile) -> tuple[Settings, LanguageModel, "SAE", "SAE", torch.Tensor]:
     """The first model of a profile: settings, model, main and downstream SAE, contexts."""
     first = profile.side_effects.models[0]
     spec, settings, model, primary_saes, downstream = _load(profile, first)
-    sae = corpus.load_sae(*next(iter(primary_saes.values())), model)
+    owner, role = next(iter(primary_saes.values()))
+    sae = owner.sae(role, device=model.device)
     return settings, model, sae, downstream, corpus.make_contexts(spec, model, settings)
 
 
