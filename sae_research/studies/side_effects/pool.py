@@ -168,9 +168,7 @@ def find_eligible(pool: Pool, band: tuple[float, float]) -> torch.Tensor:
 
 
 def sample_features(pool: Pool, settings: Settings, seed: int) -> torch.Tensor:
-    """Eligible features to steer: evenly spaced ranks of the frequency (author), or uniformly
-    random ones (replication).
-    """
+    """Eligible features: evenly spaced ranks of frequency (author) or random ones (replication)."""
     n = settings.n_features
     band = settings.frequency_band
     eligible = find_eligible(pool, band).cpu()

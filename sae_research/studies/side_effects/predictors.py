@@ -148,9 +148,7 @@ def make_predictor_table(
     W: torch.Tensor,
     settings: Settings,
 ) -> pd.DataFrame:
-    """Every predictor of every feature; `acts` [contexts, features] at the final token, W from
-    `fold_unembedding`.
-    """
+    """Every predictor; `acts` [contexts, features] at the final token, W by `fold_unembedding`."""
     features = features.to(sae.device)
     directions = steering.directions(sae)[features].float()
     encoder = sae.W_enc.T[features].float()

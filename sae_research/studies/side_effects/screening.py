@@ -143,9 +143,7 @@ def measure_top_k(
 
 
 def summarize_splits(values: np.ndarray, level: float = 0.95) -> stats.Interval:
-    """Mean over splits with the central range of the splits themselves; they share features, so
-    this is no standard error.
-    """
+    """Mean and central range of splits; they share features, so this is no standard error."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return stats.Interval(float(np.mean(values)), float(low), float(high), len(values))
 
