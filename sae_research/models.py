@@ -175,13 +175,20 @@ class LanguageModel:
         from sae_research import saes, steering
 
         hook = saes.check_fit(self, sae)
-        directions = steering.directions(sae)
-        if not 0 <= latent < len(directions):
-            raise ResearchError(
-                f"latent {latent} is out of range; this SAE has {len(directions)} latents."
-            )
-        edit = steering.add_direction(directions[latent], coefficient, positions)
-        return self.edited({hook: edit})
+        direction = steering.directions(sae)[saes.check_latents(sae, [latent])[0]]
+        return self.edited({hook: steering.add_direction(direction, coefficient, positions)})
+
+    def clamp(
+        self, sae: "SAE", latents: list[int], value: float = 0.0, positions: str | Tensor = "all"
+    ) -> contextlib.AbstractContextManager["LanguageModel"]:
+        """Inside, the latents have this value whatever they were (0 ablates them), and the SAE's
+        error stays.
+        """
+        from sae_research import saes, steering
+
+        hook = saes.check_fit(self, sae)
+        change = steering.clamp(saes.check_latents(sae, latents), value)
+        return self.edited({hook: steering.edit(sae, change, positions)})
 
     # tokens
 

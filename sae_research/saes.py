@@ -124,6 +124,16 @@ def hook_of(sae: "SAE") -> str:
     return sae.cfg.metadata.hook_name
 
 
+def check_latents(sae: "SAE", latents: list[int]) -> list[int]:
+    """The latents, if the SAE has them."""
+    wrong = [latent for latent in latents if not 0 <= latent < sae.cfg.d_sae]
+    if wrong:
+        raise ResearchError(
+            f"latent {wrong[0]} is out of range; this SAE has {sae.cfg.d_sae} latents."
+        )
+    return latents
+
+
 def check_fit(model: LanguageModel, sae: "SAE") -> str:
     """The bridge's name of the SAE's hook, if model, hook and width agree."""
     trained_on = sae.cfg.metadata.model_name
@@ -222,7 +232,7 @@ def rounded(sae: "SAE") -> "SAE":
 
 
 def _unit_jumprelu(sae: "SAE") -> "SAE":
-    """The dictionary as a JumpReLU SAE of decoder rows of norm 1 (codes take up the norms)."""
+    """The dictionary as a JumpReLU SAE of unit decoder rows (activations take up the norms)."""
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
     from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
     from sae_lens.saes.standard_sae import StandardSAE, StandardTrainingSAE
@@ -298,10 +308,10 @@ def quality(
         for rows in tokens.split(batch):
             content = model.content(rows).to(model.device)
             x = model.residual(rows, hook)[content].to(sae.device, sae.dtype)
-            codes = sae.encode(x)
-            fired |= (codes > 0).any(0)
-            count += (codes > 0).sum().item()
-            error += (target(sae, x) - sae.decode(codes)).double().square().sum().item()
+            acts = sae.encode(x)
+            fired |= (acts > 0).any(0)
+            count += (acts > 0).sum().item()
+            error += (target(sae, x) - sae.decode(acts)).double().square().sum().item()
             seen.append(target(sae, x).cpu())
             real = content[:, 1:]
             keep = content[..., None]

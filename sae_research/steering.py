@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 Change = Callable[[Tensor], Tensor]
-"""Takes codes [tokens, latents] and returns the codes to have instead."""
+"""Takes feature activations [tokens, latents] and returns those to have instead."""
 
 
 def edit(sae: "SAE", change: Change, positions: str | Tensor = "all") -> Edit:
-    """x + dec(change(enc x)) - dec(enc x): what the SAE leaves unexplained stays, and codes left
-    alone leave x alone.
+    """x + dec(change(enc x)) - dec(enc x): the SAE's error stays, and what is not changed leaves
+    x alone.
 
     `positions` is `all`, `last` or a boolean mask [batch, positions]; the first position, BOS,
     is never edited.
@@ -31,19 +31,19 @@ def edit(sae: "SAE", change: Change, positions: str | Tensor = "all") -> Edit:
 
     def apply(residual: Tensor) -> Tensor:
         mask = _mask(residual, positions)
-        codes = sae.encode(residual[mask].to(sae.device, sae.dtype))
-        return _added(residual, mask, (change(codes) - codes) @ rows)
+        acts = sae.encode(residual[mask].to(sae.device, sae.dtype))
+        return _added(residual, mask, (change(acts) - acts) @ rows)
 
     return apply
 
 
 def add_direction(
-    direction: Tensor, strength: float = 1.0, positions: str | Tensor = "all"
+    direction: Tensor, coefficient: float = 1.0, positions: str | Tensor = "all"
 ) -> Edit:
-    """x + strength * direction at `positions`; the direction keeps its length."""
+    """x + coefficient * direction at `positions`; the direction keeps its length."""
 
     def apply(residual: Tensor) -> Tensor:
-        return _added(residual, _mask(residual, positions), strength * direction)
+        return _added(residual, _mask(residual, positions), coefficient * direction)
 
     return apply
 
@@ -51,8 +51,8 @@ def add_direction(
 def clamp(latents: list[int], value: float) -> Change:
     """Give the latents one value whatever they were; 0 ablates them."""
 
-    def change(codes: Tensor) -> Tensor:
-        return codes.index_fill(-1, torch.as_tensor(latents, device=codes.device), value)
+    def change(acts: Tensor) -> Tensor:
+        return acts.index_fill(-1, torch.as_tensor(latents, device=acts.device), value)
 
     return change
 

@@ -256,6 +256,21 @@ def test_steering_holds_inside_the_block_only(pair, tokens):
         pass
 
 
+def test_clamping_gives_latents_one_value_inside_the_block(pair, tokens):
+    import torch
+
+    model, _ = pair
+    hook = "blocks.1.hook_resid_post"
+    sae = miniatures.random_sae("relu", metadata=saes.metadata(model, hook))
+    before = model.residual(tokens, hook)
+    with model.clamp(sae, [5, 7]):
+        after = model.residual(tokens, hook)
+    lost = sae.encode(before)[..., [5, 7]] @ sae.W_dec[[5, 7]]
+    assert torch.allclose((before - after)[:, 1:], lost[:, 1:], atol=1e-4)
+    assert lost[:, 1:].abs().max() > 1e-2
+    assert model.residual(tokens, hook).equal(before)
+
+
 def test_text_goes_in_and_text_comes_out(pair):
     model, _ = pair
     text = model.generate("w0 w1", 3)
