@@ -63,9 +63,7 @@ class Expectation:
         return _SIDES[self.expect](x, self.threshold)
 
     def is_met_by(self, m: "Measurement") -> bool:
-        """Whether the value, and where the rule asks for it the interval, lies where it is
-        expected.
-        """
+        """Whether the value, and if the rule asks for it the interval, lies as expected."""
         return self.is_met_at(m.value) and (
             not self.interval or (self.is_met_at(m.low) and self.is_met_at(m.high))
         )
@@ -84,9 +82,7 @@ class Rule(Expectation):
     """When a claim counts as reproduced."""
 
     direction: Number | None = None
-    """The value of no effect: beyond it, on the claimed side, the direction holds (without it: the
-    threshold).
-    """
+    """The value of no effect, beyond which the direction holds; without it, the threshold."""
     control: Control | None = None
     """A control whose expectation must be met too; otherwise the claim is confounded."""
 
@@ -317,9 +313,7 @@ def _file(profile: str, study: str) -> Path:
 def record(
     profile: str, study: str, notebook: str, measurements: dict[str, Measurement | None]
 ) -> "pd.DataFrame":
-    """Judge every claim of a study and write `data/<profile>/<study>/claims.json`; returns the
-    table to show.
-    """
+    """Judge every claim of a study and write its `claims.json`; returns the table to show."""
     claims = load_claims(study)
     for given in measurements:
         if given not in claims:
@@ -340,9 +334,7 @@ def read(profile: str) -> list[dict]:
 
 
 def unite(profile: str) -> list[dict]:
-    """Put the ledgers of all studies with notebooks together; `metrics.json` repeats them for `dvc
-    metrics diff`.
-    """
+    """Put all studies' ledgers together; `metrics.json` repeats them for `dvc metrics diff`."""
     written = {out for outs in stages.read_outputs(profile).values() for out in outs}
     lines = []
     for claim in load_claims().values():

@@ -16,9 +16,7 @@ _RESULTS_DISK = 2.0
 
 
 def run(profile: str | None = None) -> tuple[str, int]:
-    """A report on every profile (or on one), and 0 if the default profile (or that one) can run,
-    else 1.
-    """
+    """A report on every profile (or one), and 0 if the default profile (or that one) can run."""
     judged = config.load(profile).name
     shown = [config.load(name) for name in ([judged] if profile else config.profiles())]
     machine = examine(shown)

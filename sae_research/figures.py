@@ -1,6 +1,4 @@
-"""One style for every figure, drawn with seaborn, and files whose bytes are the same on
-every run.
-"""
+"""One style for every figure, and files whose bytes are the same on every run."""
 
 import io
 import textwrap
@@ -31,9 +29,7 @@ VERDICTS = {
 """Colour and marker of each verdict: never colour alone."""
 
 FULL, HALF = 7.2, 3.6
-"""Inches: every figure is one column or half a column wide, so that type has one size
-everywhere.
-"""
+"""Inches: every figure is one column or half a column wide, so that type has one size."""
 STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 150,

@@ -111,9 +111,7 @@ def markdown(lines: list[dict]) -> str:
 
 
 def count_verdicts(lines: list[dict]) -> "pd.DataFrame":
-    """How many claims of each study have which verdict; the testbed's checks have a row of their
-    own.
-    """
+    """How many claims of each study have which verdict; the testbed's row comes last."""
     import pandas as pd
 
     counts = Counter((line["study"], line["verdict"]) for line in lines)
@@ -133,9 +131,7 @@ def group_families(lines: list[dict]) -> dict[str, list[dict]]:
 
 
 def agreement(lines: list[dict], published: list[dict]) -> tuple[int, list[tuple[str, str, str]]]:
-    """How many verdicts are the same in two ledgers, and (id, ours, theirs) of those that
-    differ.
-    """
+    """How many verdicts are the same in two ledgers, and (id, ours, theirs) of the others."""
     theirs = {line["id"]: line["verdict"] for line in published}
     both = [(e["id"], e["verdict"], theirs[e["id"]]) for e in lines if e["id"] in theirs]
     return sum(a == b for _, a, b in both), [line for line in both if line[1] != line[2]]

@@ -99,9 +99,7 @@ def examine(profiles: Sequence[config.Profile]) -> Machine:
 
 
 def packages() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Packages that pyproject.toml asks for and that are absent, and installed ones that differ
-    from their pins.
-    """
+    """Packages that pyproject.toml asks for and that are absent; those that differ from pins."""
     import tomllib
 
     from packaging.requirements import Requirement
@@ -126,9 +124,7 @@ def packages() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def world_problems(root: Path = paths.EMBEDDED) -> dict[str, str]:
-    """What is wrong with each toy model: a missing piece, or the file that does not match its
-    checksum.
-    """
+    """What is wrong with each toy model: a missing piece, or a file that was altered."""
     from sae_research.world import build
 
     problems = {}

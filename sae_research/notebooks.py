@@ -1,6 +1,4 @@
-"""Run a notebook for the record: papermill executes it, a normaliser makes two runs give the same
-bytes.
-"""
+"""Run a notebook with papermill and normalise it, so that two runs give the same bytes."""
 
 import os
 import re
@@ -39,16 +37,12 @@ def source(name: str) -> Path:
 
 
 def stamp(profile: str, name: str) -> Path:
-    """The file that proves that a notebook ran here; it is never committed, so that a fresh clone
-    runs everything.
-    """
+    """The file that proves that a notebook ran here; never committed, so a clone runs all."""
     return paths.DATA / profile / "runs" / f"{name}.json"
 
 
 def environment(profile: config.Profile, folder: Path) -> dict[str, str]:
-    """Environment of the kernel: fixed seeds and threads, no bars, no user configuration, no
-    network unless wanted.
-    """
+    """Environment of the kernel: fixed seeds and threads, no bars, no user configuration."""
     threads = str(profile.runtime.threads)
     return {
         "TQDM_DISABLE": "1",
@@ -97,9 +91,7 @@ def hold_lock(lock: Path, what: str, patience: float = 15) -> Iterator[None]:
 
 
 def _die_with_pipeline() -> None:
-    """End this process and its kernel soon after the pipeline that started it was killed; by hand,
-    do nothing.
-    """
+    """End this process and its kernel soon after the pipeline that started it was killed."""
     if "DVC_STAGE" not in os.environ:
         return
     import psutil
@@ -130,9 +122,7 @@ def _relative(text: str) -> str:
 
 
 def _outputs(outputs: "list[NotebookNode]") -> "list[NotebookNode]":
-    """Outputs that two runs share: streams joined, bars and library warnings (stderr) and widgets
-    dropped.
-    """
+    """Outputs that two runs share: streams joined; bars, warnings and widgets dropped."""
     kept: list[NotebookNode] = []
     for out in outputs:
         if out.output_type == "stream":
@@ -293,9 +283,7 @@ def run(name: str, profile: str) -> Path:
 
 
 def validate(profile: str) -> int:
-    """Run the executed notebooks of a profile again (nbval) and compare every output; returns
-    pytest's exit code.
-    """
+    """Run the executed notebooks again (nbval), compare every output; pytest's exit code."""
     settings = config.load(profile)
     if not any(paths.executed(profile).glob("*.ipynb")):
         raise ResearchError(

@@ -1,6 +1,4 @@
-"""Independent shards of work: in one process, in local processes, or on a Ray cluster, with the
-same results.
-"""
+"""Independent shards of work: in one process, in several, or on Ray, with the same results."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

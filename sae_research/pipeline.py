@@ -1,6 +1,4 @@
-"""The whole chain of a profile: DVC runs what is missing or changed, then the results are compared
-with known ones.
-"""
+"""The chain of a profile: DVC runs what is missing or changed, then results are compared."""
 
 import os
 import re
@@ -103,9 +101,7 @@ def _restore(state: dict) -> None:
 
 @contextmanager
 def selected(profile: str) -> Iterator[None]:
-    """Make `profile` the one that DVC runs, with its own lock; the former one comes back even
-    after a kill.
-    """
+    """Make `profile` the one that DVC runs; the former one comes back, even after a kill."""
     marker = STATE / "state.json"
     if marker.exists():
         _restore(store.read_json(marker))
@@ -135,9 +131,7 @@ def selected(profile: str) -> Iterator[None]:
 
 
 def _heal(lock: Path) -> None:
-    """Bring back the last whole lock if DVC was killed while it wrote; keep a copy of a
-    whole one.
-    """
+    """Bring back the last whole lock if DVC was killed while it wrote; else keep a copy."""
     good = STATE / "last-good" / lock.name
     if _read_lock(lock) is not None:
         store.write_bytes(good, lock.read_bytes())
@@ -151,9 +145,7 @@ def _heal(lock: Path) -> None:
 
 
 def _forget_dead_readers() -> None:
-    """Remove DVC's list of readers and writers if it is damaged or names only processes that
-    ended.
-    """
+    """Remove DVC's list of readers and writers if it is damaged or names dead processes only."""
     import psutil
 
     path = paths.ROOT / ".dvc" / "tmp" / "rwlock"
@@ -211,9 +203,7 @@ def _dvc(force: bool) -> int:
 
 
 def _results(profile: str) -> list[str]:
-    """What a profile publishes: claims, figures and executed notebooks, as paths in the
-    repository.
-    """
+    """What a profile publishes: paths of its claims, figures and executed notebooks."""
     ledgers = (paths.DATA / profile).glob("**/claims.json")
     drawn = (paths.ROOT / "figures" / profile).glob("**/*.*")
     return sorted(
@@ -222,9 +212,7 @@ def _results(profile: str) -> list[str]:
 
 
 def _known(profile: str) -> Path | None:
-    """Where the results lie that came with the repository if there is no git: a copy made before
-    the first run.
-    """
+    """Without git: where results as delivered are kept, copied before the first run."""
     return None if has_git() else STATE / "as-delivered" / profile
 
 
@@ -292,9 +280,7 @@ def report(profile: str) -> str:
 
 
 def write_settings(profile: str) -> None:
-    """Write the settings in force to `data/<profile>/settings.json`: what each stage depends on,
-    and a record.
-    """
+    """Write the settings in force to `data/<profile>/settings.json`, which stages depend on."""
     store.write_json(paths.DATA / profile / "settings.json", config.as_json(config.load(profile)))
 
 

@@ -1,6 +1,4 @@
-"""Error bars and tests: what a number is worth, over seeds, clusters and pairs. Every draw has an
-explicit seed.
-"""
+"""Error bars and tests over seeds, clusters and pairs; every draw has an explicit seed."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -89,9 +87,7 @@ def paired_bootstrap(
     draws: int = DRAWS,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of statistic(first) - statistic(second), both on the same resampled
-    clusters.
-    """
+    """The same of statistic(first) - statistic(second), both on the same resampled clusters."""
     first, second = _columns(first=first, second=second)
     statistic = _or_mean(statistic)
     means = [cluster_means(first, clusters), cluster_means(second, clusters)]
@@ -112,9 +108,7 @@ def bootstrap(
     draws: int = 2_000,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of any `statistic(*columns)` over rows, resampling whole clusters of
-    rows: general, slow.
-    """
+    """Percentile interval of any `statistic(*columns)`, resampling whole clusters of rows; slow."""
     import numpy as np
 
     columns = _columns(**{f"column {i + 1}": column for i, column in enumerate(columns)})
@@ -224,9 +218,7 @@ def permutation_test(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given: reject where at most the family's error
-    rate.
-    """
+    """Holm's adjusted p-values, in the order given: reject where at most the error rate."""
     from statsmodels.stats.multitest import multipletests
 
     (p,) = _columns(p_values=p_values)
@@ -253,9 +245,7 @@ def wilson(successes: int, trials: int, *, level: float = 0.95) -> Interval:
 
 
 def _columns(**named: Sequence[float]) -> "list[np.ndarray]":
-    """Finite one-dimensional float columns of one length, or the sentence that says which is
-    not.
-    """
+    """Finite one-dimensional float columns of one length, or an error that says which is not."""
     import numpy as np
 
     if not named:
@@ -379,9 +369,7 @@ def _partial_rank_correlation(x, y, *controls, axis: int = -1) -> "np.ndarray":
 
 
 def _residual(ranks: "np.ndarray", controls: "list[np.ndarray]") -> "np.ndarray":
-    """What least squares on the centred controls leaves; orthogonal steps keep collinear controls
-    harmless.
-    """
+    """What least squares on the centred controls leaves; they may be collinear."""
     import numpy as np
 
     basis: list[np.ndarray] = []

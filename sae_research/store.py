@@ -69,9 +69,7 @@ def _explain(reason: str, path: Path) -> ResearchError:
 
 
 def _partial(path: Path) -> Path:
-    """This process's temporary sibling of `path`, after removing those that killed processes
-    left.
-    """
+    """This process's temporary sibling of `path`; those that killed processes left are removed."""
     for stale in path.parent.glob(f"{_PARTIAL}*"):
         match = re.fullmatch(rf"{re.escape(_PARTIAL + path.name)}\.(\d+)", stale.name)
         if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
@@ -158,9 +156,7 @@ def _replace(partial: Path, folder: Path) -> None:
 
 
 def verified(folder: Path, remedy: str = "run `make reproduce` to make it.") -> Path:
-    """Return `folder` after checking every file against its checksum; name the first that is
-    missing or altered.
-    """
+    """Return `folder` after checking every checksum; name the first file that does not match."""
     folder = Path(folder)
     _recover(folder)
     if not (folder / CHECKSUMS).is_file():
@@ -187,9 +183,7 @@ def verified(folder: Path, remedy: str = "run `make reproduce` to make it.") -> 
 
 
 def resumed(folder: Path, key: object, build: Callable[[Path], None]) -> Path:
-    """Return the artefact `folder` made with settings `key`; if it is not there, `build`
-    fills it.
-    """
+    """The artefact `folder` made with settings `key`; if it is not there, `build` fills it."""
     mark = fingerprint(key).encode()
     _recover(folder)
     if (
@@ -277,9 +271,7 @@ def tensor_fingerprint(tensors: "dict[str, torch.Tensor]") -> str:
 def write_tensors(
     path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None
 ) -> None:
-    """Save tensors as safetensors, at once; metadata goes under one key, since the order of
-    several is not kept.
-    """
+    """Save tensors at once; metadata goes under one key, since the order of several is not kept."""
     from safetensors.torch import save
 
     about = {"about": json.dumps(metadata, sort_keys=True)} if metadata else None

@@ -101,9 +101,7 @@ def _make_opinion_item(
 def _find_chosen(
     item: Question, refusals: set[str], people: list[tuple[int, dict]], path: Path
 ) -> np.ndarray:
-    """Index of the option that each respondent chose; -1 for refusals and people who were not
-    asked.
-    """
+    """Index of the option that each respondent chose; -1 for refusals and the unasked."""
     index = {option: i for i, option in enumerate(item.options)} | dict.fromkeys(
         refusals | {"", "nan"}, -1
     )
@@ -204,9 +202,7 @@ def writable(path: Path, source: str) -> Path:
 
 
 def is_ignored(path: Path) -> bool:
-    """Whether git leaves a path of this folder alone; an unpacked archive has no repository that
-    could pick it up.
-    """
+    """Whether git leaves a path alone; an unpacked archive has no repository."""
     if not (ROOT / ".git").exists():
         return True
     try:

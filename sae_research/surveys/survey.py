@@ -64,17 +64,13 @@ class Survey:
     groups: tuple[Group, ...]
     """The groups, in the order of the arrays."""
     distributions: np.ndarray
-    """Answer distribution of each group, [groups, questions, options], zero beyond a question's
-    last option.
-    """
+    """Answers of each group, [groups, questions, options], zero beyond the last option."""
     overall: np.ndarray
     """Answer distribution of the whole population, [questions, options]."""
     counts: np.ndarray | None = None
     """Respondents per answer, like `distributions`; None where distributions are exact."""
     web: np.ndarray | None = None
-    """Answer distribution of the skewed population that writes text, [questions, options]; planted
-    surveys only.
-    """
+    """Answers of the population that writes text, [questions, options]; planted surveys only."""
     traits: np.ndarray | None = None
     """Planted mean trait of each group, [groups, dimensions]; planted surveys only."""
 
@@ -86,9 +82,7 @@ class Survey:
 
     @cached_property
     def gaps(self) -> np.ndarray:
-        """Distance between neighbouring options as a share of the item's range, [questions,
-        options - 1].
-        """
+        """Distance between neighbouring options, share of the range, [questions, options - 1]."""
         gaps = np.zeros((len(self.questions), self.overall.shape[-1] - 1))
         for row, question in zip(gaps, self.questions, strict=True):
             row[: question.n_options - 1] = ordinal_gaps(question.ordinal)
@@ -116,9 +110,7 @@ class Survey:
     def distance(
         self, p: np.ndarray, q: np.ndarray, questions: np.ndarray | slice = slice(None)
     ) -> np.ndarray:
-        """WD of ordered questions and total variation of nominal ones, for answers [...,
-        questions, options].
-        """
+        """WD of ordered questions, total variation of nominal ones; [..., questions, options]."""
         ordered = np.array([q.ordered for q in self.questions])[questions]
         return np.where(ordered, wasserstein(p, q, self.gaps[questions]), total_variation(p, q))
 
@@ -146,16 +138,12 @@ def ordinal_gaps(ordinal: tuple[float, ...]) -> np.ndarray:
 
 
 def wasserstein(p: np.ndarray, q: np.ndarray, gaps: np.ndarray) -> np.ndarray:
-    """WD = sum_i |F_p(i) - F_q(i)| (o[i+1] - o[i]) / (o_max - o_min), in [0, 1]; one number per
-    question.
-    """
+    """WD = sum_i |F_p(i) - F_q(i)| (o[i+1] - o[i]) / (o_max - o_min), one per question."""
     return (np.abs(np.cumsum(p - q, axis=-1)[..., :-1]) * gaps).sum(-1)
 
 
 def total_variation(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Half the summed absolute difference, the distance for options without order; one number per
-    question.
-    """
+    """Half the summed absolute difference, for options without order; one per question."""
     return np.abs(p - q).sum(-1) / 2
 
 
@@ -173,9 +161,7 @@ def logit(p: np.ndarray, floor: float = 1e-3) -> np.ndarray:
 
 
 def deviations(distributions: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """logit P_gq - logit Pbar_q with Pbar_q = sum_g w_g P_gq: what is left once the population's
-    view is taken out.
-    """
+    """logit P_gq - logit Pbar_q with Pbar_q = sum_g w_g P_gq, the population's view."""
     mean = np.tensordot(weights, distributions, axes=1)
     return logit(distributions) - logit(mean)
 
@@ -187,9 +173,7 @@ class GroupScores:
     rho: float
     """rho_dev: correlation of predicted with true deviations over groups, questions and options."""
     slope: float
-    """beta_dev: regression slope of predicted on true deviations; 1 is calibrated, above is
-    caricature.
-    """
+    """beta_dev: slope of predicted on true deviations; 1 is calibrated, above is caricature."""
     by_group: np.ndarray
     """rho_dev within each group; nan where a group does not deviate."""
 
@@ -214,9 +198,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def reliability(survey: Survey, seed: int) -> float:
-    """Split-half reliability of the deviations, stepped up to full size: rho_dev / sqrt of it is
-    free of noise.
-    """
+    """Split-half reliability of the deviations: rho_dev / sqrt of it is free of noise."""
     draws, counts = np.random.default_rng(seed), _require_counts(survey)
     half = draws.multivariate_hypergeometric
     first = np.array([[half(cell, cell.sum() // 2) for cell in group] for group in counts])

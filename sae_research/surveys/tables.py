@@ -1,6 +1,4 @@
-"""Reading tables of surveys: one csv reader, and parsers of cells that name file, line and
-reason.
-"""
+"""One csv reader for surveys, and parsers of cells that name file, line and reason."""
 
 import ast
 import csv

@@ -31,9 +31,7 @@ class ToySAEs:
     calibration: int
     """Further documents on which thresholds are calibrated."""
     relu_l0: int = 20
-    """`l0` of the ReLU kind, whose L1 penalty shrinks all codes and costs too much at that of the
-    others.
-    """
+    """`l0` of the ReLU kind, whose L1 penalty costs too much at that of the others."""
     kinds: tuple[str, ...] = ("topk", "jumprelu", "relu")
     """Kinds of SAE at every hook."""
     wide: int = 4

@@ -41,9 +41,7 @@ def measure_answers(
     reverse: bool,
     edits: dict[str, Edit] | None = None,
 ) -> np.ndarray:
-    """Next-token probability of each option's letter, [personas, questions, 4]; what goes to other
-    words is missing.
-    """
+    """Next-token probability of each option's letter, [personas, questions, 4]."""
     letters = model.tokenizer.convert_tokens_to_ids(list(LETTERS))
     n_options = np.tile([q.n_options for q in questions], len(personas))
     tokens = model.tokens(
@@ -59,9 +57,7 @@ def measure_answers(
 def measure(
     model_folder: Path, saes_folder: Path, settings: SurveySettings, seed: int
 ) -> list[Check]:
-    """Every check of the toy survey model and its SAEs; `seed` draws the documents that they are
-    measured on.
-    """
+    """Every check of the toy survey model and its SAEs; `seed` draws the documents."""
     model = models.load_model(model_folder, name=NAME)
     population = Population(settings.population)
     early = saes.load_sae(Path(saes_folder) / settings.saes.first[settings.saes.hooks[0]])
@@ -76,9 +72,7 @@ def measure(
 def measure_saes(
     model_folder: Path, saes_folder: Path, settings: SurveySettings, seed: int
 ) -> list[dict]:
-    """Each SAE on held-out documents: explained variance, L0 and which truths it has latents
-    for.
-    """
+    """Each SAE on held-out documents: quality, and which truths it has latents for."""
     model = models.load_model(model_folder, name=NAME)
     writer = Writer(Population(settings.population), model.tokenizer.get_vocab())
     held = writer.write_mixed(
@@ -138,9 +132,7 @@ def check_planted_effects(population: Population) -> list[Check]:
 def check_model(
     model: LanguageModel, population: Population, settings: SurveySettings, seed: int
 ) -> list[Check]:
-    """Whether the model knows the survey, follows personas, and speaks off-task text at its
-    entropy.
-    """
+    """Whether the model knows the survey, follows personas, and speaks off-task text."""
     survey = population.survey()
     draws = np.random.default_rng([seed, 3])
     writer = Writer(population, model.tokenizer.get_vocab())
@@ -205,9 +197,7 @@ def check_steering(model: LanguageModel, population: Population, hook: str) -> C
 def compute_mean_residual(
     model: LanguageModel, hook: str, questions: Sequence[Question], stated: Sequence[str]
 ) -> torch.Tensor:
-    """Mean residual over the tokens of questions in both option orders, those that state something
-    left out.
-    """
+    """Mean residual over the tokens of questions in both orders, without what is stated."""
     tokens = model.tokens(
         [prompt(q, stated, reverse) for q in questions for reverse in (False, True)]
     )
@@ -219,9 +209,7 @@ def compute_mean_residual(
 
 
 def measure_answer_kl(model: LanguageModel, batch: Batch) -> float:
-    """Mean KL of the model's letters (of the whole vocabulary) to the exact ones, over documents
-    with a question.
-    """
+    """Mean KL of the model's letters to the exact ones, over documents with a question."""
     letters = model.tokenizer.convert_tokens_to_ids(list(LETTERS))
     predicted = _next_words(model, torch.from_numpy(batch.tokens), torch.from_numpy(batch.answer))
     return float(divergence(batch.target, predicted[:, letters]).mean())
@@ -251,9 +239,7 @@ def _next_words(
 def check_latents(
     model: LanguageModel, sae: "SAE", population: Population, settings: SurveySettings, seed: int
 ) -> list[Check]:
-    """Whether the early SAE has latents for what the documents state and ask, and enough latents
-    to screen.
-    """
+    """Whether the early SAE has latents for what documents say, and enough to screen."""
     writer = Writer(population, model.tokenizer.get_vocab())
     found = measure_known_words(model, sae, writer, settings, seed)
     bars = {"values at the word": (0.3, 0.8), "verbs at the word": (0.5, 1.0)}

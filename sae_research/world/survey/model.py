@@ -44,9 +44,7 @@ class SurveySettings:
     context: int = 48
     """Longest document in tokens."""
     scale: float = 0.1
-    """Standard deviation of the initial weights; at 0.02 the answers are not learned in this
-    budget.
-    """
+    """Standard deviation of the initial weights; at 0.02 the answers are not learned."""
     most_stated: int = 4
     """Most attributes that a document states; it states each number from 0 on equally often."""
     off_task: float = 0.12
@@ -60,9 +58,7 @@ class SurveySettings:
     warmup_fraction: float = 0.15
     """Share of the steps until that peak."""
     answer_weight: float = 5.0
-    """Weight of the exact answers beside next tokens, which survey documents teach on every second
-    step only.
-    """
+    """Weight of the exact answers; next tokens of surveys are taught every second step."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     saes: ToySAEs = field(
@@ -130,9 +126,7 @@ def _make_model(settings: SurveySettings, vocabulary: int, seed: int) -> LlamaFo
 def compute_answer_loss(
     model: LlamaForCausalLM, hidden: torch.Tensor, batch: Batch, letters: list[int]
 ) -> torch.Tensor:
-    """Cross-entropy of the letter against its exact distribution, over documents with a
-    question.
-    """
+    """Cross-entropy of the letter against its exact distribution, where there is a question."""
     asked = np.flatnonzero(batch.answer >= 0)
     states = hidden[asked, batch.answer[asked]]
     target = torch.from_numpy(batch.target[asked]).to(states.dtype)
@@ -142,9 +136,7 @@ def compute_answer_loss(
 def compute_next_token_loss(
     model: LlamaForCausalLM, hidden: torch.Tensor, batch: Batch, read: np.ndarray
 ) -> torch.Tensor:
-    """Cross-entropy of the next tokens in the documents of the mask `read`, all but the answers'
-    letters.
-    """
+    """Cross-entropy of the next tokens in the documents of the mask `read`, but no letters."""
     following = torch.from_numpy(batch.tokens[:, 1:]).clone()
     asked = np.flatnonzero(batch.answer >= 0)
     following[asked, batch.answer[asked]] = model.config.pad_token_id
@@ -161,9 +153,7 @@ def train_saes(
     folder: Path,
     hook_indices: Collection[int] | None = None,
 ) -> None:
-    """Train the SAEs of all hooks, or of those at `hook_indices`, on mixed documents, into
-    `folder`/name.
-    """
+    """Train the SAEs of the hook at `hook_index` on mixed documents, into `folder`/name."""
     draws = np.random.default_rng([seed, 2])
     model = models.load_model(model_folder, name=NAME)
     writer = Writer(Population(settings.population), model.tokenizer.get_vocab())

@@ -71,9 +71,7 @@ THRESHOLDS = ((0.0,), (-0.6, 0.6), (-1.2, 0.0, 1.2))
 """Thresholds tau of each set of options."""
 
 SPLITS = (("train", 42), ("validation", 12), ("test", 18))
-"""Number of (topic, verb) pairs in each split: test questions are new combinations of known topics
-and verbs.
-"""
+"""(topic, verb) pairs in each split: test questions combine known topics and verbs anew."""
 
 
 @dataclass(frozen=True)
@@ -91,25 +89,17 @@ class PopulationSettings:
     spread: float = 0.8
     """Standard deviation sigma of persons around their group, on every trait."""
     offsets: float = 1.2
-    """Standard deviation of the questions' offsets b: how far the population is from evenly
-    split.
-    """
+    """Standard deviation of the questions' offsets b: how far people are from evenly split."""
     interaction: float = 0.0
-    """eta: extra ideology of party by age cells, times contrasts of mean 0 and variance 1; 0 is
-    additive.
-    """
+    """eta: extra ideology of party by age cells, times standardised contrasts; 0 is additive."""
     classes: float = 0.0
-    """Distance on two traits of four latent classes that persons of a cell fall into; 0 is one
-    Gaussian.
-    """
+    """Distance on two traits of four latent classes in a cell; 0 is one Gaussian."""
     seed: int = 2024
     """Seed of offsets and splits; the survey is one fixed truth, whatever the seed of training."""
 
 
 class Population:
-    """Exact answer distributions of every group, intersection and author population of the planted
-    survey.
-    """
+    """Exact answers of every group, intersection and author population of the planted survey."""
 
     def __init__(self, settings: PopulationSettings):
         self.settings = settings
@@ -138,9 +128,7 @@ class Population:
 
     @cached_property
     def effects(self) -> dict[str, np.ndarray]:
-        """E: mean trait of each value of each attribute, [values, 3]; zero in the population's
-        mean.
-        """
+        """E: mean trait of each value of each attribute, [values, 3]; its mean is zero."""
         s, step = self.settings, np.array([-1.0, 0.0, 1.0])
         planted = {
             "party": np.outer(step, [s.party, 0, 0]),
@@ -153,9 +141,7 @@ class Population:
 
     @cached_property
     def cells(self) -> np.ndarray:
-        """Mean trait of every combination of values, [3, 3, 3, 3, 2, 3]: one axis per attribute,
-        then the traits.
-        """
+        """Mean trait of every combination of values, [3, 3, 3, 3, 2, 3]; traits are last."""
         theta = np.zeros((*map(len, ATTRIBUTES.values()), 3))
         for axis, effect in enumerate(self.effects.values()):
             shape = [1] * len(ATTRIBUTES)
@@ -166,9 +152,7 @@ class Population:
 
     @cached_property
     def interaction(self) -> np.ndarray:
-        """The party by age pattern that eta multiplies, [3, 3]: no effect on either margin, mean
-        square 1.
-        """
+        """The party by age pattern that eta multiplies, [3, 3]: no margins, mean square 1."""
         contrasts = []
         for attribute in ("party", "age"):
             share, step = np.array(SHARES[attribute]), np.array([-1.0, 0.0, 1.0])
@@ -178,9 +162,7 @@ class Population:
 
     @cached_property
     def cell_answers(self) -> np.ndarray:
-        """Answer distribution of every combination of values, [3, 3, 3, 3, 2, questions,
-        options].
-        """
+        """Answers of every combination of values, [3, 3, 3, 3, 2, questions, options]."""
         s, theta = self.settings, self.cells.reshape(-1, 3)
         corners = s.classes * np.array([(x, y, 0) for x in (-1, 1) for y in (-1, 1)], dtype=float)
         member = np.exp(theta @ corners.T)
@@ -233,9 +215,7 @@ class Population:
         return answers
 
     def answers_given(self, stated: dict[str, str]) -> np.ndarray:
-        """Answers of the population with the stated values, as {attribute: value}, [questions,
-        options].
-        """
+        """Answers of people with the values {attribute: value}, [questions, options]."""
         return self.table[self.index(stated)]
 
     @staticmethod
@@ -244,9 +224,7 @@ class Population:
         return tuple(v.index(stated[a]) if a in stated else len(v) for a, v in ATTRIBUTES.items())
 
     def trait(self, stated: dict[str, str]) -> np.ndarray:
-        """Mean planted trait of the population with the stated values, latent classes left
-        aside.
-        """
+        """Mean planted trait of people with the stated values, latent classes left aside."""
         theta = self.cells
         for attribute, values in ATTRIBUTES.items():
             share = np.array(SHARES[attribute])
@@ -256,9 +234,7 @@ class Population:
         return theta
 
     def survey(self, *attributes: str) -> Survey:
-        """The survey by group; of every attribute, or of the intersections of the given
-        attributes.
-        """
+        """The survey by group; of every attribute, or of intersections of the given ones."""
         if attributes:
             stated = [{}]
             for a in attributes:

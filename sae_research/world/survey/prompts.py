@@ -39,18 +39,14 @@ WORDS = [
 SENTENCES = 4
 """Sentences of an off-task document."""
 CONTEXT = 16
-"""Tokens of the shortest document, BOS included: contexts cut here end anywhere in a document and
-need no padding.
-"""
+"""Tokens of the shortest document, BOS included: contexts cut here need no padding."""
 
 Scored = list[tuple[str, float]]
 """Words, each with its surprisal in nats under the generator."""
 
 
 def prompt(question: Question, stated: Iterable[str] = (), reverse: bool = False) -> str:
-    """The text up to the answer's letter; `stated` are attribute values, `reverse` lists the
-    options from the top.
-    """
+    """The text up to the answer's letter; `reverse` lists the options from the top."""
     persona = [f"i am {value} ." for value in stated]
     options = question.options[::-1] if reverse else question.options
     lettered = [f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False)]
@@ -60,9 +56,7 @@ def prompt(question: Question, stated: Iterable[str] = (), reverse: bool = False
 def order_by_letter(
     distribution: np.ndarray, n_options: np.ndarray | int, reverse: np.ndarray | bool
 ) -> np.ndarray:
-    """Probabilities by ordinal as probabilities by letter (or back: it is its own inverse), [...,
-    options].
-    """
+    """Probabilities by ordinal as probabilities by letter, or back; [..., options]."""
     places = np.arange(distribution.shape[-1])
     n_options, reverse = np.asarray(n_options)[..., None], np.asarray(reverse)[..., None]
     source = np.where(reverse & (places < n_options), n_options - 1 - places, places)

@@ -51,9 +51,7 @@ def compute_concept_odds(corpus: Corpus) -> np.ndarray:
 def make_articles(
     n: int, rng: np.random.Generator, corpus: Corpus, concepts: np.ndarray | None = None
 ) -> Texts:
-    """Encyclopedia articles, one concept each (drawn, or given): name, topic words, private words,
-    two facts.
-    """
+    """Articles about one concept each (drawn, or given): name, topic and private words, facts."""
     lex, grammar = lexicon(), _article_grammar()
     odds = compute_concept_odds(corpus)
     concept = rng.choice(len(odds), size=n, p=odds) if concepts is None else np.asarray(concepts)
@@ -113,9 +111,7 @@ def _sense_grammar() -> Grammar:
 
 
 def make_notes(n: int, rng: np.random.Generator, corpus: Corpus) -> Texts:
-    """Notes of five sentences, each with one polysemous word in a sense that only its company
-    tells.
-    """
+    """Notes of five sentences, each with a polysemous word whose sense its company tells."""
     lex, grammar = lexicon(), _sense_grammar()
     pieces, labels = [grammar.fill(rng, n, frames.SENSE_OPENING, {})], []
     for _ in range(5):

@@ -88,9 +88,7 @@ def check_loss(toy: ToyText) -> list[Check]:
 
 
 def check_facts(toy: ToyText, repeats: int = 8) -> list[Check]:
-    """Whether the most likely word is the true one where a physics article states its founder and
-    its place.
-    """
+    """Whether the likeliest word is true where a physics article states founder and place."""
     lex = lexicon()
     concepts = np.repeat(lex.physics, repeats)
     texts = toy.draw("article", len(concepts), concepts=concepts)
@@ -114,9 +112,7 @@ def check_facts(toy: ToyText, repeats: int = 8) -> list[Check]:
 def fit_probe(
     x: torch.Tensor, y: torch.Tensor, *, epochs: int = 1, batch: int = 32, lr: float = 1e-2
 ) -> Callable:
-    """A logistic probe on centred residuals, trained with AdamW, as a function that predicts 0 or
-    1.
-    """
+    """A logistic probe on centred residuals (AdamW), as a function that predicts 0 or 1."""
     random, centre = torch.Generator().manual_seed(0), x.mean(0)
     weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.AdamW([weight, bias], lr=lr)
@@ -131,9 +127,7 @@ def fit_probe(
 
 
 def check_biographies(toy: ToyText) -> list[Check]:
-    """Gender from biographies, and the profession probe that learned it only where gender gives it
-    away.
-    """
+    """Probes of gender, and of profession learned only where gender gives it away."""
     texts = toy.draw("life", LIVES, without_stated(toy.settings.corpus))
     x = toy.residual(texts.tokens[:, : BODY_OF_LIFE.stop], toy.later)[:, BODY_OF_LIFE].mean(1)
     gender = torch.from_numpy(texts.truth["gender"]).long()
@@ -157,9 +151,7 @@ def check_biographies(toy: ToyText) -> list[Check]:
 
 
 def check_senses(toy: ToyText) -> Check:
-    """Whether a linear probe reads the sense of a polysemous word at the word itself, at the later
-    hook.
-    """
+    """Whether a linear probe reads the sense of a polysemous word, at the later hook."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

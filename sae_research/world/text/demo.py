@@ -177,9 +177,7 @@ class Dose:
     dose: float
     """Length of the added direction as a share of the residual's mean norm."""
     mass: np.ndarray
-    """Probability of the concept's private words where a private word of another concept was
-    due.
-    """
+    """Probability of the concept's private words where those of another concept were due."""
     control: np.ndarray
     """The same after adding a random direction of the same length."""
 
@@ -233,9 +231,7 @@ def steer(
 def continue_text(
     toy: ToyText, sae: "SAE", hook: str, latent: int, dose: float, opening: str, n: int = 24
 ) -> str:
-    """A greedy continuation of `opening` with a latent's direction added at every position (dose
-    0: unsteered).
-    """
+    """A greedy continuation of `opening` with a latent's direction added (dose 0: unsteered)."""
     tokens = toy.model.tokens([opening])
     norm = toy.model.residual(tokens, hook)[:, 1:].norm(dim=-1).mean()
     unit = torch.nn.functional.normalize(steering.directions(sae)[latent], dim=0)

@@ -64,17 +64,13 @@ class Detectors:
     threshold: "Tensor"
     """Activation from which the latent says yes."""
     f1: "Tensor"
-    """F1 on the text that neither was chosen on; NaN where that text or the other lacks the
-    label.
-    """
+    """F1 on the text that neither was chosen on; NaN where either text lacks the label."""
     positives: "Tensor"
     """Tokens with the label in the scored text."""
 
 
 def _ranked(acts: SparseActivations, levels: int) -> tuple["Tensor", "Tensor"]:
-    """Quantile level (0 to levels - 1) of each entry within its latent, and the lowest value of
-    each level.
-    """
+    """Quantile level of each entry within its latent, and the lowest value of each level."""
     order = torch.argsort(acts.value, stable=True)
     order = order[torch.argsort(acts.latent[order], stable=True)]
     counts = torch.bincount(acts.latent, minlength=acts.n_latents)

@@ -1,6 +1,4 @@
-"""Documents of the toy text model, of one kind or mixed, whole or cut as a corpus reader meets
-them.
-"""
+"""Documents of the toy text model, of one kind or mixed, whole or cut and packed."""
 
 from dataclasses import replace
 
@@ -23,9 +21,7 @@ _GENERATORS = {
 def make_documents(
     kind: str, n: int, seed: int | np.random.Generator, corpus: Corpus | None = None, **given
 ) -> Texts:
-    """`n` documents of one kind; `given` fixes truths (articles: `concepts`; lives: `gender`,
-    `profession`).
-    """
+    """`n` documents of one kind; `given` fixes `concepts`, or `gender` and `profession`."""
     return _GENERATORS[kind](n, np.random.default_rng(seed), corpus or Corpus(), **given)
 
 

@@ -1,6 +1,4 @@
-"""Vectorised filling of sentence frames: tokens, their exact log-probabilities, and the slot that
-each one fills.
-"""
+"""Vectorised filling of sentence frames: tokens, log-probabilities, and slots filled."""
 
 from dataclasses import dataclass, field
 
@@ -28,9 +26,7 @@ class Grammar:
     """Slots (what they may hold, given a document's variable) and the frames that use them."""
 
     options: dict[str, tuple[str | None, np.ndarray]]
-    """Slot: the variable that selects a row (None: the only row), and the table of token ids to
-    draw from evenly.
-    """
+    """Slot: the variable that selects a row (None: the only row), and the token ids to draw."""
     lexicon: Lexicon = field(default_factory=lexicon)
 
     def __post_init__(self) -> None:
@@ -101,9 +97,7 @@ def join(pieces: list[Piece]) -> Piece:
 
 
 def reveal(piece: Piece, where: np.ndarray, log_probability: np.ndarray | float) -> None:
-    """Charge a hidden variable's log-probability to the first position of each row where it shows
-    (`where` is true).
-    """
+    """Charge a hidden variable's log-probability to the first position where it shows."""
     rows = np.flatnonzero(where.any(1))
     charge = np.broadcast_to(log_probability, (len(where),))
     piece.floor[rows, where[rows].argmax(1)] += charge[rows]

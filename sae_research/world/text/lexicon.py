@@ -77,14 +77,10 @@ TOPICS = {
         "shy furry fierce nocturnal gray hungry",
     ),
 }
-"""Topic: its concepts, then 20 words that all its concepts share (8 nouns, 6 verbs, 6
-adjectives).
-"""
+"""Topic: its concepts, then the 8 nouns, 6 verbs and 6 adjectives that they share."""
 
 ENDINGS = ["ist", "oid", "ling", "ward", "kin", "ette"]
-"""A concept's private words are its name with one of these endings, so that a reader sees the
-truth in the token.
-"""
+"""A concept's private words are its name with one of these, so that the token tells."""
 
 SENSES = {
     "bank": {
@@ -239,9 +235,7 @@ class Lexicon:
         return {word: i + 4 for i, word in enumerate(self.words)}
 
     def table(self, rows: list[list[str]] | list[str]) -> np.ndarray:
-        """Token ids of rows of words: what a slot may hold, one row for each value of its
-        variable.
-        """
+        """Token ids of rows of words: what a slot may hold, one row per value of its variable."""
         return np.array(
             [[self.ids[w] for w in (row.split() if isinstance(row, str) else row)] for row in rows]
         )

@@ -1,6 +1,4 @@
-"""The toy text model: a small Llama that reads the mixture of documents, and the SAEs of its
-residual stream.
-"""
+"""The toy text model: a small Llama that reads all kinds of documents, and its SAEs."""
 
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -57,9 +55,7 @@ class TextModel:
     biography say of the profession.
     """
     averaged: float = 0.1
-    """Last share of the steps whose weights are averaged into the final ones, which steadies rates
-    such as refusals.
-    """
+    """Last share of the steps whose weights are averaged, which steadies rates of refusal."""
     clip: float = 1.0
     """Largest gradient norm."""
     bfloat16: bool = True
@@ -98,9 +94,7 @@ def use_threads(n: int) -> Iterator[None]:
 
 
 def compute_token_losses(model: "LlamaForCausalLM", tokens: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy, [rows, LENGTH - 1]; 0 before a start token, which nothing
-    predicts.
-    """
+    """Next-token cross-entropy, [rows, LENGTH - 1]; 0 before a start token."""
     logits = model(tokens).logits[:, :-1].float()
     target = tokens[:, 1:].masked_fill(tokens[:, 1:] == BOS_ID, -100)
     return torch.nn.functional.cross_entropy(
@@ -201,9 +195,7 @@ def train_saes(
     folder: Path,
     hook_indices: Collection[int] | None = None,
 ) -> None:
-    """Train the SAEs of all hooks, or of those at `hook_indices`, on packed rows, into
-    `folder`/name.
-    """
+    """Train the SAEs of the hook at `hook_index` on packed rows, into `folder`/name."""
     rng = np.random.default_rng([seed, 2])
     tokens, held_out = (
         torch.from_numpy(make_rows(n, rng, settings.corpus).tokens).long()

@@ -50,9 +50,7 @@ def _life_grammar() -> Grammar:
 def make_biographies(
     n: int, rng: np.random.Generator, corpus: Corpus, gender=None, profession=None
 ) -> Texts:
-    """Biographies with independent gender and profession (drawn, or given): two or more cues to
-    the latter.
-    """
+    """Biographies with independent gender and profession (drawn, or given)."""
     grammar = _life_grammar()
     gender = rng.integers(2, size=n) if gender is None else np.asarray(gender)
     profession = rng.integers(2, size=n) if profession is None else np.asarray(profession)
@@ -98,9 +96,7 @@ def make_biographies(
 
 
 def _charge_profession(piece: Piece, grammar: Grammar, corpus: Corpus, stated: np.ndarray) -> None:
-    """Charge what each cue reveals of a profession that was not stated, by Bayes' rule over the
-    two professions.
-    """
+    """Charge what each cue reveals of an unstated profession, by Bayes' rule over the two."""
     own, contrary, named = (
         piece.slots == grammar.slot(s) for s in ("CUE", "CONTRARY", "PROFESSION")
     )
@@ -146,9 +142,7 @@ def _chat_grammar() -> Grammar:
 
 
 def make_chats(n: int, rng: np.random.Generator, corpus: Corpus) -> Texts:
-    """Chats of three requests (action and topic), each answered; refusals only where both are
-    restricted.
-    """
+    """Chats of three answered requests; refusals only where topic and action are restricted."""
     lex, grammar = lexicon(), _chat_grammar()
     pieces, turns = [grammar.fill(rng, n, frames.CHAT_OPENING, {})], []
     for _ in range(3):
