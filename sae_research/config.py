@@ -8,7 +8,7 @@ import json
 import pkgutil
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar, dataclass_transform
@@ -195,12 +195,6 @@ def load(profile: str | None = None) -> Profile:
 def as_json(profile: Profile) -> dict:
     """All settings in force, as plain values."""
     return {name: asdict(block) for name, block in profile.blocks().items()}
-
-
-def default_of(cls: type, name: str) -> object:
-    """The default (the paper's value) of one setting."""
-    f = next(f for f in fields(cls) if f.name == name)
-    return f.default_factory() if f.default is MISSING else f.default
 
 
 def departures(names: tuple[str, ...]) -> list[dict]:

@@ -237,11 +237,6 @@ def read_json(path: Path) -> object:
         ) from error
 
 
-def code(*files: Path) -> str:
-    """A fingerprint of source files: work that was made by other code is not taken up again."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
-
-
 def rounded(value: object, digits: int = 6) -> object:
     """Numbers at any depth to significant digits, so that another processor writes the same bytes.
 

@@ -284,4 +284,3 @@ def test_the_real_opinions_give_their_reference_numbers():
     assert np.mean([survey.sampling_noise(found, s) for s in range(5)]) == pytest.approx(
         0.014, abs=0.001
     )
-    assert np.allclose(survey.spectrum(found)[:4], [0.53, 0.72, 0.84, 0.89], atol=0.02)

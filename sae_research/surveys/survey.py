@@ -214,17 +214,6 @@ def sampling_noise(survey: Survey, seed: int) -> float:
     return float(wasserstein(survey.distributions, again.distributions, survey.gaps).mean())
 
 
-def spectrum(survey: Survey) -> np.ndarray:
-    """Cumulative share of variance that the components of the groups' centred log-probabilities
-    explain.
-    """
-    logs = np.log(np.clip(survey.distributions, 1e-3, 1)) * survey.mask
-    logs -= logs.sum(-1, keepdims=True) / survey.mask.sum(-1, keepdims=True)
-    table = logs[:, survey.mask]
-    values = np.linalg.svd(table - table.mean(0), compute_uv=False) ** 2
-    return np.cumsum(values) / values.sum()
-
-
 def _require_counts(survey: Survey) -> np.ndarray:
     if survey.counts is None:
         raise ResearchError(

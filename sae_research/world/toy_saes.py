@@ -1,10 +1,10 @@
 """The SAEs of a toy model: how they are trained and loaded, what screening can use of them."""
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from sae_research import activations, saes, training
@@ -64,45 +64,40 @@ def _name_sae(hook: str, kind: str) -> str:
 def train_saes(
     recipe: ToySAEs,
     model: LanguageModel,
-    tokens: torch.Tensor,
-    held_out: torch.Tensor,
+    tokens: np.ndarray,
+    held_out: np.ndarray,
     seed: int,
     folder: Path,
-    hook_indices: Collection[int] | None = None,
+    hook_index: int,
 ) -> None:
-    """Train the SAEs of all hooks, or of those at `hook_indices`, on `tokens`, into `folder`/name.
+    """Train the SAEs of the hook at `hook_index` on `tokens`, into `folder`/name.
 
-    Those of a hook run in lock-step on the same batches; thresholds are set on `held_out`.
+    They run in lock-step on the same batches; thresholds are set on `held_out`.
     """
-    for index, hook in enumerate(recipe.hooks):
-        if hook_indices is not None and index not in hook_indices:
-            continue
-        acts, calibration = (
-            activations.collect(model, part, hook, batch=256) for part in (tokens, held_out)
-        )
-        configs = recipe.make_configs(model.d_model, hook)
-        for config in configs.values():
-            config.metadata = saes.metadata(model, hook)
-        trained = training.train(
-            configs,
-            activations.batches(acts, recipe.training.batch_size, recipe.training.steps, seed),
-            recipe.training,
-            seed,
-            {name: training.aimed_at(recipe.relu_l0) for name in configs if name.endswith("_relu")}
-            | {name: training.held_at(recipe.l0) for name in configs if name.endswith("_jumprelu")},
-        )
-        for name, sae in trained.items():
-            saes.save(
-                training.inference(sae, calibration, recipe.l0), Path(folder) / name, half=True
-            )
+    hook = recipe.hooks[hook_index]
+    acts, calibration = (
+        activations.collect(model, torch.from_numpy(part).long(), hook, batch=256)
+        for part in (tokens, held_out)
+    )
+    configs = recipe.make_configs(model.d_model, hook)
+    for config in configs.values():
+        config.metadata = saes.metadata(model, hook)
+    trained = training.train(
+        configs,
+        activations.batches(acts, recipe.training.batch_size, recipe.training.steps, seed),
+        recipe.training,
+        seed,
+        {name: training.aimed_at(recipe.relu_l0) for name in configs if name.endswith("_relu")}
+        | {name: training.held_at(recipe.l0) for name in configs if name.endswith("_jumprelu")},
+    )
+    for name, sae in trained.items():
+        saes.save(training.inference(sae, calibration, recipe.l0), Path(folder) / name, half=True)
 
 
 def load_saes(folder: Path) -> "dict[str, SAE]":
     """The SAEs of a folder by name, early hooks first."""
-    return {
-        path.parent.name: saes.load_sae(path.parent)
-        for path in sorted(Path(folder).glob("*/cfg.json"))
-    }
+    found = sorted(Path(folder).glob("*/cfg.json"))
+    return {path.parent.name: saes.load_sae(path.parent) for path in found}
 
 
 def count_eligible(model: LanguageModel, sae: "SAE", contexts: torch.Tensor) -> int:
