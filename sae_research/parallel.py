@@ -91,8 +91,8 @@ def _backend(n_jobs: int | str, threads: int) -> Iterator[bool]:
         from ray.util.joblib import register_ray
     except ImportError as error:
         raise ResearchError(
-            "n_jobs is 'ray' but Ray is not installed; run "
-            "`pip install -e '.[ray]' -c constraints.txt`, or set n_jobs to a number of processes."
+            "n_jobs is 'ray' but Ray is not installed; run `pip install -e '.[ray]' "
+            "-c constraints.txt`, or set n_jobs to a number of local processes."
         ) from error
     register_ray()
     with parallel_config("ray", n_jobs=-1):

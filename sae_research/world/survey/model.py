@@ -82,7 +82,8 @@ def train_model(settings: SurveySettings, seed: int, folder: Path) -> None:
             loss = loss + compute_next_token_loss(model, hidden, batch, read)
         if not torch.isfinite(loss):
             raise ResearchError(
-                f"the toy survey model's loss is not finite at step {step}; lower `lr`, run again."
+                f"the toy survey model's loss is not finite at step {step}; "
+                "lower `lr` and run again."
             )
         optimizer.zero_grad()
         loss.backward()
