@@ -145,14 +145,12 @@ def tabulate_saes(quality: Sequence[dict], truths: Mapping[str, tuple | str]) ->
     rows = []
     for sae in quality:
         hook = sae["hook"].removesuffix(".hook_resid_post")
-        row = {
-            "SAE": f"{sae['kind']}, {sae['width']:,} at {hook}",
-            "explained variance": f"{sae['explained_variance']:.3f}",
-            "CE recovered": f"{sae['ce_recovered']:.4f}",
-            "L0": f"{sae['l0']:.1f}",
-            "dead": f"{sae['dead_share']:.2f}",
-            "eligible": sae["eligible"],
-        }
+        row = {"SAE": f"{sae['kind']}, {sae['width']:,} at {hook}"}
+        row["explained variance"] = f"{sae['explained_variance']:.3f}"
+        row["CE recovered"] = f"{sae['ce_recovered']:.4f}"
+        row["L0"] = f"{sae['l0']:.1f}"
+        row["dead"] = f"{sae['dead_share']:.2f}"
+        row["eligible"] = sae["eligible"]
         for column, key in truths.items():
             share = sae[key] if isinstance(key, str) else _find_truth(sae, *key)["F1 at least .7"]
             row[column] = f"{share:.2f}"

@@ -16,25 +16,12 @@ LETTERS = ("A", "B", "C", "D")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ANIMALS = ("cat", "dog", "fox", "owl")
 DEEDS = ("saw", "met", "fed")
-FRAME = (
-    "i",
-    "am",
-    ".",
-    "question",
-    ":",
-    "should",
-    "we",
-    "?",
-    "answer",
-    "plus",
-    "minus",
-    "is",
-    "the",
-)
+FRAME = ("i", "am", ".", "question", ":", "should", "we", "?", "answer")
+SUMS = ("plus", "minus", "is", "the")
 VALUES = tuple(value for values in ATTRIBUTES.values() for value in values)
 WORDS = [
-    *FRAME, *VALUES, *VERBS, *TOPICS, *(option for options in OPTION_SETS for option in options),
-    *LETTERS, *NUMBERS, *ANIMALS, *DEEDS,
+    *FRAME, *SUMS, *VALUES, *VERBS, *TOPICS,
+    *(option for options in OPTION_SETS for option in options), *LETTERS, *NUMBERS, *ANIMALS, *DEEDS,
 ]  # fmt: skip
 SENTENCES = 4
 """Sentences of an off-task document."""
@@ -138,11 +125,8 @@ class Writer:
         drawn = (target.cumsum(-1) < draws.random((n, 1)) * target.sum(-1, keepdims=True)).sum(-1)
         rows, answer = [], np.zeros(n, dtype=int)
         for i, persona in enumerate(stated):
-            start = [
-                self.ids[BOS],
-                *(token for v in persona.values() for token in self.statements[v]),
-            ]
-            start += self.prompts[question[i]][reverse[i]]
+            said = [token for v in persona.values() for token in self.statements[v]]
+            start = [self.ids[BOS], *said, *self.prompts[question[i]][reverse[i]]]
             answer[i] = len(start) - 1
             rows.append([*start, self.letters[drawn[i]], self.ids["."], self.ids[EOS]])
         tokens = self._pad(rows)
@@ -153,22 +137,16 @@ class Writer:
         texts = [OFF_TASK[i % len(OFF_TASK)](draws) for i in range(n)]
         rows = [[self.ids[BOS], *(self.ids[w] for w, _ in text), self.ids[EOS]] for text in texts]
         surprisal = np.array([[np.nan, np.nan, *(s for _, s in text[1:]), 0.0] for text in texts])
-        return Batch(
-            self._pad(rows),
-            np.full(n, -1),
-            np.zeros((n, len(LETTERS))),
-            surprisal.reshape(n, -1),
-        )
+        target = np.zeros((n, len(LETTERS)))
+        return Batch(self._pad(rows), np.full(n, -1), target, surprisal.reshape(n, -1))
 
     def write_mixed(
         self, n: int, draws: np.random.Generator, most_stated: int, off_task: float
     ) -> Batch:
         """`n` documents of which the share `off_task` is off-task text, in random order."""
         aside = round(n * off_task)
-        parts = [
-            self.write_survey(n - aside, draws, most_stated),
-            self.write_off_task(aside, draws),
-        ]
+        asked = self.write_survey(n - aside, draws, most_stated)
+        parts = [asked, self.write_off_task(aside, draws)]
         width, order = max(p.tokens.shape[1] for p in parts), draws.permutation(n)
 
         def join(name: str, fill: float) -> np.ndarray:
@@ -193,6 +171,5 @@ class Writer:
 
     def _pad(self, rows: Sequence[list[int]]) -> np.ndarray:
         width = max(map(len, rows), default=0)
-        return np.array([row + [self.ids[PAD]] * (width - len(row)) for row in rows]).reshape(
-            len(rows), width
-        )
+        padded = [row + [self.ids[PAD]] * (width - len(row)) for row in rows]
+        return np.array(padded).reshape(len(rows), width)

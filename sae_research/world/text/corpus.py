@@ -5,6 +5,7 @@ per token (what the next word depends on, the sense of a word) and per document 
 about).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +44,8 @@ class Corpus:
     stated: float = 0.5
     """Share of biographies that state the profession at once."""
     titled: float = 0.88
-    """Share of biographies that open with a title, which gives the gender away at once; where all
-    do, a probe that goes by gender is never right about the exceptions.
+    """Share of biographies that open with a title, which tells the gender; where all do, a probe
+    that goes by gender is never right about the exceptions.
     """
     pronoun: float = 0.5
     """Share of a biography's subjects that are pronouns; the third is if none was before."""
@@ -85,7 +86,12 @@ class Texts:
 
 
 def make_texts(
-    kind: str, corpus: Corpus, piece: Piece, next_of: dict, here_of: dict, truth: dict
+    kind: str,
+    corpus: Corpus,
+    piece: Piece,
+    truth: Mapping = {},
+    next_of: Mapping = {},
+    here_of: Mapping = {},
 ) -> Texts:
     """A piece with its start token; `next_of` labels move back to where the word is predicted."""
     n = len(piece.tokens)

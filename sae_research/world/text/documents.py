@@ -34,9 +34,7 @@ def make_mixture(n: int, seed: int | np.random.Generator, corpus: Corpus | None 
     """`n` documents of all kinds in random order, in the corpus's shares."""
     rng, corpus = np.random.default_rng(seed), corpus or Corpus()
     counts = rng.multinomial(n, corpus.shares)
-    parts = [
-        _GENERATORS[kind](count, rng, corpus) for kind, count in zip(KINDS, counts, strict=True)
-    ]
+    parts = [_GENERATORS[k](count, rng, corpus) for k, count in zip(KINDS, counts, strict=True)]
     return stack(parts)[rng.permutation(n)]
 
 
@@ -76,13 +74,8 @@ def pack(first: Texts, second: Texts, seed: int | np.random.Generator) -> Texts:
         return np.where(position < cut, a, np.take_along_axis(b, later, axis=1))
 
     token_truth = {k: pick(v, second.token_truth[k]) for k, v in first.token_truth.items()}
-    return Texts(
-        pick(first.tokens, second.tokens),
-        pick(first.floor, second.floor),
-        first.kind,
-        token_truth,
-        first.truth,
-    )
+    tokens, floor = pick(first.tokens, second.tokens), pick(first.floor, second.floor)
+    return replace(first, tokens=tokens, floor=floor, token_truth=token_truth)
 
 
 def make_rows(n: int, seed: int | np.random.Generator, corpus: Corpus | None = None) -> Texts:

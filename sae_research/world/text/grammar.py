@@ -58,9 +58,8 @@ class Grammar:
         occurrence in the frame.
         """
         table = np.array([[self._code(word) for word in frame.split()] for frame in frames])
-        odds = np.broadcast_to(
-            np.full(len(frames), 1 / len(frames)) if odds is None else odds, (n, len(frames))
-        )
+        odds = np.full(len(frames), 1 / len(frames)) if odds is None else odds
+        odds = np.broadcast_to(odds, (n, len(frames)))
         choice = (rng.random((n, 1)) >= odds.cumsum(1)[:, :-1]).sum(1)
         codes = table[choice]
         floor = np.zeros(codes.shape, np.float64)
@@ -68,9 +67,8 @@ class Grammar:
         for name, (other, share) in (alternatives or {}).items():
             rows, columns = np.nonzero(codes == -1 - self.slot(name))
             nth = (codes == -1 - self.slot(name)).cumsum(1)[rows, columns] - 1
-            p = np.broadcast_to(share, (n, share.shape[-1]))[
-                rows, np.minimum(nth, share.shape[-1] - 1)
-            ]
+            shares = np.broadcast_to(share, (n, share.shape[-1]))
+            p = shares[rows, np.minimum(nth, share.shape[-1] - 1)]
             taken = rng.random(len(rows)) < p
             codes[rows[taken], columns[taken]] = -1 - self.slot(other)
             floor[rows, columns] += np.log(np.where(taken, p, 1 - p))
@@ -88,12 +86,8 @@ class Grammar:
 
 def join(pieces: list[Piece]) -> Piece:
     """Pieces one after the other."""
-    return Piece(
-        *(
-            np.concatenate([getattr(p, name) for p in pieces], axis=1)
-            for name in ("tokens", "floor", "slots")
-        )
-    )
+    parts = [(p.tokens, p.floor, p.slots) for p in pieces]
+    return Piece(*(np.concatenate(same, axis=1) for same in zip(*parts, strict=True)))
 
 
 def reveal(piece: Piece, where: np.ndarray, log_probability: np.ndarray | float) -> None:
