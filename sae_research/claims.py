@@ -64,9 +64,8 @@ class Expectation:
 
     def is_met_by(self, m: "Measurement") -> bool:
         """Whether the value, and if the rule asks for it the interval, lies as expected."""
-        return self.is_met_at(m.value) and (
-            not self.interval or (self.is_met_at(m.low) and self.is_met_at(m.high))
-        )
+        numbers = (m.value, m.low, m.high) if self.interval else (m.value,)
+        return all(map(self.is_met_at, numbers))
 
 
 @_stated
@@ -92,9 +91,8 @@ class Rule(Expectation):
             return self
         if isinstance(self.threshold, tuple):
             raise ValueError("`between` has no `direction`")
-        if self.direction != self.threshold and not _SIDES[self.expect](
-            self.threshold, self.direction
-        ):
+        side = _SIDES[self.expect]
+        if self.direction != self.threshold and not side(self.threshold, self.direction):
             raise ValueError("`direction` lies beyond the threshold")
         return self
 
@@ -223,10 +221,8 @@ def load_claims(study: str | None = None) -> dict[str, Claim]:
         for given in block:
             claim = parse(name, given)
             if claim.id in claims:
-                raise ResearchError(
-                    f"claim '{claim.id}' is stated twice in claims.yaml; give each claim its own "
-                    "id."
-                )
+                words = f"claim '{claim.id}' is stated twice in claims.yaml"
+                raise ResearchError(f"{words}; give each claim its own id.")
             claims[claim.id] = claim
     return {i: c for i, c in claims.items() if study in (None, c.study)}
 
@@ -263,9 +259,8 @@ def judge(claim: Claim, measurement: Measurement | None) -> str:
     _check(measurement, rule, f"claim '{claim.id}'")
     if (rule.control is None) != (measurement.control is None):
         raise ResearchError(
-            f"claim '{claim.id}' states {'a' if rule.control else 'no'} control, "
-            f"but {'none' if rule.control else 'one'} was measured; make rule and measurement "
-            "agree."
+            f"claim '{claim.id}' states {'a' if rule.control else 'no'} control, but "
+            f"{'none' if rule.control else 'one'} was measured; make rule and measurement agree."
         )
     stands = True
     if rule.control is not None:
@@ -345,8 +340,7 @@ def unite(profile: str) -> list[dict]:
         if claim.id not in found or found[claim.id]["rule"] != _as_json(claim.rule):
             raise ResearchError(
                 f"{paths.relative(file)} does not hold claim '{claim.id}' as claims.yaml states "
-                "it; "
-                "run `make reproduce` to measure it again."
+                "it; run `make reproduce` to measure it again."
             )
         lines.append(found[claim.id])
     store.write_json(paths.DATA / profile / "claims.json", lines)

@@ -53,22 +53,18 @@ def write() -> None:
 
 def make_stages() -> dict[str, dict]:
     """Every stage by name."""
+    blocks = [f"sae_research/studies/{study}/settings.py" for study in config.study_names()]
     return {
         "world": _world(),
         "settings": {
             "desc": "the settings in force; each stage depends on its own block of them",
             "cmd": "python -m sae_research settings --profile ${profile}",
-            "deps": ["sae_research/config.py", *_settings_files()],
+            "deps": ["sae_research/config.py", *blocks],
             "params": ["profiles.${profile}"],
             "outs": [_kept(_SETTINGS)],
         },
         **{name: _notebook(name) for name in notebooks.names()},
     }
-
-
-def _settings_files() -> list[str]:
-    folder = dependencies.PACKAGE / "studies"
-    return [dependencies.relative(folder / s / "settings.py") for s in config.study_names()]
 
 
 def _world() -> dict:

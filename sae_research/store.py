@@ -18,6 +18,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
+from psutil import pid_exists
+
 from sae_research.errors import ResearchError
 from sae_research.paths import relative
 
@@ -50,8 +52,7 @@ def _plain(value: object) -> object:
         return sorted(value)
     if isinstance(value, PurePath):
         return value.as_posix()
-    # the text of an object may differ between processes, and that of a long array leaves its middle
-    # out
+    # an object's text may differ between processes, and that of a long array lacks its middle
     raise TypeError(
         f"{type(value).__name__} has no stable fingerprint; pass settings, names and checksums only"
     )
@@ -72,27 +73,15 @@ def _partial(path: Path) -> Path:
     """This process's temporary sibling of `path`; those that killed processes left are removed."""
     for stale in path.parent.glob(f"{_PARTIAL}*"):
         match = re.fullmatch(rf"{re.escape(_PARTIAL + path.name)}\.(\d+)", stale.name)
-        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+        if match and (int(match[1]) == os.getpid() or not pid_exists(int(match[1]))):
             _remove(stale)
     return path.with_name(f"{_PARTIAL}{path.name}.{os.getpid()}")
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
 
 
 def _replaced(folder: Path) -> Path:
@@ -124,15 +113,13 @@ def writing(folder: Path) -> Iterator[Path]:
         (partial / CHECKSUMS).write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n")
         _replace(partial, folder)
     except OSError as error:
-        # the block may also read files or the network: only what went wrong in writing is explained
-        # here
+        # the block may also read files or the network: only failed writing is explained here
         if error.errno in _FULL or str(error.filename or "").startswith(str(partial)):
             raise _explain(error.strerror or str(error), folder) from error
         raise
     except Exception as error:
-        code = re.search(
-            r"os error (\d+)", str(error)
-        )  # how safetensors hands the system's error on
+        # how safetensors hands the system's error on
+        code = re.search(r"os error (\d+)", str(error))
         if code and int(code[1]) in _FULL:
             raise _explain(os.strerror(int(code[1])), folder) from error
         raise
@@ -161,23 +148,19 @@ def verified(folder: Path, remedy: str = "run `make reproduce` to make it.") -> 
     _recover(folder)
     if not (folder / CHECKSUMS).is_file():
         raise ResearchError(f"{relative(folder)} is missing or incomplete; {remedy}")
+    again = f"delete {relative(folder)} and run again."
     try:
         sums = dict(json.loads((folder / CHECKSUMS).read_text()))
     except (TypeError, ValueError) as error:
-        raise ResearchError(
-            f"{relative(folder / CHECKSUMS)} is damaged; delete {relative(folder)} and run again."
-        ) from error
+        raise ResearchError(f"{relative(folder / CHECKSUMS)} is damaged; {again}") from error
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():
-            raise ResearchError(
-                f"{relative(path)} is missing; restore it or delete {relative(folder)} and run "
-                "again."
-            )
+            raise ResearchError(f"{relative(path)} is missing; restore it or {again}")
         if sha256(path) != expected:
             raise ResearchError(
                 f"{relative(path)} does not match its checksum (truncated or altered); "
-                f"restore it or delete {relative(folder)} and run again."
+                f"restore it or {again}"
             )
     return folder
 
@@ -186,11 +169,8 @@ def resumed(folder: Path, key: object, build: Callable[[Path], None]) -> Path:
     """The artefact `folder` made with settings `key`; if it is not there, `build` fills it."""
     mark = fingerprint(key).encode()
     _recover(folder)
-    if (
-        (folder / CHECKSUMS).is_file()
-        and (folder / "key").is_file()
-        and (folder / "key").read_bytes() == mark
-    ):
+    known = (folder / CHECKSUMS).is_file() and (folder / "key").is_file()
+    if known and (folder / "key").read_bytes() == mark:
         return verified(folder)
     with writing(folder) as partial:
         build(partial)
@@ -225,16 +205,21 @@ def write_json(path: Path, value: object) -> None:
 
 def read_json(path: Path) -> object:
     """Read JSON, or say which file is missing or damaged."""
-    try:
+    with _explaining(path, json.JSONDecodeError, UnicodeDecodeError):
         return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _explaining(path: Path, *damage: type[Exception]) -> Iterator[None]:
+    """Say what to do when a file that is read is missing or damaged."""
+    try:
+        yield
     except FileNotFoundError as error:
-        raise ResearchError(
-            f"{relative(path)} is missing; run `make reproduce` to make it."
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResearchError(
-            f"{relative(path)} is damaged; delete it and run `make reproduce`."
-        ) from error
+        message = f"{relative(path)} is missing; run `make reproduce` to make it."
+        raise ResearchError(message) from error
+    except damage as error:
+        message = f"{relative(path)} is damaged; delete it and run `make reproduce`."
+        raise ResearchError(message) from error
 
 
 def rounded(value: object, digits: int = 6) -> object:
@@ -270,9 +255,8 @@ def write_tensors(
     from safetensors.torch import save
 
     about = {"about": json.dumps(metadata, sort_keys=True)} if metadata else None
-    write_bytes(
-        path, save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, metadata=about)
-    )
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    write_bytes(path, save(plain, metadata=about))
 
 
 def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
@@ -280,13 +264,5 @@ def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with _explaining(path, SafetensorError):
         return load_file(path)
-    except FileNotFoundError as error:
-        raise ResearchError(
-            f"{relative(path)} is missing; run `make reproduce` to make it."
-        ) from error
-    except SafetensorError as error:
-        raise ResearchError(
-            f"{relative(path)} is damaged; delete it and run `make reproduce`."
-        ) from error

@@ -122,9 +122,8 @@ class Population:
             for options in OPTION_SETS
         )
         self.offset = np.array([of_pair[q.topic, q.verb] for q in self.questions])
-        self.loading = np.array(
-            [np.multiply(VERBS[q.verb], TOPICS[q.topic]) for q in self.questions]
-        )
+        loadings = [np.multiply(VERBS[q.verb], TOPICS[q.topic]) for q in self.questions]
+        self.loading = np.array(loadings)
 
     @cached_property
     def effects(self) -> dict[str, np.ndarray]:

@@ -21,7 +21,8 @@ SUMS = ("plus", "minus", "is", "the")
 VALUES = tuple(value for values in ATTRIBUTES.values() for value in values)
 WORDS = [
     *FRAME, *SUMS, *VALUES, *VERBS, *TOPICS,
-    *(option for options in OPTION_SETS for option in options), *LETTERS, *NUMBERS, *ANIMALS, *DEEDS,
+    *(option for options in OPTION_SETS for option in options),
+    *LETTERS, *NUMBERS, *ANIMALS, *DEEDS,
 ]  # fmt: skip
 SENTENCES = 4
 """Sentences of an off-task document."""
