@@ -196,12 +196,9 @@ def test_distributions_are_distributions(population, survey):
     assert not population.table[..., ~survey.mask].any()
 
 
-@pytest.mark.parametrize(
-    "settings", [PopulationSettings(), PopulationSettings(interaction=0.5, classes=0.7)]
-)
-def test_exact_answers_agree_with_persons_drawn_one_by_one(settings):
+def test_exact_answers_agree_with_persons_drawn_one_by_one(population):
     """Monte Carlo over persons with party and age stated; every cell within 5 standard errors."""
-    population, n = Population(settings), 20_000
+    n = 20_000
     draws = np.random.default_rng(0)
     stated = {"party": "red", "age": "young"}
     value = {
@@ -211,11 +208,7 @@ def test_exact_answers_agree_with_persons_drawn_one_by_one(settings):
         for a, v in ATTRIBUTES.items()
     }
     theta = sum(population.effects[a][value[a]] for a in ATTRIBUTES)
-    theta[:, 0] += settings.interaction * population.interaction[value["party"], value["age"]]
-    corners = settings.classes * np.array([(-1, -1, 0), (-1, 1, 0), (1, -1, 0), (1, 1, 0)])
-    member = np.exp(theta @ corners.T)
-    member = (draws.random((n, 1)) > (member / member.sum(1, keepdims=True)).cumsum(1)).sum(1)
-    theta = theta + corners[member] + draws.normal(0, settings.spread, theta.shape)
+    theta = theta + draws.normal(0, population.settings.spread, theta.shape)
     exact = population.answers_given(stated)
     for q in range(0, 216, 7):
         question = population.questions[q]
@@ -241,31 +234,6 @@ def test_margins_are_mixtures_of_their_intersections(population, survey):
     share = np.array([g.share for g in cells.groups])
     assert np.tensordot(share, cells.distributions, axes=1) == pytest.approx(survey.overall)
     assert np.tensordot(share, cells.traits, axes=1) == pytest.approx(np.zeros(3), abs=1e-12)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.6])
-def test_eta_is_the_deviation_from_additive_traits(eta):
-    population = Population(PopulationSettings(interaction=eta))
-    alone = {v: population.trait({a: v}) for a in ("party", "age") for v in ATTRIBUTES[a]}
-    excess = np.array(
-        [
-            [
-                population.trait({"party": p, "age": a}) - alone[p] - alone[a]
-                for a in ATTRIBUTES["age"]
-            ]
-            for p in ATTRIBUTES["party"]
-        ]
-    )
-    assert excess[..., 0] == pytest.approx(eta * population.interaction, abs=1e-12)
-    assert np.abs(excess[..., 1:]).max() < 1e-12
-    weights = np.outer(SHARES["party"], SHARES["age"])
-    assert np.sqrt((weights * excess[..., 0] ** 2).sum()) == pytest.approx(eta, abs=1e-12)
-
-
-def test_latent_classes_widen_the_spread_of_answers():
-    one, four = (Population(PopulationSettings(classes=c)).survey() for c in (0.0, 1.5))
-    ends = one.rows("train")[2::3]
-    assert four.overall[ends][:, [0, 3]].sum() > one.overall[ends][:, [0, 3]].sum()
 
 
 def test_splits_hold_whole_pairs_of_topic_and_verb(survey):

@@ -1,7 +1,7 @@
 """The planted survey: persons with attributes answer by a graded-response model, so every
 distribution is exact.
 
-theta = sum_a E[a, value] + eta + class offset + z with z ~ N(0, sigma^2), and P(y >= k | theta)
+theta = sum_a E[a, value] + z with z ~ N(0, sigma^2), and P(y >= k | theta)
 = sigmoid(p_v lambda_t . theta + b - tau_k) for a question on topic t with verb v. The answer
 depends on theta through one projection only, so the integral over z is a Gauss-Hermite sum in
 one dimension.
@@ -90,10 +90,6 @@ class PopulationSettings:
     """Standard deviation sigma of persons around their group, on every trait."""
     offsets: float = 1.2
     """Standard deviation of the questions' offsets b: how far people are from evenly split."""
-    interaction: float = 0.0
-    """eta: extra ideology of party by age cells, times standardised contrasts; 0 is additive."""
-    classes: float = 0.0
-    """Distance on two traits of four latent classes in a cell; 0 is one Gaussian."""
     seed: int = 2024
     """Seed of offsets and splits; the survey is one fixed truth, whatever the seed of training."""
 
@@ -146,30 +142,12 @@ class Population:
             shape = [1] * len(ATTRIBUTES)
             shape[axis] = len(effect)
             theta = theta + effect.reshape(*shape, 3)
-        theta[..., 0] += self.settings.interaction * self.interaction[:, :, None, None, None]
         return theta
-
-    @cached_property
-    def interaction(self) -> np.ndarray:
-        """The party by age pattern that eta multiplies, [3, 3]: no margins, mean square 1."""
-        contrasts = []
-        for attribute in ("party", "age"):
-            share, step = np.array(SHARES[attribute]), np.array([-1.0, 0.0, 1.0])
-            centred = step - share @ step
-            contrasts.append(centred / np.sqrt(share @ centred**2))
-        return np.outer(*contrasts)
 
     @cached_property
     def cell_answers(self) -> np.ndarray:
         """Answers of every combination of values, [3, 3, 3, 3, 2, questions, options]."""
-        s, theta = self.settings, self.cells.reshape(-1, 3)
-        corners = s.classes * np.array([(x, y, 0) for x in (-1, 1) for y in (-1, 1)], dtype=float)
-        member = np.exp(theta @ corners.T)
-        member /= member.sum(1, keepdims=True)
-        answers = sum(
-            member[:, c, None, None] * self.integrate(theta + corner)
-            for c, corner in enumerate(corners)
-        )
+        answers = self.integrate(self.cells.reshape(-1, 3))
         return answers.reshape(*self.cells.shape[:-1], *answers.shape[1:])
 
     def integrate(self, theta: np.ndarray) -> np.ndarray:
@@ -223,7 +201,7 @@ class Population:
         return tuple(v.index(stated[a]) if a in stated else len(v) for a, v in ATTRIBUTES.items())
 
     def trait(self, stated: dict[str, str]) -> np.ndarray:
-        """Mean planted trait of people with the stated values, latent classes left aside."""
+        """Mean planted trait of people with the stated values."""
         theta = self.cells
         for attribute, values in ATTRIBUTES.items():
             share = np.array(SHARES[attribute])
