@@ -54,17 +54,10 @@ def load_opinion_qa(folder: Path, waves: Sequence[int]) -> Survey:
         }
         weight = f"WEIGHT_W{wave}"
         needed = (weight, *attributes, *(q.key for q, _ in items))
-        people = list(read_rows(place / "responses.csv", needed))
-        weights = np.array(
-            [
-                parse_number(row[weight], place / "responses.csv", line, weight)
-                for line, row in people
-            ]
-        )
-        answers = {
-            q.key: _find_chosen(q, refusals, people, place / "responses.csv")
-            for q, refusals in items
-        }
+        people = read_rows(place / "responses.csv", needed)
+        responses = place / "responses.csv"
+        weights = np.array([parse_number(row[weight], responses, i, weight) for i, row in people])
+        answers = {q.key: _find_chosen(q, refusals, people, responses) for q, refusals in items}
         members = {(OVERALL, OVERALL): np.ones(len(people), dtype=bool)}
         for attribute, names in attributes.items():
             held = np.array([row[attribute] for _, row in people])
@@ -89,11 +82,8 @@ def _make_opinion_item(
     options = parse_literal(row["references"], list, path, line)
     ordinal = parse_literal(row["option_ordinal"], list, path, line)
     if not 2 <= len(ordinal) <= len(options):
-        raise malformed(
-            path,
-            line,
-            f"{len(options)} references but {len(ordinal)} ordinals; refusals alone may lack one",
-        )
+        counts = f"{len(options)} references but {len(ordinal)} ordinals"
+        raise malformed(path, line, f"{counts}; refusals alone may lack one")
     item, _ = make_question(row["key"], row["question"], options[: len(ordinal)], ordinal)
     return replace(item, topic=f"wave {wave}"), set(map(str, options[len(ordinal) :]))
 
@@ -102,9 +92,8 @@ def _find_chosen(
     item: Question, refusals: set[str], people: list[tuple[int, dict]], path: Path
 ) -> np.ndarray:
     """Index of the option that each respondent chose; -1 for refusals and the unasked."""
-    index = {option: i for i, option in enumerate(item.options)} | dict.fromkeys(
-        refusals | {"", "nan"}, -1
-    )
+    index = {option: i for i, option in enumerate(item.options)}
+    index |= dict.fromkeys(refusals | {"", "nan"}, -1)
     found = np.empty(len(people), dtype=int)
     for i, (line, row) in enumerate(people):
         if row[item.key] not in index:
@@ -194,9 +183,9 @@ def writable(path: Path, source: str) -> Path:
     path = Path(path).resolve()
     if source in RESTRICTED and path.is_relative_to(ROOT) and not is_ignored(path):
         raise ResearchError(
-            f"{source} holds Pew's American Trends Panel, which may not be redistributed, and "
-            "git would pick "
-            f"{relative(path)} up; write it outside the repository or to a folder that git ignores."
+            f"{source} holds Pew's American Trends Panel, which may not be redistributed, and git "
+            f"would pick {relative(path)} up; write it outside the repository or to a folder that "
+            "git ignores."
         )
     return path
 
@@ -206,12 +195,10 @@ def is_ignored(path: Path) -> bool:
     if not (ROOT / ".git").exists():
         return True
     try:
-        found = subprocess.run(
-            ["git", "check-ignore", "-q", str(path)], cwd=ROOT, capture_output=True, check=False
-        )
-        tracked = subprocess.run(
-            ["git", "ls-files", str(path)], cwd=ROOT, capture_output=True, text=True, check=False
+        ignored, tracked = (
+            subprocess.run(["git", *words, str(path)], cwd=ROOT, capture_output=True, check=False)
+            for words in (["check-ignore", "-q"], ["ls-files"])
         )
     except OSError:
         return False
-    return found.returncode == 0 and not tracked.stdout.strip()
+    return ignored.returncode == 0 and not tracked.stdout.strip()

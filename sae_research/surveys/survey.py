@@ -118,7 +118,8 @@ class Survey:
         """The same survey as a poll of `n` respondents per group (and question) would see it."""
         draws = np.random.default_rng(seed)
         sizes = np.broadcast_to(n, self.distributions.shape[:2])
-        counts = draws.multinomial(sizes, _normalize(self.distributions))
+        shares = self.distributions / self.distributions.sum(-1, keepdims=True)
+        counts = draws.multinomial(sizes, shares)
         return replace(self, counts=counts, distributions=counts / counts.sum(-1, keepdims=True))
 
     def split(self, seed: int, similarity: float = 0.6) -> "Survey":
@@ -149,9 +150,8 @@ def total_variation(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 def divergence(p: np.ndarray, q: np.ndarray, floor: float = 1e-12) -> np.ndarray:
     """KL(p || q) in nats; one number per question."""
-    return np.where(
-        p > 0, p * (np.log(np.maximum(p, floor)) - np.log(np.maximum(q, floor))), 0.0
-    ).sum(-1)
+    logs = np.log(np.maximum(p, floor)) - np.log(np.maximum(q, floor))
+    return np.where(p > 0, p * logs, 0.0).sum(-1)
 
 
 def logit(p: np.ndarray, floor: float = 1e-3) -> np.ndarray:
@@ -217,11 +217,7 @@ def sampling_noise(survey: Survey, seed: int) -> float:
 def _require_counts(survey: Survey) -> np.ndarray:
     if survey.counts is None:
         raise ResearchError(
-            "this survey holds exact distributions without counts; draw a poll with `sampled` "
-            "first."
+            "this survey holds exact distributions without counts; "
+            "draw a poll with `sampled` first."
         )
     return survey.counts
-
-
-def _normalize(p: np.ndarray) -> np.ndarray:
-    return p / p.sum(-1, keepdims=True)
