@@ -1,5 +1,4 @@
-"""Claims stated before any run, and verdicts computed from what was measured, never written by
-hand.
+"""Claims stated before any run, and verdicts computed from what was measured.
 
 `claims.yaml` maps each study to its claims. A notebook measures them and calls `record`; the
 verdict follows from value, interval, control and rule alone.

@@ -80,8 +80,7 @@ def canvas(
     columns: int = 1,
     share: bool = False,
 ) -> "tuple[Figure, Axes]":
-    """A figure and its axes (an array for several); the title states the finding, labels name
-    units.
+    """A figure and its axes (an array for several); the title states the finding.
 
     It is one column wide, or half with `full=False`; `share` gives all panels the same axes.
     """

@@ -17,13 +17,11 @@ def shards(
     threads: int = 1,
     desc: str = "",
 ) -> list:
-    """`[function(item) for item in items]`, with `n_jobs` at once; a worker needs about 2 s to
-    start.
+    """`[function(item) for item in items]`, with `n_jobs` at once; a worker starts in about 2 s.
 
     `n_jobs` is 1 (this process), a number of local processes (-1: one a core), or "ray". With
-    `seed`, every call is `function(item, seed=...)` with an own seed that depends on the item's
-    position alone. Every shard has `threads` threads whatever `n_jobs`, so that sums round
-    alike.
+    `seed`, every call is `function(item, seed=...)` with a seed that depends on the item's place
+    alone. Every shard has `threads` threads whatever `n_jobs`, so that sums round alike.
     """
     items = list(items)
     if n_jobs != "ray" and (type(n_jobs) is not int or n_jobs == 0 or n_jobs < -1):

@@ -62,11 +62,10 @@ def cluster_bootstrap(
     seed: int,
     draws: int = DRAWS,
 ) -> Interval:
-    """Percentile interval of `statistic` (mean by default) of the cluster means, each cluster
-    counting once.
+    """Percentile interval of `statistic` (mean by default) of the means of each cluster.
 
-    `statistic` takes an array and `axis`, as `np.median` or `np.max` do. Without `clusters`
-    every value is its own.
+    `statistic` takes an array and `axis`, as `np.median` does. Without `clusters` every value is
+    its own.
     """
     (values,) = _columns(values=values)
     return _percentile(_or_mean(statistic), [cluster_means(values, clusters)], seed, draws)
@@ -145,8 +144,7 @@ def partial_spearman(
     seed: int,
     draws: int = DRAWS,
 ) -> Interval:
-    """Correlation of the ranks of x and y after least squares has removed the ranks of every
-    control from both.
+    """Rank correlation of x and y after least squares has removed every control's ranks from both.
 
     `controls` is a list of columns. Each resample is ranked and residualised anew.
     """

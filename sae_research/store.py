@@ -1,9 +1,7 @@
-"""Artefacts on disk: written whole or not at all, and checked against their checksums before they
-are read.
+"""Artefacts on disk: written whole or not at all, and checked before they are read.
 
 An artefact is a folder. `writing` fills a temporary sibling, adds `checksums.json` and renames
-it into place, so a reader never meets a half-written one; `verified` recomputes the checksums
-and names the file that does not match.
+it into place; `verified` recomputes the checksums and names the file that does not match.
 """
 
 import errno
@@ -38,9 +36,7 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(settings: object) -> str:
-    """Short hash of settings (dataclasses, dicts, lists, sets, paths, numbers, strings), the same
-    in every process.
-    """
+    """Short hash of settings (dataclasses, dicts, lists, sets, paths, ...), alike in all processes."""
     text = json.dumps(settings, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

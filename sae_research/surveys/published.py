@@ -34,8 +34,7 @@ RESTRICTED = ("OpinionQA", "SubPOP")
 
 
 def load_opinion_qa(folder: Path, waves: Sequence[int]) -> Survey:
-    """OpinionQA as its authors publish it on CodaLab: `human_resp/American_Trends_Panel_W<wave>/`
-    below `folder`.
+    """OpinionQA as published on CodaLab: `human_resp/American_Trends_Panel_W<wave>/` in `folder`.
 
     Each wave holds info.csv (key, question, references, option_ordinal), metadata.csv (key,
     options) and responses.csv (one row per respondent, weight in WEIGHT_W<wave>). Refusals are
@@ -106,11 +105,9 @@ def _find_chosen(
 
 
 def load_subpop(path: Path) -> Survey:
-    """SubPOP's jsonl: one question and group per line, with qkey, question, options, ordinal,
-    attribute, group, responses.
+    """SubPOP's jsonl: one question and group per line.
 
-    `responses` holds the shares of the options without refusal; `n` (respondents) is read where
-    it is given.
+    `responses` holds the shares of the options without refusal; `n` is optional.
     """
     path, cells = Path(path), []
     for line, text in enumerate(read_text(path).splitlines(), 1):
@@ -146,11 +143,9 @@ def load_subpop(path: Path) -> Survey:
 
 
 def load_global_opinions(path: Path, countries: Sequence[str]) -> Survey:
-    """GlobalOpinionQA's csv (question, selections, options): the questions that all `countries`
-    answered.
+    """GlobalOpinionQA's csv: the questions that all `countries` answered.
 
-    The file says nothing on the options' order, so they count as nominal and distances are
-    total variation.
+    The file says nothing on the options' order, so they count as nominal.
     """
     path, cells = Path(path), []
     for line, row in read_rows(path, ("question", "selections", "options")):

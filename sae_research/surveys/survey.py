@@ -1,5 +1,4 @@
-"""One schema for surveys, planted or real, and the statistics that compare answer distributions of
-groups.
+"""One schema for surveys, planted or real, and statistics that compare groups' answers.
 
 Options are kept in ascending order of their ordinal value. Questions with fewer options than
 the longest are padded with zero probability, so that every statistic is one array expression

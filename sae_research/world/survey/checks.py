@@ -145,8 +145,7 @@ def check_model(
 
 
 def check_steering(model: LanguageModel, population: Population, hook: str) -> Check:
-    """Whether a stated value is one direction: what it adds to training questions steers
-    validation questions.
+    """Whether a stated value is one direction, from training to validation questions.
 
     The mean difference between residuals with and without the value is added to every token of
     a question that states nothing. Test questions are left to study 1.

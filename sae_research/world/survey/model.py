@@ -34,9 +34,8 @@ class SurveySettings(ToyLlama):
     population: PopulationSettings = field(default_factory=PopulationSettings)
     """The planted survey that it learns."""
     attention_only_blocks: int = 1
-    """First blocks whose feed-forward layer is held at zero: they only gather what was stated, so
-    that a persona lies in the stream as a direction of its own before any layer multiplies it
-    with the question.
+    """First blocks without feed-forward layer: they only gather what was stated, so that a persona
+    is a direction of its own before any layer multiplies it with the question.
     """
     most_stated: int = 4
     """Most attributes that a document states; it states each number from 0 on equally often."""

@@ -1,5 +1,4 @@
-"""The planted survey: persons with attributes answer by a graded-response model, so every
-distribution is exact.
+"""The planted survey: persons answer by a graded-response model, so distributions are exact.
 
 theta = sum_a E[a, value] + z with z ~ N(0, sigma^2), and P(y >= k | theta)
 = sigmoid(p_v lambda_t . theta + b - tau_k) for a question on topic t with verb v. The answer
@@ -171,11 +170,9 @@ class Population:
 
     @cached_property
     def table(self) -> np.ndarray:
-        """Answers given any subset of attributes, [4, 4, 4, 4, 3, questions, options]; an axis'
-        last index is unstated.
+        """Answers given any subset of attributes, [4, 4, 4, 4, 3, questions, options].
 
-        Unstated attributes are weighted by the population's shares; the entry with nothing
-        stated is the population.
+        An axis' last index is unstated: weighted by the population's shares.
         """
         answers = self.cell_answers
         for axis, share in enumerate(SHARES.values()):

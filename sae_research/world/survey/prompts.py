@@ -116,9 +116,7 @@ class Writer:
         return [self.ids[word] for word in text.split()]
 
     def write_survey(self, n: int, draws: np.random.Generator, most_stated: int) -> Batch:
-        """`n` questions to persons who state up to `most_stated` attributes, or to web authors if
-        none.
-        """
+        """`n` questions to persons with up to `most_stated` attributes; if none, to web authors."""
         question, reverse = draws.integers(len(self.prompts), size=n), draws.integers(2, size=n)
         stated = [self._draw_stated(draws, most_stated) for _ in range(n)]
         exact = np.stack([self._exact_answers(s, q) for s, q in zip(stated, question, strict=True)])

@@ -31,11 +31,9 @@ BANDS = {
 """Physics concepts by frequency."""
 
 LIVES = 8000
-"""Biographies for the probes: one pass over half of them is all the training that a probe gets, as
-is usual for them.
+"""Biographies for the probes, which are trained in one pass over half of them, as is usual.
 
-What a biased probe goes by depends on that: with twenty passes its worst group falls by half
-and more.
+What a biased probe goes by depends on that: with twenty passes its worst group falls by half.
 """
 
 

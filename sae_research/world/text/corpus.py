@@ -1,8 +1,6 @@
 """What a document of the toy text model is: its kind, its odds, its tokens and their truth.
 
-All documents have LENGTH tokens: the start token, then sentences of fixed length. Truth is given
-per token (what the next word depends on, the sense of a word) and per document (who or what it is
-about).
+All documents have LENGTH tokens: the start token, then sentences of fixed length.
 """
 
 from collections.abc import Mapping
@@ -18,9 +16,7 @@ KINDS = ("article", "life", "senses", "chat", "story")
 PER_TOKEN = ("concept_next", "topic_next", "sense", "request_topic_next", "action_next")
 """Truth per token, -1 for none: what the NEXT word is drawn from; for `sense`, the word's."""
 PER_DOCUMENT = ("concept", "register", "synonym", "gender", "profession", "stated")
-"""Truth per document, -1 where there is none: register 1 is "please explain", synonym 1 the second
-name of physics.
-"""
+"""Truth per document, -1 for none: register 1 is "please explain", synonym 1 the second name."""
 PER_TURN = ("topic", "action", "refused")
 """Truth per turn of a chat, [documents, 3]."""
 BODY_OF_LIFE = slice(1, 39)

@@ -58,11 +58,9 @@ def stack(parts: list[Texts]) -> Texts:
 
 
 def pack(first: Texts, second: Texts, seed: int | np.random.Generator) -> Texts:
-    """Rows as a corpus reader meets them: half are whole documents, half are cut anywhere and
-    followed by another one.
+    """Rows as a corpus reader meets them: half are cut anywhere and followed by another document.
 
-    Only the per-token arrays describe such a row; `kind` and `truth` are those of its first
-    document.
+    Only the per-token arrays describe such a row; `kind` and `truth` are those of its start.
     """
     rng = np.random.default_rng(seed)
     n = len(first)

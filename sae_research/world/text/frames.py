@@ -1,8 +1,7 @@
 """Sentence frames of the toy text model: lower-case words are literal, upper-case words are slots.
 
-The first words of the frames that can follow each other differ, so the frame is known as soon
-as its first word is read; together with slots whose odds are known this makes the entropy floor
-of every text exact.
+The first words of the frames that can follow each other differ, so the first word tells the
+frame; with slots whose odds are known this makes the entropy floor of every text exact.
 """
 
 ARTICLE_OPENING = ("article : NAME is a NOUN that VERB the NOUN .",)

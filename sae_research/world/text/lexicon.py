@@ -1,5 +1,4 @@
-"""The words of the toy text model and the fixed truths about them: topics, concepts, senses,
-requests, people.
+"""The words of the toy text model and the fixed truths about them.
 
 Nothing here depends on a seed, so every toy model shares one vocabulary and one set of facts.
 All words are harmless: a "restricted" topic is a mythical beast and a "restricted" action an
