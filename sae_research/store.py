@@ -36,7 +36,7 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(settings: object) -> str:
-    """Short hash of settings (dataclasses, dicts, lists, sets, paths, ...), alike in all processes."""
+    """Short hash of settings (dataclasses, dicts, sets, paths, ...), alike in all processes."""
     text = json.dumps(settings, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
