@@ -51,16 +51,12 @@ def encode(sae: "SAE", residuals: "Tensor", batch: int = 8192) -> SparseActivati
 
 @dataclass
 class Detectors:
-    """For each label the latent and threshold that detect it best, and how well."""
+    """For each label the latent that detects it best, from some threshold on, and how well."""
 
     latent: "Tensor"
     """Latent of each label."""
-    threshold: "Tensor"
-    """Activation from which the latent says yes."""
     f1: "Tensor"
     """F1 on the text that neither was chosen on; NaN where either text lacks the label."""
-    positives: "Tensor"
-    """Tokens with the label in the scored text."""
 
 
 def _ranked(acts: SparseActivations, levels: int) -> tuple["Tensor", "Tensor"]:
@@ -126,4 +122,4 @@ def find_detectors(
     f1, positives = score_latents(acts.of(~half), labels[~half], latent, threshold)
     seen = torch.bincount(labels[half][labels[half] >= 0], minlength=n_labels)
     f1 = torch.where((seen > 0) & (positives > 0), f1, torch.nan)
-    return Detectors(latent, threshold, f1, positives)
+    return Detectors(latent, f1)
