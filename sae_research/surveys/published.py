@@ -1,10 +1,9 @@
-"""Surveys as others publish them: OpinionQA (CodaLab), SubPOP's jsonl, GlobalOpinionQA's csv.
+"""OpinionQA as its authors publish it on CodaLab.
 
-Pew's American Trends Panel, which the first two hold, may not be passed on: `writable` refuses to
-write it where git would pick it up.
+Pew's American Trends Panel, which it holds, may not be passed on: `writable` refuses to write it
+where git would pick it up.
 """
 
-import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,12 +17,9 @@ from sae_research.surveys.cells import Cell, assemble, make_question
 from sae_research.surveys.survey import OVERALL, Question, Survey
 from sae_research.surveys.tables import (
     malformed,
-    parse_list,
     parse_literal,
     parse_number,
-    parse_shares,
     read_rows,
-    read_text,
 )
 
 RESTRICTED = ("OpinionQA", "SubPOP")
@@ -99,75 +95,6 @@ def _find_chosen(
             raise malformed(path, line, f"'{row[item.key]}' is no option of question '{item.key}'")
         found[i] = index[row[item.key]]
     return found
-
-
-# SubPOP
-
-
-def load_subpop(path: Path) -> Survey:
-    """SubPOP's jsonl: one question and group per line.
-
-    `responses` holds the shares of the options without refusal; `n` is optional.
-    """
-    path, cells = Path(path), []
-    for line, text in enumerate(read_text(path).splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise malformed(path, line, f"it is not JSON ({error.msg})") from error
-        for name in ("qkey", "question", "options", "ordinal", "attribute", "group", "responses"):
-            if name not in row:
-                raise malformed(path, line, f"'{name}' is missing")
-        options, ordinal, shares = (
-            parse_list(row[name], path, line, name) for name in ("options", "ordinal", "responses")
-        )
-        if not 2 <= len(ordinal) == len(shares) <= len(options):
-            reason = f"{len(options)} options, {len(ordinal)} ordinals and {len(shares)} responses"
-            raise malformed(path, line, reason)
-        item, order = make_question(
-            str(row["qkey"]), row["question"], options[: len(ordinal)], ordinal
-        )
-        found = parse_shares(shares, path, line)[order]
-        n = row.get("n")
-        cells.append(
-            Cell(item, row["attribute"], row["group"], found, None if n is None else int(n))
-        )
-    if not cells:
-        raise ResearchError(f"{relative(path)} holds no rows.")
-    return assemble(cells, "SubPOP")
-
-
-# GlobalOpinionQA
-
-
-def load_global_opinions(path: Path, countries: Sequence[str]) -> Survey:
-    """GlobalOpinionQA's csv: the questions that all `countries` answered.
-
-    The file says nothing on the options' order, so they count as nominal.
-    """
-    path, cells = Path(path), []
-    for line, row in read_rows(path, ("question", "selections", "options")):
-        text = row["selections"]
-        inner = text[text.find("{") : text.rfind("}") + 1]
-        answers = parse_literal(inner, dict, path, line)
-        options = parse_literal(row["options"], list, path, line)
-        if not all(country in answers for country in countries):
-            continue
-        item, _ = make_question(f"line {line}", row["question"], options, [0.0] * len(options))
-        for country in countries:
-            shares = answers[country]
-            if not isinstance(shares, list) or len(shares) != len(options):
-                raise malformed(
-                    path, line, f"'{country}' has no share for each of the {len(options)} options"
-                )
-            cells.append(Cell(item, "country", country, parse_shares(shares, path, line), None))
-    if not cells:
-        raise ResearchError(
-            f"{relative(path)} has no question that all of {', '.join(countries)} answered."
-        )
-    return assemble(cells, "GlobalOpinionQA")
 
 
 # what may be written where

@@ -85,16 +85,6 @@ def are_numbers(values: Sequence[object]) -> bool:
     )
 
 
-def parse_shares(shares: Sequence[object], path: Path, line: int) -> np.ndarray:
-    """Shares as an array that sums to one."""
-    if not are_numbers(shares) or not 0.9 <= sum(shares) <= 1.1:  # type: ignore[arg-type]
-        raise malformed(
-            path, line, f"shares must be at least 0 and sum to about 1: {list(shares)[:6]}"
-        )
-    found = np.array(shares, dtype=float)
-    return found / found.sum()
-
-
 def malformed(path: Path, line: int, reason: str) -> ResearchError:
     """The error for one row."""
     return ResearchError(f"{relative(path)}, line {line}: {reason}; correct the row.")
