@@ -104,11 +104,8 @@ def _notebook(name: str) -> dict:
         params["claims.yaml"] = [owner]
         outs += [_kept(_ledger(owner)), _kept(f"figures/${{profile}}/{owner}")]
     outs.append(_kept(f"notebooks/executed/${{profile}}/{name}.ipynb"))
-    stage: dict = {
-        "cmd": f"python -m sae_research run {name} --profile ${{profile}}",
-        "deps": sorted(deps),
-        "outs": outs,
-    }
+    command = f"python -m sae_research run {name} --profile ${{profile}}"
+    stage: dict = {"cmd": command, "deps": sorted(deps), "outs": outs}
     if params:
         stage["params"] = [{file: keys} for file, keys in params.items()]
     if metrics:
@@ -119,8 +116,7 @@ def _notebook(name: str) -> dict:
 def _judged() -> list[str]:
     """Who has a ledger: the testbed and every study with a results notebook."""
     owners = [_TESTBED] if "00_start_here" in notebooks.names() else []
-    names = [re.fullmatch(r"\d\d_(.+)_results", name) for name in notebooks.names()]
-    return [*owners, *(match[1] for match in names if match)]
+    return owners + re.findall(r"(?m)^\d\d_(.+)_results$", "\n".join(notebooks.names()))
 
 
 def _ledger(study: str) -> str:

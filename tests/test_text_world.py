@@ -28,7 +28,6 @@ TINY = text_model.TextSettings(
     saes=replace(
         text_model.TextSettings().saes,
         latents=32,
-        wide=2,
         l0=4,
         documents=48,
         calibration=24,

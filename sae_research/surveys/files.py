@@ -28,9 +28,8 @@ from sae_research.surveys.cells import Cell, assemble, make_question
 from sae_research.surveys.survey import OVERALL, Question, Survey
 from sae_research.surveys.tables import (
     Row,
-    are_numbers,
     malformed,
-    parse_list,
+    parse_literal,
     parse_number,
     read_rows,
 )
@@ -127,11 +126,12 @@ def _read_counts(rows: list[Row], path: Path) -> list[Cell]:
 
 
 def _parse_counts(row: dict[str, str], path: Path, line: int) -> tuple[Question, np.ndarray]:
-    options = parse_list(row["options"], path, line, "options")
-    counts = parse_list(row["counts"], path, line, "counts")
+    options, counts = (
+        parse_literal(row[name], list, path, line, name) for name in ("options", "counts")
+    )
     ordinal = list(range(1, len(options) + 1))
     if (row.get("ordinal") or "").strip():
-        ordinal = parse_list(row["ordinal"], path, line, "ordinal")
+        ordinal = parse_literal(row["ordinal"], list, path, line, "ordinal")
     if not 2 <= len(options) == len(ordinal) == len(counts):
         reason = f"{len(options)} options, {len(ordinal)} ordinals and {len(counts)} counts"
         raise malformed(path, line, f"{reason}; there must be equally many, at least 2")
@@ -139,7 +139,7 @@ def _parse_counts(row: dict[str, str], path: Path, line: int) -> tuple[Question,
     if not numeric or len(set(ordinal)) not in (1, len(ordinal)):
         reason = f"'ordinal' must hold different numbers, or equal ones for no order: {ordinal}"
         raise malformed(path, line, reason)
-    if not are_numbers(counts) or sum(counts) == 0:
+    if not all(type(c) in (int, float) and 0 <= c < np.inf for c in counts) or sum(counts) == 0:
         reason = f"'counts' must be numbers of at least 0, not all 0: {counts}"
         raise malformed(path, line, reason)
     item, order = make_question(row["qkey"], row["question"], options, ordinal)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ToySAEs:
-    """The SAEs of a toy model: some kinds at each of its hooks, and one wider."""
+    """The SAEs of a toy model: three kinds at each of its hooks, and one four times wider."""
 
     hooks: tuple[str, str]
     """An early hook and one two blocks later."""
@@ -32,33 +32,25 @@ class ToySAEs:
     """Further documents on which thresholds are calibrated."""
     relu_l0: int = 20
     """`l0` of the ReLU kind, whose L1 penalty costs too much at that of the others."""
-    kinds: tuple[str, ...] = ("topk", "jumprelu", "relu")
-    """Kinds of SAE at every hook."""
-    wide: int = 4
-    """The first kind is also trained this many times wider at the first hook (0: not)."""
     training: SAETraining = field(default_factory=SAETraining)
     """How they are trained."""
 
     @property
     def first(self) -> dict[str, str]:
-        """The SAE of the first kind at each hook."""
-        return {hook: _name_sae(hook, self.kinds[0]) for hook in self.hooks}
+        """The top-k SAE at each hook."""
+        return {hook: f"block{hook.split('.')[1]}_topk" for hook in self.hooks}
 
     def make_configs(self, width: int, hook: str) -> "dict[str, TrainingSAEConfig]":
         """The SAEs at one hook of a residual stream of this width, by name."""
-        make = {
-            "topk": lambda latents: training.topk(width, latents, self.l0),
-            "jumprelu": lambda latents: training.jumprelu(width, latents, self.l0),
-            "relu": lambda latents: training.relu(width, latents),
+        block = f"block{hook.split('.')[1]}"
+        chosen: dict[str, TrainingSAEConfig] = {
+            f"{block}_topk": training.topk(width, self.latents, self.l0),
+            f"{block}_jumprelu": training.jumprelu(width, self.latents, self.l0),
+            f"{block}_relu": training.relu(width, self.latents),
         }
-        chosen = {_name_sae(hook, kind): make[kind](self.latents) for kind in self.kinds}
-        if self.wide and hook == self.hooks[0]:
-            chosen[f"{self.first[hook]}_wide"] = make[self.kinds[0]](self.wide * self.latents)
+        if hook == self.hooks[0]:
+            chosen[f"{block}_topk_wide"] = training.topk(width, 4 * self.latents, self.l0)
         return chosen
-
-
-def _name_sae(hook: str, kind: str) -> str:
-    return f"block{hook.split('.')[1]}_{kind}"
 
 
 def train_saes(
