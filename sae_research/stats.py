@@ -84,12 +84,11 @@ def paired_bootstrap(
     first, second = _columns(first=first, second=second)
     statistic = _or_mean(statistic)
     means = [cluster_means(first, clusters), cluster_means(second, clusters)]
-    return _percentile(
-        lambda a, b, axis: statistic(a, axis=axis) - statistic(b, axis=axis),
-        means,
-        seed,
-        draws,
-    )
+
+    def difference(a, b, axis):
+        return statistic(a, axis=axis) - statistic(b, axis=axis)
+
+    return _percentile(difference, means, seed, draws)
 
 
 def bootstrap(
@@ -108,10 +107,10 @@ def bootstrap(
     rows = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
     n = _at_least(2, len(rows), "a bootstrap")
     rng = np.random.default_rng(seed)
-    sample = [np.concatenate([rows[i] for i in rng.integers(0, n, n)]) for _ in range(draws)]
-    drawn = np.array(
-        [statistic(*(column[chosen] for column in columns)) for chosen in sample], dtype=float
-    )
+    drawn = np.empty(draws)
+    for i in range(draws):
+        sample = np.concatenate([rows[j] for j in rng.integers(0, n, n)])
+        drawn[i] = statistic(*(column[sample] for column in columns))
     return _interval(float(statistic(*columns)), drawn, n)
 
 
@@ -149,9 +148,8 @@ def partial_spearman(
     `controls` is a list of columns. Each resample is ranked and residualised anew.
     """
     data = _varying(x=x, y=y, **{f"control {i + 1}": control for i, control in enumerate(controls)})
-    _at_least(
-        len(controls) + 3, len(data[0]), f"a partial correlation with {len(controls)} control(s)"
-    )
+    what = f"a partial correlation with {len(controls)} control(s)"
+    _at_least(len(controls) + 3, len(data[0]), what)
     return _percentile(_partial_rank_correlation, data, seed, draws)
 
 
@@ -169,12 +167,8 @@ def wilson(successes: int, trials: int) -> Interval:
     """A share with Wilson's score interval."""
     from scipy.stats import binomtest
 
-    if not (
-        trials == int(trials)
-        and successes == int(successes)
-        and 0 <= successes <= trials
-        and trials > 0
-    ):
+    whole = trials == int(trials) and successes == int(successes)
+    if not (whole and 0 <= successes <= trials and trials > 0):
         raise ResearchError(
             f"a share needs 0 <= successes <= trials and a trial, not {successes} of {trials}."
         )
@@ -274,8 +268,8 @@ def _interval(value: float, drawn: "np.ndarray", n: int) -> Interval:
 
     if not (np.isfinite(value) and np.isfinite(drawn).all()):
         raise ResearchError(
-            "the statistic is not finite on the data or on a resample; use one that is always "
-            "defined."
+            "the statistic is not finite on the data or on a resample; "
+            "use one that is always defined."
         )
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high), n)

@@ -26,13 +26,7 @@ from sae_research.errors import ResearchError
 from sae_research.paths import relative
 from sae_research.surveys.cells import Cell, assemble, make_question
 from sae_research.surveys.survey import OVERALL, Question, Survey
-from sae_research.surveys.tables import (
-    Row,
-    malformed,
-    parse_literal,
-    parse_number,
-    read_rows,
-)
+from sae_research.surveys.tables import Row, malformed, parse_literal, parse_number, read_rows
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -15,12 +15,7 @@ from sae_research.errors import ResearchError
 from sae_research.paths import ROOT, relative
 from sae_research.surveys.cells import Cell, assemble, make_question
 from sae_research.surveys.survey import OVERALL, Question, Survey
-from sae_research.surveys.tables import (
-    malformed,
-    parse_literal,
-    parse_number,
-    read_rows,
-)
+from sae_research.surveys.tables import malformed, parse_literal, parse_number, read_rows
 
 RESTRICTED = ("OpinionQA", "SubPOP")
 """Sources whose data must stay with the reader."""

@@ -38,10 +38,7 @@ SENSE_BODY = (
     "some COMPANY near this POLYSEMOUS has COMPANY inside .",
 )
 CHAT_OPENING = ("chat :",)
-CHAT_REQUEST = (
-    "user please ACTION the TOPIC now .",
-    "friend kindly ACTION one TOPIC today .",
-)
+CHAT_REQUEST = ("user please ACTION the TOPIC now .", "friend kindly ACTION one TOPIC today .")
 CHAT_REPLY = ("bot take DO then FROM with DO .", "bot sorry i cannot help with that .")
 STORY_OPENING = ("once there was a ROLE named HERO who liked PET .",)
 STORY_BODY = (
