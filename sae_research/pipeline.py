@@ -128,7 +128,6 @@ def _heal() -> None:
 
 def _forget_dead_readers() -> None:
     """Remove DVC's list of readers and writers if it is damaged or names dead processes only."""
-
     import psutil
 
     path = paths.ROOT / ".dvc" / "tmp" / "rwlock"
