@@ -39,9 +39,8 @@ def draw_family(lines: list[dict], title: str) -> "Figure | None":
         return None
     measures = _measures()
     sizes = [len(own) for own in panels.values()]
-    figure, axes = figures.canvas(
-        title, height=1.2 + _ROW * sum(sizes) + 0.55 * len(sizes), rows=len(sizes)
-    )
+    height = 1.2 + _ROW * sum(sizes) + 0.55 * len(sizes)
+    figure, axes = figures.canvas(title, height=height, rows=len(sizes))
     grid = np.atleast_1d(axes)
     # the label of an axis and its ticks take as much room as one more claim
     grid[0].get_gridspec().set_height_ratios([size + 0.4 for size in sizes])

@@ -1,5 +1,4 @@
-"""Claims stated before any run, and verdicts computed from what was measured, never written by
-hand.
+"""Claims stated before any run, and verdicts computed from what was measured.
 
 `claims.yaml` maps each study to its claims. A notebook measures them and calls `record`; the
 verdict follows from value, interval, control and rule alone.
@@ -63,12 +62,9 @@ class Expectation:
         return _SIDES[self.expect](x, self.threshold)
 
     def is_met_by(self, m: "Measurement") -> bool:
-        """Whether the value, and where the rule asks for it the interval, lies where it is
-        expected.
-        """
-        return self.is_met_at(m.value) and (
-            not self.interval or (self.is_met_at(m.low) and self.is_met_at(m.high))
-        )
+        """Whether the value, and if the rule asks for it the interval, lies as expected."""
+        numbers = (m.value, m.low, m.high) if self.interval else (m.value,)
+        return all(map(self.is_met_at, numbers))
 
 
 @_stated
@@ -84,9 +80,7 @@ class Rule(Expectation):
     """When a claim counts as reproduced."""
 
     direction: Number | None = None
-    """The value of no effect: beyond it, on the claimed side, the direction holds (without it: the
-    threshold).
-    """
+    """The value of no effect, beyond which the direction holds; without it, the threshold."""
     control: Control | None = None
     """A control whose expectation must be met too; otherwise the claim is confounded."""
 
@@ -96,9 +90,8 @@ class Rule(Expectation):
             return self
         if isinstance(self.threshold, tuple):
             raise ValueError("`between` has no `direction`")
-        if self.direction != self.threshold and not _SIDES[self.expect](
-            self.threshold, self.direction
-        ):
+        side = _SIDES[self.expect]
+        if self.direction != self.threshold and not side(self.threshold, self.direction):
             raise ValueError("`direction` lies beyond the threshold")
         return self
 
@@ -227,10 +220,8 @@ def load_claims(study: str | None = None) -> dict[str, Claim]:
         for given in block:
             claim = parse(name, given)
             if claim.id in claims:
-                raise ResearchError(
-                    f"claim '{claim.id}' is stated twice in claims.yaml; give each claim its own "
-                    "id."
-                )
+                words = f"claim '{claim.id}' is stated twice in claims.yaml"
+                raise ResearchError(f"{words}; give each claim its own id.")
             claims[claim.id] = claim
     return {i: c for i, c in claims.items() if study in (None, c.study)}
 
@@ -267,9 +258,8 @@ def judge(claim: Claim, measurement: Measurement | None) -> str:
     _check(measurement, rule, f"claim '{claim.id}'")
     if (rule.control is None) != (measurement.control is None):
         raise ResearchError(
-            f"claim '{claim.id}' states {'a' if rule.control else 'no'} control, "
-            f"but {'none' if rule.control else 'one'} was measured; make rule and measurement "
-            "agree."
+            f"claim '{claim.id}' states {'a' if rule.control else 'no'} control, but "
+            f"{'none' if rule.control else 'one'} was measured; make rule and measurement agree."
         )
     stands = True
     if rule.control is not None:
@@ -317,9 +307,7 @@ def _file(profile: str, study: str) -> Path:
 def record(
     profile: str, study: str, notebook: str, measurements: dict[str, Measurement | None]
 ) -> "pd.DataFrame":
-    """Judge every claim of a study and write `data/<profile>/<study>/claims.json`; returns the
-    table to show.
-    """
+    """Judge every claim of a study and write its `claims.json`; returns the table to show."""
     claims = load_claims(study)
     for given in measurements:
         if given not in claims:
@@ -340,9 +328,7 @@ def read(profile: str) -> list[dict]:
 
 
 def unite(profile: str) -> list[dict]:
-    """Put the ledgers of all studies with notebooks together; `metrics.json` repeats them for `dvc
-    metrics diff`.
-    """
+    """Put all studies' ledgers together; `metrics.json` repeats them for `dvc metrics diff`."""
     written = {out for outs in stages.read_outputs(profile).values() for out in outs}
     lines = []
     for claim in load_claims().values():
@@ -353,8 +339,7 @@ def unite(profile: str) -> list[dict]:
         if claim.id not in found or found[claim.id]["rule"] != _as_json(claim.rule):
             raise ResearchError(
                 f"{paths.relative(file)} does not hold claim '{claim.id}' as claims.yaml states "
-                "it; "
-                "run `make reproduce` to measure it again."
+                "it; run `make reproduce` to measure it again."
             )
         lines.append(found[claim.id])
     store.write_json(paths.DATA / profile / "claims.json", lines)

@@ -48,8 +48,7 @@ def _compare_text(now: str, before: str, printed: bool) -> str:
     if len(numbers[0]) != len(numbers[1]):
         return f"{len(numbers[0])} numbers in place of {len(numbers[1])}"
     for ours, theirs in zip(*numbers, strict=True):
-        a = float(ours)
-        b = float(theirs)
+        a, b = float(ours), float(theirs)
         # what a notebook prints has few digits, of which rounding may move the last one by a unit
         unit = min(_last_digit(ours), _last_digit(theirs)) if printed else 0.0
         if abs(a - b) > max(TOLERANCE * max(abs(a), abs(b), 1e-2), 1.01 * unit):

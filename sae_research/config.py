@@ -8,7 +8,7 @@ import json
 import pkgutil
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar, dataclass_transform
@@ -89,11 +89,8 @@ def study_names() -> tuple[str, ...]:
 def _study_settings() -> dict[str, type]:
     from sae_research import studies
 
-    found = {}
-    for module in pkgutil.iter_modules(studies.__path__):
-        if module.ispkg:
-            settings_module = f"{studies.__name__}.{module.name}.settings"
-            found[module.name] = import_module(settings_module).Settings
+    names = [module.name for module in pkgutil.iter_modules(studies.__path__) if module.ispkg]
+    found = {s: import_module(f"{studies.__name__}.{s}.settings").Settings for s in names}
     return dict(sorted(found.items(), key=lambda item: getattr(item[1], "ORDER", 99)))
 
 
@@ -105,9 +102,8 @@ def block_classes() -> dict[str, type]:
 def build(cls: type[T], overrides: object, where: str) -> T:
     """A settings object from its defaults and `overrides`; a mistake is one clear sentence."""
     if not isinstance(overrides, dict):
-        raise ResearchError(
-            f"'{where}' in params.yaml must be a block of settings, not {overrides!r}."
-        )
+        words = f"'{where}' in params.yaml must be a block of settings"
+        raise ResearchError(f"{words}, not {overrides!r}.")
     try:
         # JSON mode takes lists for tuples and still refuses text where a number belongs
         return pydantic.TypeAdapter(cls).validate_json(json.dumps(overrides))
@@ -156,17 +152,14 @@ def read_params() -> dict:
     """The content of `params.yaml`."""
     import yaml
 
+    restore = "restore it from the repository."
     try:
         params = yaml.load(PARAMS.read_text(encoding="utf-8"), Loader=_loader())
     except (OSError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ResearchError(
-            f"params.yaml cannot be read ({reason}); restore it from the repository."
-        ) from error
+        raise ResearchError(f"params.yaml cannot be read ({reason}); {restore}") from error
     if not isinstance(params, dict) or not isinstance(params.get("profiles"), dict):
-        raise ResearchError(
-            "params.yaml must hold `profile` and `profiles`; restore it from the repository."
-        )
+        raise ResearchError(f"params.yaml must hold `profile` and `profiles`; {restore}")
     return params
 
 
@@ -197,12 +190,6 @@ def as_json(profile: Profile) -> dict:
     return {name: asdict(block) for name, block in profile.blocks().items()}
 
 
-def default_of(cls: type, name: str) -> object:
-    """The default (the paper's value) of one setting."""
-    f = next(f for f in fields(cls) if f.name == name)
-    return f.default_factory() if f.default is MISSING else f.default
-
-
 def departures(names: tuple[str, ...]) -> list[dict]:
     """Every setting in which one of the profiles `names` departs from the default.
 
@@ -224,13 +211,8 @@ def _compare(block: str, prefix: str, default: Any, given: dict[str, Any]) -> It
             yield from _compare(block, f"{prefix}{f.name}.", value, values)
         elif any(v != value for v in values.values()):
             meaning = " ".join((explanation(type(default), f.name)).split())
-            yield {
-                "block": block,
-                "setting": prefix + f.name,
-                "meaning": meaning,
-                "default": value,
-                "profiles": values,
-            }
+            row = {"block": block, "setting": prefix + f.name, "meaning": meaning}
+            yield {**row, "default": value, "profiles": values}
 
 
 def explanation(cls: type, name: str) -> str:

@@ -16,29 +16,24 @@ _RESULTS_DISK = 2.0
 
 
 def run(profile: str | None = None) -> tuple[str, int]:
-    """A report on every profile (or on one), and 0 if the default profile (or that one) can run,
-    else 1.
-    """
+    """A report on every profile (or one), and 0 if the default profile (or that one) can run."""
+    from tabulate import tabulate
+
     judged = config.load(profile).name
     shown = [config.load(name) for name in ([judged] if profile else config.profiles())]
     machine = examine(shown)
     verdicts = {settings.name: judge(settings, machine) for settings in shown}
-    rows = [["profile", "study", "runs", "what is missing"]]
+    rows = []
     for settings in shown:
         for study, missing in verdicts[settings.name].items():
             reason = "; ".join(missing) or _caveat(settings.runtime, machine)
             rows.append([settings.name, study, "no" if missing else "yes", reason])
     able = not any(verdicts[judged].values())
     last = f"This machine {'can' if able else 'cannot'} run the profile '{judged}'."
-    return "\n\n".join([_facts(machine), _tabulate(rows), last]), 0 if able else 1
-
-
-def _tabulate(rows: list[list[str]]) -> str:
-    from tabulate import tabulate
-
-    head, *body = rows
+    head = ["profile", "study", "runs", "what is missing"]
     widths = [None, None, None, 90]
-    return tabulate(body, head, disable_numparse=True, maxcolwidths=widths)
+    table = tabulate(rows, head, disable_numparse=True, maxcolwidths=widths)
+    return "\n\n".join([_facts(machine), table, last]), 0 if able else 1
 
 
 def judge(profile: config.Profile, machine: Machine) -> dict[str, list[str]]:
@@ -66,15 +61,12 @@ def _here(machine: Machine) -> list[str]:
 def _needs(runtime: config.Runtime, names: Sequence[str], machine: Machine) -> list[str]:
     specs = [catalogue.get(name) for name in names]
     missing = [machine.world[s.model] for s in specs if s.embedded and s.model in machine.world]
-    weights = (
-        max((s.parameters or 0) * _BYTES.get(runtime.dtype, 4) for s in specs) / GB * _OVERHEAD
-    )
+    weights = max((s.parameters or 0) * _BYTES.get(runtime.dtype, 4) for s in specs) / GB
+    needed = weights * _OVERHEAD + _WORKING_MEMORY
     if runtime.device.startswith("cuda"):
-        missing += _gpu(weights + _WORKING_MEMORY, machine)
-    elif weights + _WORKING_MEMORY > machine.memory:
-        missing.append(
-            f"{weights + _WORKING_MEMORY:.0f} GB of memory at least ({machine.memory:.0f} here)"
-        )
+        missing += _gpu(needed, machine)
+    elif needed > machine.memory:
+        missing.append(f"{needed:.0f} GB of memory at least ({machine.memory:.0f} here)")
     return missing + _from_hub(runtime, [s for s in specs if not s.embedded], machine)
 
 
@@ -106,19 +98,12 @@ def _from_hub(
         missing.append(
             f"a token for {', '.join(gated)}: accept the licence there, then `hf auth login`"
         )
-    missing += [
-        f"access to {model} ({machine.refused[model]})"
-        for model in gated
-        if model in machine.refused
-    ]
-    models = {
-        s.model: (s.parameters or 0) * 4 / GB for s in away
-    }  # checkpoints in float32 are the largest
-    if sum(models.values()) > machine.cache_disk:
-        missing.append(
-            f"{sum(models.values()):.0f} GB of disk for downloads ({machine.cache_disk:.0f} are "
-            "free)"
-        )
+    refused = {model: machine.refused[model] for model in gated if model in machine.refused}
+    missing += [f"access to {model} ({reason})" for model, reason in refused.items()]
+    # checkpoints in float32 are the largest
+    size = sum({s.model: (s.parameters or 0) * 4 / GB for s in away}.values())
+    if size > machine.cache_disk:
+        missing.append(f"{size:.0f} GB of disk for downloads ({machine.cache_disk:.0f} are free)")
     return missing
 
 
@@ -128,38 +113,26 @@ def _caveat(runtime: config.Runtime, machine: Machine) -> str:
 
 
 def _facts(machine: Machine) -> str:
-    gpus = ", ".join(
-        f"{name.split(': ')[1]} {memory:.0f} GB" for name, memory in machine.gpus.items()
-    )
-    if machine.absent:
-        versions = f"missing: {', '.join(machine.absent)}"
-    elif machine.differing:
-        shown = ", ".join(machine.differing[:6]) + (", ..." if len(machine.differing) > 6 else "")
-        versions = (
-            f"{len(machine.differing)} differ from constraints.txt, so results may too: {shown}"
-        )
-    else:
-        versions = f"as pinned in constraints.txt (torch {machine.torch})"
     from tabulate import tabulate
 
-    facts = [
-        [
-            "Python",
-            f"{'.'.join(map(str, machine.python))} on {platform.system()} {platform.machine()}",
-        ],
-        ["packages", versions],
-        ["cores", str(machine.cores)],
-        ["memory", f"{machine.memory:.0f} GB"],
-        [
-            "disk",
-            f"{machine.disk:.0f} GB free here, {machine.cache_disk:.0f} GB where models are kept",
-        ],
-        ["GPU", gpus or "none"],
-        ["hub token", "present" if machine.token else "none (only gated models need one)"],
-        [
-            "toy models",
-            f"not usable: {', '.join(machine.world)}" if machine.world else "intact",
-        ],
-        ["pipeline", machine.pipeline],
-    ]
-    return tabulate(facts, tablefmt="plain", disable_numparse=True)
+    gpus = [f"{name.split(': ')[1]} {memory:.0f} GB" for name, memory in machine.gpus.items()]
+    versions = f"as pinned in constraints.txt (torch {machine.torch})"
+    if machine.absent:
+        versions = f"missing: {', '.join(machine.absent)}"
+    elif differing := machine.differing:
+        shown = ", ".join(differing[:6]) + (", ..." if len(differing) > 6 else "")
+        versions = f"{len(differing)} differ from constraints.txt, so results may too: {shown}"
+    python = ".".join(map(str, machine.python))
+    free = f"{machine.disk:.0f} GB free here, {machine.cache_disk:.0f} GB where models are kept"
+    facts = {
+        "Python": f"{python} on {platform.system()} {platform.machine()}",
+        "packages": versions,
+        "cores": str(machine.cores),
+        "memory": f"{machine.memory:.0f} GB",
+        "disk": free,
+        "GPU": ", ".join(gpus) or "none",
+        "hub token": "present" if machine.token else "none (only gated models need one)",
+        "toy models": f"not usable: {', '.join(machine.world)}" if machine.world else "intact",
+        "pipeline": machine.pipeline,
+    }
+    return tabulate(facts.items(), tablefmt="plain", disable_numparse=True)

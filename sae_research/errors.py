@@ -5,9 +5,7 @@ from collections.abc import Iterable
 
 
 class ResearchError(Exception):
-    """One sentence that says what is wrong and what to do; the command line prints it and exits
-    with 1.
-    """
+    """One sentence that says what is wrong and what to do; the command line prints it."""
 
 
 def unknown(kind: str, given: str, valid: Iterable[str], where: str) -> ResearchError:

@@ -1,6 +1,4 @@
-"""One style for every figure, drawn with seaborn, and files whose bytes are the same on
-every run.
-"""
+"""One style for every figure, and files whose bytes are the same on every run."""
 
 import io
 import textwrap
@@ -31,9 +29,7 @@ VERDICTS = {
 """Colour and marker of each verdict: never colour alone."""
 
 FULL, HALF = 7.2, 3.6
-"""Inches: every figure is one column or half a column wide, so that type has one size
-everywhere.
-"""
+"""Inches: every figure is one column or half a column wide, so that type has one size."""
 STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 150,
@@ -84,8 +80,7 @@ def canvas(
     columns: int = 1,
     share: bool = False,
 ) -> "tuple[Figure, Axes]":
-    """A figure and its axes (an array for several); the title states the finding, labels name
-    units.
+    """A figure and its axes (an array for several); the title states the finding.
 
     It is one column wide, or half with `full=False`; `share` gives all panels the same axes.
     """
@@ -128,7 +123,6 @@ def forest(
     intervals: "Sequence[Interval]",
     *,
     threshold: float | None = None,
-    threshold_label: str = "",
     verdicts: Sequence[str] | None = None,
     controls: "Sequence[Interval | None] | None" = None,
     published: Sequence[float | None] | None = None,
@@ -139,7 +133,9 @@ def forest(
     """
     _same_length(labels=labels, intervals=intervals, verdicts=verdicts, controls=controls)
     for row, interval in enumerate(intervals):
-        colour, marker = _verdict(verdicts[row]) if verdicts else (COLOURS[0], "o")
+        if verdicts and verdicts[row] not in VERDICTS:
+            raise unknown("verdict", verdicts[row], VERDICTS, "the figure")
+        colour, marker = VERDICTS[verdicts[row]] if verdicts else (COLOURS[0], "o")
         _whisker(axes, interval, row, colour, marker)
         if controls and controls[row] is not None:
             _whisker(axes, controls[row], row + 0.28, GREY, "d", size=5)
@@ -149,10 +145,8 @@ def forest(
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     if threshold is not None:
-        axes.axvline(
-            threshold, color=GREY, linestyle="--", linewidth=1.2, label=threshold_label or None
-        )
-    keys = _verdict_keys(verdicts or ()) + axes.get_legend_handles_labels()[0]
+        axes.axvline(threshold, color=GREY, linestyle="--", linewidth=1.2)
+    keys = [_key(v, *look) for v, look in VERDICTS.items() if v in (verdicts or ())]
     if any(control is not None for control in controls or ()):
         keys.append(_key("control", GREY, "d"))
     if any(value is not None for value in published or ()):
@@ -168,74 +162,40 @@ def _whisker(
 
 
 @style()
-def bars(
-    axes: "Axes",
-    labels: Sequence[str],
-    groups: "Mapping[str, Sequence[Interval]]",
-    *,
-    threshold: float | None = None,
-    threshold_label: str = "",
-) -> None:
-    """Grouped bars with intervals: one place per label, one colour per group."""
-    width = 0.8 / len(groups)
-    for g, (name, intervals) in enumerate(groups.items()):
-        _same_length(labels=labels, **{name: intervals})
-        axes.bar(
-            [i + (g - (len(groups) - 1) / 2) * width for i in range(len(labels))],
-            [interval.value for interval in intervals],
-            0.92 * width,
-            color=COLOURS[g % len(COLOURS)],
-            label=name,
-            yerr=_errors(intervals),
-            error_kw={"ecolor": "#333333", "elinewidth": 1.2, "capsize": 2.5},
-        )
-    axes.axhline(0, color="#444444", linewidth=0.8)
-    _finish_groups(axes, labels, groups, threshold, threshold_label)
-
-
-@style()
 def points(
     axes: "Axes",
     labels: Sequence[str],
     groups: "Mapping[str, Sequence[Interval]]",
     *,
+    bars: bool = False,
     threshold: float | None = None,
-    threshold_label: str = "",
 ) -> None:
-    """As `bars`, but dots with whiskers beside one another: for numbers whose zero says nothing."""
-    offset = 0.6 / max(len(groups), 2)
+    """Numbers with intervals: one place per label, and side by side one colour per group.
+
+    They are dots, or `bars` where a number's distance from zero matters.
+    """
+    width = 0.8 / len(groups) if bars else 0.6 / max(len(groups), 2)
     for g, (name, intervals) in enumerate(groups.items()):
         _same_length(labels=labels, **{name: intervals})
-        axes.errorbar(
-            [i + (g - (len(groups) - 1) / 2) * offset for i in range(len(labels))],
-            [interval.value for interval in intervals],
-            yerr=_errors(intervals),
-            fmt="oDs^vPX*"[g % 8],
-            color=COLOURS[g % len(COLOURS)],
-            label=name,
-            elinewidth=1.4,
-        )
-    _finish_groups(axes, labels, groups, threshold, threshold_label)
-
-
-def _errors(intervals: "Sequence[Interval]") -> list[list[float]]:
-    """Lengths of the whiskers below and above, as matplotlib takes them."""
-    below = [max(0.0, i.value - i.low) for i in intervals]
-    return [below, [max(0.0, i.high - i.value) for i in intervals]]
-
-
-def _finish_groups(
-    axes: "Axes", labels: Sequence[str], groups: Mapping, threshold: float | None, words: str
-) -> None:
-    from matplotlib.transforms import blended_transform_factory
-
+        places = [i + (g - (len(groups) - 1) / 2) * width for i in range(len(labels))]
+        values = [interval.value for interval in intervals]
+        errors = [
+            [max(0.0, i.value - i.low) for i in intervals],
+            [max(0.0, i.high - i.value) for i in intervals],
+        ]
+        look = {"color": COLOURS[g % len(COLOURS)], "label": name, "yerr": errors}
+        if bars:
+            whiskers = {"ecolor": "#333333", "elinewidth": 1.2, "capsize": 2.5}
+            axes.bar(places, values, 0.92 * width, error_kw=whiskers, **look)
+        else:
+            axes.errorbar(places, values, fmt="oDs^vPX*"[g % 8], elinewidth=1.4, **look)
+    if bars:
+        axes.axhline(0, color="#444444", linewidth=0.8)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlim(-0.6, len(labels) - 0.4)
     axes.grid(axis="x", visible=False)
     if threshold is not None:
         axes.axhline(threshold, color=GREY, linestyle="--", linewidth=1.2)
-        place = blended_transform_factory(axes.transAxes, axes.transData)
-        axes.text(1.01, threshold, words, transform=place, va="center", color=GREY, fontsize=8.5)
     if len(groups) > 1:
         _legend_below(axes.get_figure(), axes.get_legend_handles_labels()[0])
 
@@ -263,8 +223,8 @@ def heat(
     values = np.asarray(matrix, dtype=float)
     if values.shape != (len(rows), len(columns)):
         raise ResearchError(
-            f"the heat map has shape {values.shape} "
-            f"but {len(rows)} rows and {len(columns)} columns."
+            f"the heat map has shape {values.shape} but {len(rows)} rows "
+            f"and {len(columns)} columns."
         )
     low, high = limits or (np.nanmin(values), np.nanmax(values))
     if centre is not None:
@@ -282,11 +242,7 @@ def heat(
     )
     mesh = axes.collections[0]
     for (i, j), value in np.ndenumerate(values):
-        if (
-            np.isfinite(value)
-            and shown_from is not None
-            and abs(value - (centre or 0)) < shown_from
-        ):
+        if shown_from is not None and abs(value - (centre or 0)) < shown_from:
             continue
         shown = format(value, form) if np.isfinite(value) else "–"
         # white has more contrast on dark cells
@@ -319,17 +275,8 @@ def scatter(
     """Points with their rank correlation and its interval in the panel's upper right corner."""
     import seaborn as sns
 
-    sns.scatterplot(
-        x=x,
-        y=y,
-        ax=axes,
-        s=16,
-        color=colour,
-        alpha=0.6,
-        linewidth=0,
-        label=name or None,
-        rasterized=len(x) > 3000,
-    )
+    look = {"s": 16, "color": colour, "alpha": 0.6, "linewidth": 0, "label": name or None}
+    sns.scatterplot(x=x, y=y, ax=axes, rasterized=len(x) > 3000, **look)
     if correlation is not None:
         c = correlation
         words = f"Spearman {c.value:.2f} [{c.low:.2f}, {c.high:.2f}], n {c.n:,}"
@@ -355,9 +302,8 @@ def curve(
     """
     _same_length(x=x, intervals=intervals)
     values = [i.value for i in intervals]
-    (line,) = axes.plot(
-        x, values, marker="o", color=colour, label=name if name and not direct else None
-    )
+    shown = name if name and not direct else None
+    (line,) = axes.plot(x, values, marker="o", color=colour, label=shown)
     band = {"color": line.get_color(), "alpha": 0.18, "linewidth": 0}
     axes.fill_between(x, [i.low for i in intervals], [i.high for i in intervals], **band)
     if name and direct:
@@ -375,23 +321,12 @@ def _same_length(**columns: Sequence | None) -> None:
         )
 
 
-def _verdict(verdict: str) -> tuple[str, str]:
-    if verdict not in VERDICTS:
-        raise unknown("verdict", verdict, VERDICTS, "the figure")
-    return VERDICTS[verdict]
-
-
 def _key(name: str, colour: str, marker: str, linestyle: str = "-"):
     from matplotlib.lines import Line2D
 
     style = {"color": colour, "marker": marker, "linestyle": linestyle, "label": name}
-    return Line2D(
-        [], [], markersize=7, markeredgecolor=colour if marker == "|" else "white", **style
-    )
-
-
-def _verdict_keys(verdicts: Sequence[str]) -> list:
-    return [_key(v, *look) for v, look in VERDICTS.items() if v in verdicts]
+    edge = colour if marker == "|" else "white"
+    return Line2D([], [], markersize=7, markeredgecolor=edge, **style)
 
 
 def _legend_below(figure: "Figure", keys: Sequence) -> None:

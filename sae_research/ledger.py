@@ -15,13 +15,7 @@ if TYPE_CHECKING:
 
     from sae_research.stats import Interval
 
-VERDICTS = (
-    "reproduced",
-    "direction only",
-    "confounded",
-    "not reproduced",
-    "not testable here",
-)
+VERDICTS = ("reproduced", "direction only", "confounded", "not reproduced", "not testable here")
 """From the best to the worst; notebook 90 says what each means."""
 TESTBED = "world"
 """The owner of checks of the toy models, which are no claims of a paper."""
@@ -37,8 +31,8 @@ HIGHLIGHTS = {
 _BEGIN, _END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
 
 
-def _show(x: float | None) -> str:
-    return "" if x is None else f"{x:.3g}"
+def _show(x: float | str | None) -> str:
+    return f"{x:.3g}" if isinstance(x, int | float) else x or ""
 
 
 def _interval(m: dict) -> str:
@@ -71,7 +65,7 @@ def table(lines: list[dict]) -> "pd.DataFrame":
     rows = [
         {
             "claim": line["statement"],
-            "paper": _paper(line),
+            "paper": _show(line["paper_value"]),
             "measured": _interval(line),
             "n": "" if line["n"] is None else str(line["n"]),
             "control": _interval(line["control"]) if line["control"] else "",
@@ -83,11 +77,6 @@ def table(lines: list[dict]) -> "pd.DataFrame":
     ]
     columns = ["claim", "paper", "measured", "n", "control", "rule", "verdict", "id"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def _paper(line: dict) -> str:
-    value = line["paper_value"]
-    return value if isinstance(value, str) else _show(value)
 
 
 def paper_number(line: dict) -> float | None:
@@ -111,9 +100,7 @@ def markdown(lines: list[dict]) -> str:
 
 
 def count_verdicts(lines: list[dict]) -> "pd.DataFrame":
-    """How many claims of each study have which verdict; the testbed's checks have a row of their
-    own.
-    """
+    """How many claims of each study have which verdict; the testbed's row comes last."""
     import pandas as pd
 
     counts = Counter((line["study"], line["verdict"]) for line in lines)
@@ -133,9 +120,7 @@ def group_families(lines: list[dict]) -> dict[str, list[dict]]:
 
 
 def agreement(lines: list[dict], published: list[dict]) -> tuple[int, list[tuple[str, str, str]]]:
-    """How many verdicts are the same in two ledgers, and (id, ours, theirs) of those that
-    differ.
-    """
+    """How many verdicts are the same in two ledgers, and (id, ours, theirs) of the others."""
     theirs = {line["id"]: line["verdict"] for line in published}
     both = [(e["id"], e["verdict"], theirs[e["id"]]) for e in lines if e["id"] in theirs]
     return sum(a == b for _, a, b in both), [line for line in both if line[1] != line[2]]

@@ -58,28 +58,23 @@ class Machine:
 
 def examine(profiles: Sequence[config.Profile]) -> Machine:
     """Look at this machine; the hub is asked only if one of `profiles` would download something."""
+    import psutil
     from huggingface_hub import constants, get_token
-    from psutil import virtual_memory
 
-    named = {
-        name
-        for p in profiles
-        for study in config.study_names()
-        for name in getattr(p, study).models
-    }
+    studies = [getattr(p, study) for p in profiles for study in config.study_names()]
+    named = {name for study in studies for name in study.models}
     away = [s for s in map(catalogue.get, sorted(named)) if not s.embedded]
     files = cached_files(Path(constants.HF_HUB_CACHE)) if away else {}
     cached = frozenset(s.name for s in away if downloaded(s, files))
     away = [s for s in away if s.name not in cached]
     hub = hub_problem(constants.ENDPOINT, constants.HF_HUB_OFFLINE) if away else None
     token = get_token()
+    gated = sorted({s.model for s in away if s.gated})
     absent, differing = packages()
     return Machine(
         python=sys.version_info[:3],
-        cores=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
-        memory=virtual_memory().total / GB,
+        cores=len(psutil.Process().cpu_affinity()) if psutil.LINUX else psutil.cpu_count(),
+        memory=psutil.virtual_memory().total / GB,
         disk=_free(paths.ROOT),
         cache_disk=_free(Path(constants.HF_HUB_CACHE)),
         writable=_writable(paths.ROOT),
@@ -91,31 +86,23 @@ def examine(profiles: Sequence[config.Profile]) -> Machine:
         pipeline=_pipeline(),
         hub=hub,
         token=token is not None,
-        refused=_refused(sorted({s.model for s in away if s.gated}), token)
-        if token and not hub
-        else {},
+        refused=_refused(gated, token) if token and not hub else {},
         cached=cached,
     )
 
 
 def packages() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Packages that pyproject.toml asks for and that are absent, and installed ones that differ
-    from their pins.
-    """
+    """Packages that pyproject.toml asks for and that are absent; those that differ from pins."""
     import tomllib
 
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    asked = tomllib.loads((paths.ROOT / "pyproject.toml").read_text("utf-8"))["project"][
-        "dependencies"
-    ]
-    absent = tuple(
-        name for name in (Requirement(line).name for line in asked) if _version(name) is None
-    )
-    pinned = dict(
-        line.split("==") for line in paths.CONSTRAINTS.read_text().split() if "==" in line
-    )
+    project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    asked = [Requirement(line).name for line in project["dependencies"]]
+    absent = tuple(name for name in asked if _version(name) is None)
+    pins = paths.CONSTRAINTS.read_text().split()
+    pinned = dict(line.split("==") for line in pins if "==" in line)
     found = {name: _version(name) for name in pinned}
     differing = tuple(
         f"{name} {here} (pinned {pinned[name]})"
@@ -126,9 +113,7 @@ def packages() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def world_problems(root: Path = paths.EMBEDDED) -> dict[str, str]:
-    """What is wrong with each toy model: a missing piece, or the file that does not match its
-    checksum.
-    """
+    """What is wrong with each toy model: a missing piece, or a file that was altered."""
     from sae_research.world import build
 
     problems = {}
@@ -150,9 +135,8 @@ def hub_problem(endpoint: str, offline: bool = False, timeout: float = 4.0) -> s
     if offline:
         return "the network (HF_HUB_OFFLINE is set)"
     try:
-        urlopen(
-            Request(f"{endpoint}/gpt2/resolve/main/config.json", method="HEAD"), timeout=timeout
-        ).close()
+        asked = Request(f"{endpoint}/gpt2/resolve/main/config.json", method="HEAD")
+        urlopen(asked, timeout=timeout).close()
     except HTTPError as error:
         return f"the hub ({host} answers {error.code})"
     except (OSError, ValueError):
@@ -225,17 +209,12 @@ def _gpus() -> dict[str, float]:
         return {}
     query = [tool, "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(
-            query, capture_output=True, text=True, timeout=20, check=True
-        ).stdout
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
-    lines = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
-    return {
-        f"{index}: {name}": float(mb) / 1024
-        for index, name, mb in lines
-        if mb.replace(".", "").isdigit()
-    }
+    lines = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]
+    known = [line for line in lines if line[2].replace(".", "").isdigit()]
+    return {f"{index}: {name}": float(mb) / 1024 for index, name, mb in known}
 
 
 def _pipeline() -> str:
@@ -249,12 +228,9 @@ def _pipeline() -> str:
         return "DVC did not answer in 3 minutes"
     if done.returncode == 0:
         return "every stage is up to date"
-    complaint = done.stderr.strip().splitlines()
-    return (
-        f"DVC says: {complaint[-1]}"
-        if complaint
-        else "some stages are to be run; `make reproduce` runs them"
-    )
+    if complaint := done.stderr.strip().splitlines():
+        return f"DVC says: {complaint[-1]}"
+    return "some stages are to be run; `make reproduce` runs them"
 
 
 def _version(name: str) -> str | None:

@@ -1,6 +1,4 @@
-"""Run a notebook for the record: papermill executes it, a normaliser makes two runs give the same
-bytes.
-"""
+"""Run a notebook with papermill and normalise it, so that two runs give the same bytes."""
 
 import os
 import re
@@ -13,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 from sae_research import config, paths, store
 from sae_research.errors import ResearchError, unknown
@@ -39,16 +38,12 @@ def source(name: str) -> Path:
 
 
 def stamp(profile: str, name: str) -> Path:
-    """The file that proves that a notebook ran here; it is never committed, so that a fresh clone
-    runs everything.
-    """
+    """The file that proves that a notebook ran here; never committed, so a clone runs all."""
     return paths.DATA / profile / "runs" / f"{name}.json"
 
 
 def environment(profile: config.Profile, folder: Path) -> dict[str, str]:
-    """Environment of the kernel: fixed seeds and threads, no bars, no user configuration, no
-    network unless wanted.
-    """
+    """Environment of the kernel: fixed seeds and threads, no bars, no user configuration."""
     threads = str(profile.runtime.threads)
     return {
         "TQDM_DISABLE": "1",
@@ -62,22 +57,11 @@ def environment(profile: config.Profile, folder: Path) -> dict[str, str]:
         "IPYTHONDIR": str(folder / "ipython"),
         "JUPYTER_PREFER_ENV_PATH": "1",
         "JUPYTER_PLATFORM_DIRS": "1",
-        **{
-            name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        },
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
         **({} if profile.runtime.hub else {"HF_HUB_OFFLINE": "1"}),
     }
-
-
-@contextmanager
-def _environ(values: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @contextmanager
@@ -97,17 +81,14 @@ def hold_lock(lock: Path, what: str, patience: float = 15) -> Iterator[None]:
 
 
 def _die_with_pipeline() -> None:
-    """End this process and its kernel soon after the pipeline that started it was killed; by hand,
-    do nothing.
-    """
+    """End this process and its kernel soon after the pipeline that started it was killed."""
     if "DVC_STAGE" not in os.environ:
         return
     import psutil
 
     me = psutil.Process()
-    pipeline = next(
-        (p for p in me.parents() if "sae_research run" not in " ".join(p.cmdline())), None
-    )
+    others = (p for p in me.parents() if "sae_research run" not in " ".join(p.cmdline()))
+    pipeline = next(others, None)
     if pipeline is None:
         os._exit(1)
 
@@ -130,9 +111,7 @@ def _relative(text: str) -> str:
 
 
 def _outputs(outputs: "list[NotebookNode]") -> "list[NotebookNode]":
-    """Outputs that two runs share: streams joined, bars and library warnings (stderr) and widgets
-    dropped.
-    """
+    """Outputs that two runs share: streams joined; bars, warnings and widgets dropped."""
     kept: list[NotebookNode] = []
     for out in outputs:
         if out.output_type == "stream":
@@ -145,10 +124,9 @@ def _outputs(outputs: "list[NotebookNode]") -> "list[NotebookNode]":
         elif out.output_type in ("display_data", "execute_result"):
             if any(kind.startswith(_WIDGET) for kind in out.data):
                 continue
-            out.data = {
-                k: _relative(v) if isinstance(v, str) and k != "image/png" else v
-                for k, v in out.data.items()
-            }
+            for kind, shown in out.data.items():
+                if isinstance(shown, str) and kind != "image/png":
+                    out.data[kind] = _relative(shown)
             out.metadata = {}
         kept.append(out)
     return kept
@@ -192,9 +170,8 @@ def _steady(notebook: "NotebookNode") -> "NotebookNode":
 
 def normalised(notebook: "NotebookNode", profile: str) -> "NotebookNode":
     """The executed notebook with everything removed that would differ in a second run."""
-    notebook.cells = [
-        c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])
-    ]
+    injected = "injected-parameters"
+    notebook.cells = [c for c in notebook.cells if injected not in c.metadata.get("tags", [])]
     count = 0
     for cell in _steady(notebook).cells:
         if cell.cell_type != "code":
@@ -221,37 +198,29 @@ def _execute(name: str, profile: config.Profile, folder: Path) -> "NotebookNode"
     part = folder / f"{name}.ipynb"
     read = f"what ran is in {paths.relative(part)}."
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    form = {"bar_format": "{desc} |{bar}| {n_fmt}/{total_fmt} {elapsed}"}
+    bar = {"desc": name, "leave": False, **form} if sys.stderr.isatty() else False
+    # no port that others on the machine could reach
+    transport = {"transport": "ipc" if os.name == "posix" else "tcp"}
     try:
         return papermill.execute_notebook(
             str(source(name)),
             str(part),
             parameters={"profile": profile.name},
             kernel_name="python3",
-            progress_bar={
-                "desc": name,
-                "leave": False,
-                "bar_format": "{desc} |{bar}| {n_fmt}/{total_fmt} {elapsed}",
-            }
-            if sys.stderr.isatty()
-            else False,
+            progress_bar=bar,
             cwd=str(paths.NOTEBOOKS),
             extra_arguments=["--log-level=CRITICAL"],
-            config=Config(
-                # no port that others on the machine could reach
-                KernelManager={"transport": "ipc" if os.name == "posix" else "tcp"}
-            ),
+            config=Config(KernelManager=transport),
         )
     except papermill.PapermillExecutionError as error:
         fault = error.evalue if error.ename == "ResearchError" else f"{error.ename}: {error.evalue}"
-        cell = f"cell [{error.exec_count}]"
-        raise ResearchError(
-            f"notebook {name} failed in {cell}: {fault.strip()} ({read})"
-        ) from error
+        said = f"failed in cell [{error.exec_count}]: {fault.strip()}"
+        raise ResearchError(f"notebook {name} {said} ({read})") from error
     except DeadKernelError as error:
         raise ResearchError(
             f"the kernel of notebook {name} died, most likely for want of memory; close other "
-            "programs and run again "
-            f"({read})"
+            f"programs and run again ({read})"
         ) from error
 
 
@@ -266,8 +235,8 @@ def run(name: str, profile: str) -> Path:
     declared = read_outputs(profile).get(name)
     if declared is None:
         raise ResearchError(
-            f"notebook {name} has no stage in dvc.yaml; run `python -m sae_research stages "
-            "--write`."
+            f"notebook {name} has no stage in dvc.yaml; "
+            "run `python -m sae_research stages --write`."
         )
     scratch = paths.scratch(profile, name)
     published = paths.executed(profile) / f"{name}.ipynb"
@@ -275,7 +244,7 @@ def run(name: str, profile: str) -> Path:
     started = time.monotonic()
     with hold_lock(scratch.with_name(f"{name}.lock"), f"notebook {name} ({profile})"):
         scratch.mkdir(parents=True, exist_ok=True)
-        with _environ(environment(settings, scratch)):
+        with patch.dict(os.environ, environment(settings, scratch)):
             notebook = normalised(_execute(name, settings, scratch), profile)
         store.write_text(published, nbformat.writes(notebook) + "\n")
         _stamp(profile, name, [out for out in declared if out != stamp(profile, name)])
@@ -283,19 +252,13 @@ def run(name: str, profile: str) -> Path:
         study = re.fullmatch(r"\d\d_(.+)_run", name)
         if study:  # its shards are published now
             shutil.rmtree(paths.scratch(profile, study[1]), ignore_errors=True)
-    order = names()
-    print(
-        f"[{order.index(name) + 1}/{len(order)}] {name} ({profile}): "
-        f"{time.monotonic() - started:.0f} s",
-        flush=True,
-    )
+    place = f"[{names().index(name) + 1}/{len(names())}]"
+    print(f"{place} {name} ({profile}): {time.monotonic() - started:.0f} s", flush=True)
     return published
 
 
 def validate(profile: str) -> int:
-    """Run the executed notebooks of a profile again (nbval) and compare every output; returns
-    pytest's exit code.
-    """
+    """Run the executed notebooks again (nbval), compare every output; pytest's exit code."""
     settings = config.load(profile)
     if not any(paths.executed(profile).glob("*.ipynb")):
         raise ResearchError(
@@ -303,15 +266,10 @@ def validate(profile: str) -> int:
         )
     scratch = paths.scratch(profile, "validate")
     words = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env"]
-    words += [
-        "--nbval-sanitize-with",
-        "tests/nbval_sanitize.cfg",
-        paths.relative(paths.executed(profile)),
-    ]
+    words += ["--nbval-sanitize-with", "tests/nbval_sanitize.cfg"]
+    command = [sys.executable, "-m", "pytest", *words, paths.relative(paths.executed(profile))]
     env = {**os.environ, **environment(settings, scratch)}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words], cwd=paths.ROOT, env=env, check=False
-    )
+    done = subprocess.run(command, cwd=paths.ROOT, env=env, check=False)
     shutil.rmtree(scratch, ignore_errors=True)
     return done.returncode
 
@@ -323,10 +281,6 @@ def _stamp(profile: str, name: str, outputs: list[Path]) -> None:
             raise ResearchError(
                 f"notebook {name} did not write {paths.relative(out)}, which its stage declares."
             )
-    files = [
-        f
-        for out in outputs
-        for f in (sorted(out.rglob("*")) if out.is_dir() else [out])
-        if f.is_file()
-    ]
-    store.write_json(stamp(profile, name), {paths.relative(f): store.sha256(f) for f in files})
+    found = [f for out in outputs for f in (out.rglob("*") if out.is_dir() else [out])]
+    sums = {paths.relative(f): store.sha256(f) for f in found if f.is_file()}
+    store.write_json(stamp(profile, name), sums)

@@ -1,6 +1,4 @@
-"""Independent shards of work: in one process, in local processes, or on a Ray cluster, with the
-same results.
-"""
+"""Independent shards of work: in one process, in several, or on Ray, with the same results."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,26 +17,19 @@ def shards(
     threads: int = 1,
     desc: str = "",
 ) -> list:
-    """`[function(item) for item in items]`, with `n_jobs` at once; a worker needs about 2 s to
-    start.
+    """`[function(item) for item in items]`, with `n_jobs` at once; a worker starts in about 2 s.
 
     `n_jobs` is 1 (this process), a number of local processes (-1: one a core), or "ray". With
-    `seed`, every call is `function(item, seed=...)` with an own seed that depends on the item's
-    position alone. Every shard has `threads` threads whatever `n_jobs`, so that sums round
-    alike.
+    `seed`, every call is `function(item, seed=...)` with a seed that depends on the item's place
+    alone. Every shard has `threads` threads whatever `n_jobs`, so that sums round alike.
     """
     items = list(items)
-    if n_jobs != "ray" and (
-        not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or n_jobs == 0 or n_jobs < -1
-    ):
+    if n_jobs != "ray" and (type(n_jobs) is not int or n_jobs == 0 or n_jobs < -1):
         raise ResearchError(
             f"n_jobs must be a number of processes, -1 for one a core, or 'ray', not {n_jobs!r}."
         )
-    seeds = _seeds(seed, len(items))
-    calls = [
-        (function, i, item, s, threads)
-        for i, (item, s) in enumerate(zip(items, seeds, strict=True))
-    ]
+    pairs = zip(items, _seeds(seed, len(items)), strict=True)
+    calls = [(function, i, item, s, threads) for i, (item, s) in enumerate(pairs)]
     if n_jobs == 1 or len(items) < 2:
         return [_shard(*call) for call in tqdm(calls, desc=desc, leave=False)]
 
@@ -67,10 +58,8 @@ def _shard(function: Callable, index: int, item: object, seed: int | None, threa
     except Exception as error:
         name = repr(item)
         name = name if len(name) <= 120 else name[:117] + "..."
-        cause = (
-            str(error) if isinstance(error, ResearchError) else f"{type(error).__name__}: {error}"
-        )
-        raise ResearchError(f"shard {index} ({name}) failed: {cause}") from error
+        kind = "" if isinstance(error, ResearchError) else f"{type(error).__name__}: "
+        raise ResearchError(f"shard {index} ({name}) failed: {kind}{error}") from error
 
 
 @contextmanager
@@ -100,9 +89,8 @@ def _backend(n_jobs: int | str, threads: int) -> Iterator[bool]:
         from ray.util.joblib import register_ray
     except ImportError as error:
         raise ResearchError(
-            "n_jobs is 'ray' but Ray is not installed; run `pip install -e '.[ray]' -c "
-            "constraints.txt`, "
-            "or set n_jobs to a number of local processes."
+            "n_jobs is 'ray' but Ray is not installed; run `pip install -e '.[ray]' "
+            "-c constraints.txt`, or set n_jobs to a number of local processes."
         ) from error
     register_ray()
     with parallel_config("ray", n_jobs=-1):

@@ -1,6 +1,4 @@
-"""The repository root and where things live; every path is absolute, so the working folder never
-matters.
-"""
+"""Where things live; every path is absolute, so the working folder never matters."""
 
 from pathlib import Path
 
@@ -34,15 +32,11 @@ def executed(profile: str) -> Path:
 
 
 def scratch(profile: str, name: str) -> Path:
-    """Folder where the notebook `name` keeps resumable intermediate work; emptied when the
-    notebook succeeds.
-    """
+    """Folder for a notebook's resumable work; emptied when the notebook succeeds."""
     return DATA / "scratch" / profile / name
 
 
 def relative(path: Path) -> str:
-    """`path` as shown to readers: relative to the repository root where it lies below it, else its
-    last part.
-    """
+    """`path` as shown to readers: from the repository root if below it, else its last part."""
     path = Path(path)
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name

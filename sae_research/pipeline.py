@@ -1,6 +1,4 @@
-"""The whole chain of a profile: DVC runs what is missing or changed, then the results are compared
-with known ones.
-"""
+"""The chain of a profile: DVC runs what is missing or changed, then results are compared."""
 
 import os
 import re
@@ -22,10 +20,9 @@ WORLD = "world"
 
 def _git(*words: str) -> bytes | None:
     """What git says about this folder's own repository; nothing without git."""
+    command = ["git", "-C", str(paths.ROOT), *words]
     try:
-        found = subprocess.run(
-            ["git", "-C", str(paths.ROOT), *words], capture_output=True, check=False
-        )
+        found = subprocess.run(command, capture_output=True, check=False)
     except FileNotFoundError:
         return None
     return found.stdout if found.returncode == 0 else None
@@ -52,28 +49,22 @@ def _read_lock(path: Path) -> dict | None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return None
-    return (
-        content["stages"]
-        if isinstance(content, dict) and isinstance(content.get("stages"), dict)
-        else None
-    )
+    stages = content.get("stages") if isinstance(content, dict) else None
+    return stages if isinstance(stages, dict) else None
 
 
-def _write_lock(path: Path, stages: dict) -> None:
+def _write_lock(world: dict | None, stages: dict) -> None:
+    """Write a profile's stages after that of the toy models, which all profiles share."""
     import yaml
 
-    store.write_text(
-        path, yaml.safe_dump({"schema": "2.0", "stages": stages}, sort_keys=False, width=10_000)
-    )
+    others = {name: stage for name, stage in stages.items() if name != WORLD}
+    content = {"schema": "2.0", "stages": {WORLD: world, **others} if world else others}
+    store.write_text(LOCK, yaml.safe_dump(content, sort_keys=False, width=10_000))
 
 
 def _set_profile(profile: str) -> None:
-    text, found = re.subn(
-        r"(?m)^profile:.*$",
-        f"profile: {profile}",
-        paths.PARAMS.read_text(encoding="utf-8"),
-        count=1,
-    )
+    before = paths.PARAMS.read_text(encoding="utf-8")
+    text, found = re.subn(r"(?m)^profile:.*$", f"profile: {profile}", before, count=1)
     if not found:
         raise ResearchError(
             "params.yaml must hold a line `profile: ...`; restore it from the repository."
@@ -87,46 +78,34 @@ def _restore(state: dict) -> None:
     if stages:  # a kill may have cut it short
         store.write_bytes(_profile_lock(state["running"]), LOCK.read_bytes())
     kept = STATE / "dvc.lock"
-    if kept.exists():
-        before = _read_lock(kept) or {}
-        if WORLD in stages and before.get(WORLD) != stages[WORLD]:
-            _write_lock(
-                LOCK, {WORLD: stages[WORLD], **{k: v for k, v in before.items() if k != WORLD}}
-            )
-        else:
-            store.write_bytes(LOCK, kept.read_bytes())
+    before, world = _read_lock(kept) or {}, stages.get(WORLD)
+    if kept.exists() and world in (None, before.get(WORLD)):
+        store.write_bytes(LOCK, kept.read_bytes())
     else:
-        _write_lock(LOCK, {WORLD: stages[WORLD]} if WORLD in stages else {})
+        _write_lock(world, before)
     _set_profile(state["before"])
     (STATE / "state.json").unlink()
 
 
 @contextmanager
 def selected(profile: str) -> Iterator[None]:
-    """Make `profile` the one that DVC runs, with its own lock; the former one comes back even
-    after a kill.
-    """
+    """Make `profile` the one that DVC runs; the former one comes back, even after a kill."""
     marker = STATE / "state.json"
     if marker.exists():
         _restore(store.read_json(marker))
     before = config.read_params()["profile"]
+    _heal()
     if before == profile:
-        _heal(LOCK)
         yield
         return
     kept = STATE / "dvc.lock"
-    _heal(LOCK)
     if LOCK.exists():
         store.write_bytes(kept, LOCK.read_bytes())
     else:
         kept.unlink(missing_ok=True)
     store.write_json(marker, {"before": before, "running": profile})
-    stages = _read_lock(_profile_lock(profile)) or {}
-    world = (_read_lock(kept) or {}).get(WORLD)  # the toy models are the same for all
-    _write_lock(
-        LOCK,
-        {**({WORLD: world} if world else {}), **{k: v for k, v in stages.items() if k != WORLD}},
-    )
+    world = (_read_lock(kept) or {}).get(WORLD)
+    _write_lock(world, _read_lock(_profile_lock(profile)) or {})
     _set_profile(profile)
     try:
         yield
@@ -134,26 +113,21 @@ def selected(profile: str) -> Iterator[None]:
         _restore({"before": before, "running": profile})
 
 
-def _heal(lock: Path) -> None:
-    """Bring back the last whole lock if DVC was killed while it wrote; keep a copy of a
-    whole one.
-    """
-    good = STATE / "last-good" / lock.name
-    if _read_lock(lock) is not None:
-        store.write_bytes(good, lock.read_bytes())
-    elif lock.exists():
-        committed = _git("show", f"HEAD:{lock.name}")
-        content = good.read_bytes() if good.exists() else committed
+def _heal() -> None:
+    """Bring back the last whole lock if DVC was killed while it wrote; else keep a copy."""
+    good = STATE / "last-good" / LOCK.name
+    if _read_lock(LOCK) is not None:
+        store.write_bytes(good, LOCK.read_bytes())
+    elif LOCK.exists():
+        content = good.read_bytes() if good.exists() else _git("show", f"HEAD:{LOCK.name}")
         if content:
-            store.write_bytes(lock, content)
+            store.write_bytes(LOCK, content)
         else:
-            lock.unlink()
+            LOCK.unlink()
 
 
 def _forget_dead_readers() -> None:
-    """Remove DVC's list of readers and writers if it is damaged or names only processes that
-    ended.
-    """
+    """Remove DVC's list of readers and writers if it is damaged or names dead processes only."""
     import psutil
 
     path = paths.ROOT / ".dvc" / "tmp" / "rwlock"
@@ -161,13 +135,10 @@ def _forget_dead_readers() -> None:
         listed = store.read_json(path) if path.exists() else {}
         writers = list(listed.get("write", {}).values())
         readers = [reader for each in listed.get("read", {}).values() for reader in each]
-        alive = [
-            p["pid"]
-            for p in writers + readers
-            if psutil.pid_exists(p["pid"]) and _is_pipeline(p["pid"])
-        ]
+        named = [reader["pid"] for reader in writers + readers]
+        alive = any(psutil.pid_exists(process) and _is_pipeline(process) for process in named)
     except (ResearchError, AttributeError, KeyError, TypeError):
-        alive = []
+        alive = False
     if not alive:
         path.unlink(missing_ok=True)
 
@@ -184,9 +155,8 @@ def _is_pipeline(process: int) -> bool:
 
 def _dvc(force: bool) -> int:
     """Run what is missing or changed; returns how many stages ran."""
-    os.environ["PATH"] = os.pathsep.join(
-        [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    )
+    folder = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", "")])
     if not has_git() and _git("rev-parse") is None:
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         local = paths.ROOT / ".dvc" / "config.local"
@@ -211,20 +181,15 @@ def _dvc(force: bool) -> int:
 
 
 def _results(profile: str) -> list[str]:
-    """What a profile publishes: claims, figures and executed notebooks, as paths in the
-    repository.
-    """
+    """What a profile publishes: paths of its claims, figures and executed notebooks."""
     ledgers = (paths.DATA / profile).glob("**/claims.json")
     drawn = (paths.ROOT / "figures" / profile).glob("**/*.*")
-    return sorted(
-        paths.relative(p) for p in (*ledgers, *drawn, *paths.executed(profile).glob("*.ipynb"))
-    )
+    executed = paths.executed(profile).glob("*.ipynb")
+    return sorted(paths.relative(p) for p in (*ledgers, *drawn, *executed))
 
 
 def _known(profile: str) -> Path | None:
-    """Where the results lie that came with the repository if there is no git: a copy made before
-    the first run.
-    """
+    """Without git: where results as delivered are kept, copied before the first run."""
     return None if has_git() else STATE / "as-delivered" / profile
 
 
@@ -246,11 +211,8 @@ def compare_with_delivered(profile: str) -> list[str]:
         return (known / name).read_bytes() if (known / name).exists() else None
 
     lines = []
-    for kind, end in (
-        ("claims", "claims.json"),
-        ("figures", (".png", ".svg")),
-        ("notebooks", ".ipynb"),
-    ):
+    ends = {"claims": "claims.json", "figures": (".png", ".svg"), "notebooks": ".ipynb"}
+    for kind, end in ends.items():
         words = {}
         for name in (name for name in _results(profile) if name.endswith(end)):
             old = before(name)
@@ -274,17 +236,14 @@ def report(profile: str) -> str:
     published = paths.DATA / PUBLISHED / "claims.json"
     if profile != PUBLISHED and published.exists():
         agree, differ = ledger.agreement(found, claims.read(PUBLISHED))
-        total = agree + len(differ)
-        lines.append(
-            f"{agree} of {total} verdicts agree with the published ones "
-            f"({paths.relative(published)})"
-        )
+        words = f"{agree} of {agree + len(differ)} verdicts agree with the published ones"
+        lines.append(f"{words} ({paths.relative(published)})")
         lines += [f"  {i}: {ours} (published: {theirs})" for i, ours, theirs in differ]
     elif profile != PUBLISHED:
         lines.append("no published verdicts to agree with yet (they come from the profile `full`)")
+    executed = paths.relative(paths.executed(profile))
     lines += [
-        f"read: {paths.relative(paths.executed(profile))}/ (start with "
-        f"{notebooks.names()[0]}.ipynb)",
+        f"read: {executed}/ (start with {notebooks.names()[0]}.ipynb)",
         f"figures: figures/{profile}/",
         f"claims: data/{profile}/claims.json",
     ]
@@ -292,9 +251,7 @@ def report(profile: str) -> str:
 
 
 def write_settings(profile: str) -> None:
-    """Write the settings in force to `data/<profile>/settings.json`: what each stage depends on,
-    and a record.
-    """
+    """Write the settings in force to `data/<profile>/settings.json`, which stages depend on."""
     store.write_json(paths.DATA / profile / "settings.json", config.as_json(config.load(profile)))
 
 
@@ -307,9 +264,7 @@ def reproduce(profile: str, force: bool = False) -> str:
         _forget_dead_readers()
         with selected(profile):
             ran = _dvc(force)
-    note = (
-        f"\n{ran} stages ran, the others were up to date"
-        if ran
-        else "\neverything was up to date, nothing ran"
-    )
-    return note + "\n" + report(profile)
+    note = "everything was up to date, nothing ran"
+    if ran:
+        note = f"{ran} stages ran, the others were up to date"
+    return f"\n{note}\n{report(profile)}"

@@ -50,19 +50,12 @@ def write() -> None:
 
 def _table(profiles: tuple[str, ...]) -> list[list[str]]:
     """Block, setting, meaning, default and one value per profile; `=` is the default."""
-    return [
-        [
-            row["block"],
-            row["setting"],
-            row["meaning"],
-            show(row["default"]),
-            *(
-                "=" if row["profiles"][p] == row["default"] else show(row["profiles"][p])
-                for p in profiles
-            ),
-        ]
-        for row in config.departures(profiles)
-    ]
+    rows = []
+    for row in config.departures(profiles):
+        default, given = row["default"], [row["profiles"][profile] for profile in profiles]
+        values = ["=" if value == default else show(value) for value in given]
+        rows.append([row["block"], row["setting"], row["meaning"], show(default), *values])
+    return rows
 
 
 def show(value: object) -> str:

@@ -53,22 +53,18 @@ def write() -> None:
 
 def make_stages() -> dict[str, dict]:
     """Every stage by name."""
+    blocks = [f"sae_research/studies/{study}/settings.py" for study in config.study_names()]
     return {
         "world": _world(),
         "settings": {
             "desc": "the settings in force; each stage depends on its own block of them",
             "cmd": "python -m sae_research settings --profile ${profile}",
-            "deps": ["sae_research/config.py", *_settings_files()],
+            "deps": ["sae_research/config.py", *blocks],
             "params": ["profiles.${profile}"],
             "outs": [_kept(_SETTINGS)],
         },
         **{name: _notebook(name) for name in notebooks.names()},
     }
-
-
-def _settings_files() -> list[str]:
-    folder = dependencies.PACKAGE / "studies"
-    return [dependencies.relative(folder / s / "settings.py") for s in config.study_names()]
 
 
 def _world() -> dict:
@@ -108,11 +104,8 @@ def _notebook(name: str) -> dict:
         params["claims.yaml"] = [owner]
         outs += [_kept(_ledger(owner)), _kept(f"figures/${{profile}}/{owner}")]
     outs.append(_kept(f"notebooks/executed/${{profile}}/{name}.ipynb"))
-    stage: dict = {
-        "cmd": f"python -m sae_research run {name} --profile ${{profile}}",
-        "deps": sorted(deps),
-        "outs": outs,
-    }
+    command = f"python -m sae_research run {name} --profile ${{profile}}"
+    stage: dict = {"cmd": command, "deps": sorted(deps), "outs": outs}
     if params:
         stage["params"] = [{file: keys} for file, keys in params.items()]
     if metrics:
@@ -123,8 +116,7 @@ def _notebook(name: str) -> dict:
 def _judged() -> list[str]:
     """Who has a ledger: the testbed and every study with a results notebook."""
     owners = [_TESTBED] if "00_start_here" in notebooks.names() else []
-    names = [re.fullmatch(r"\d\d_(.+)_results", name) for name in notebooks.names()]
-    return [*owners, *(match[1] for match in names if match)]
+    return owners + re.findall(r"(?m)^\d\d_(.+)_results$", "\n".join(notebooks.names()))
 
 
 def _ledger(study: str) -> str:

@@ -1,6 +1,4 @@
-"""Error bars and tests: what a number is worth, over seeds, clusters and pairs. Every draw has an
-explicit seed.
-"""
+"""Error bars and tests over seeds, clusters and pairs; every draw has an explicit seed."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ if TYPE_CHECKING:
     Statistic = Callable[..., np.ndarray | float]
 
 DRAWS = 10_000
+LEVEL = 0.95
 _BATCH_ELEMENTS = 2_000_000
 
 
@@ -30,24 +29,19 @@ class Interval:
     n: int
     """Independent units: seeds, clusters or pairs."""
 
-    def excludes(self, number: float) -> bool:
-        """Whether `number` lies outside the interval."""
-        return not self.low <= number <= self.high
-
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}], n {self.n}"
 
 
-def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+def mean_interval(values: Sequence[float]) -> Interval:
     """Mean over independent runs (seeds) with Student's t interval."""
     from scipy.stats import t
 
     (values,) = _columns(values=values)
     n = _at_least(2, len(values), "an interval over seeds")
-    margin = t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / n**0.5
-    return Interval(
-        float(values.mean()), float(values.mean() - margin), float(values.mean() + margin), n
-    )
+    margin = t.ppf((1 + LEVEL) / 2, n - 1) * values.std(ddof=1) / n**0.5
+    mean = values.mean()
+    return Interval(float(mean), float(mean - margin), float(mean + margin), n)
 
 
 def cluster_means(values: "np.ndarray", clusters: Sequence[Hashable] | None) -> "np.ndarray":
@@ -67,16 +61,14 @@ def cluster_bootstrap(
     *,
     seed: int,
     draws: int = DRAWS,
-    level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of `statistic` (mean by default) of the cluster means, each cluster
-    counting once.
+    """Percentile interval of `statistic` (mean by default) of the means of each cluster.
 
-    `statistic` takes an array and `axis`, as `np.median` or `np.max` do. Without `clusters`
-    every value is its own.
+    `statistic` takes an array and `axis`, as `np.median` does. Without `clusters` every value is
+    its own.
     """
     (values,) = _columns(values=values)
-    return _percentile(_or_mean(statistic), [cluster_means(values, clusters)], seed, draws, level)
+    return _percentile(_or_mean(statistic), [cluster_means(values, clusters)], seed, draws)
 
 
 def paired_bootstrap(
@@ -87,21 +79,16 @@ def paired_bootstrap(
     *,
     seed: int,
     draws: int = DRAWS,
-    level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of statistic(first) - statistic(second), both on the same resampled
-    clusters.
-    """
+    """The same of statistic(first) - statistic(second), both on the same resampled clusters."""
     first, second = _columns(first=first, second=second)
     statistic = _or_mean(statistic)
     means = [cluster_means(first, clusters), cluster_means(second, clusters)]
-    return _percentile(
-        lambda a, b, axis: statistic(a, axis=axis) - statistic(b, axis=axis),
-        means,
-        seed,
-        draws,
-        level,
-    )
+
+    def difference(a, b, axis):
+        return statistic(a, axis=axis) - statistic(b, axis=axis)
+
+    return _percentile(difference, means, seed, draws)
 
 
 def bootstrap(
@@ -110,11 +97,8 @@ def bootstrap(
     clusters: Sequence[Hashable] | None = None,
     seed: int,
     draws: int = 2_000,
-    level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of any `statistic(*columns)` over rows, resampling whole clusters of
-    rows: general, slow.
-    """
+    """Percentile interval of any `statistic(*columns)`, resampling whole clusters of rows; slow."""
     import numpy as np
 
     columns = _columns(**{f"column {i + 1}": column for i, column in enumerate(columns)})
@@ -123,18 +107,16 @@ def bootstrap(
     rows = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
     n = _at_least(2, len(rows), "a bootstrap")
     rng = np.random.default_rng(seed)
-    sample = [np.concatenate([rows[i] for i in rng.integers(0, n, n)]) for _ in range(draws)]
-    drawn = np.array(
-        [statistic(*(column[chosen] for column in columns)) for chosen in sample], dtype=float
-    )
-    return _interval(float(statistic(*columns)), drawn, n, level)
+    drawn = np.empty(draws)
+    for i in range(draws):
+        sample = np.concatenate([rows[j] for j in rng.integers(0, n, n)])
+        drawn[i] = statistic(*(column[sample] for column in columns))
+    return _interval(float(statistic(*columns)), drawn, n)
 
 
-def spearman(
-    x: Sequence[float], y: Sequence[float], *, seed: int, draws: int = DRAWS, level: float = 0.95
-) -> Interval:
+def spearman(x: Sequence[float], y: Sequence[float], *, seed: int, draws: int = DRAWS) -> Interval:
     """Spearman's rank correlation with a bootstrap interval over pairs."""
-    return _percentile(_rank_correlation, _varying(x=x, y=y), seed, draws, level)
+    return _percentile(_rank_correlation, _varying(x=x, y=y), seed, draws)
 
 
 def spearman_difference(
@@ -144,14 +126,13 @@ def spearman_difference(
     *,
     seed: int,
     draws: int = DRAWS,
-    level: float = 0.95,
 ) -> Interval:
     """Spearman(first, y) - Spearman(second, y), both on the same resampled items."""
 
     def difference(a, b, target, axis):
         return _rank_correlation(a, target, axis) - _rank_correlation(b, target, axis)
 
-    return _percentile(difference, _varying(first=first, second=second, y=y), seed, draws, level)
+    return _percentile(difference, _varying(first=first, second=second, y=y), seed, draws)
 
 
 def partial_spearman(
@@ -161,72 +142,19 @@ def partial_spearman(
     *,
     seed: int,
     draws: int = DRAWS,
-    level: float = 0.95,
 ) -> Interval:
-    """Correlation of the ranks of x and y after least squares has removed the ranks of every
-    control from both.
+    """Rank correlation of x and y after least squares has removed every control's ranks from both.
 
     `controls` is a list of columns. Each resample is ranked and residualised anew.
     """
     data = _varying(x=x, y=y, **{f"control {i + 1}": control for i, control in enumerate(controls)})
-    _at_least(
-        len(controls) + 3, len(data[0]), f"a partial correlation with {len(controls)} control(s)"
-    )
-    return _percentile(_partial_rank_correlation, data, seed, draws, level)
-
-
-def permutation_test(
-    first: Sequence[float],
-    second: Sequence[float],
-    *,
-    kind: str = "independent",
-    statistic: "Statistic | None" = None,
-    alternative: str = "two-sided",
-    seed: int,
-    draws: int = 9_999,
-) -> float:
-    """P-value under exchangeability, exact when at most `draws` + 1 arrangements exist.
-
-    `independent` shuffles values between the two samples, `paired` swaps within pairs (sign
-    flips of the difference), `pairings` shuffles who goes with whom. Default statistic:
-    difference of means; for `pairings`, Spearman's. `statistic(a, b, axis)` may be any other,
-    such as a difference of rank correlations with a third column.
-    """
-    import numpy as np
-    from scipy import stats
-
-    kinds = {"independent": "independent", "paired": "samples", "pairings": "pairings"}
-    if kind not in kinds:
-        raise ResearchError(f"unknown kind of permutation '{kind}'; valid: {', '.join(kinds)}.")
-    if kind == "independent":
-        data = _columns(first=first) + _columns(second=second)
-    else:
-        data = _columns(first=first, second=second)
-    if statistic is None and kind == "pairings":
-        data, statistic = (
-            [stats.rankdata(column) for column in _varying(first=first, second=second)],
-            _pearson,
-        )
-    _at_least(2, min(map(len, data)), "a permutation test")
-    statistic = statistic or (lambda a, b, axis: np.mean(a, axis=axis) - np.mean(b, axis=axis))
-    result = stats.permutation_test(
-        # only the first sample needs to move in a pairing
-        data if kind != "pairings" else data[:1],
-        statistic if kind != "pairings" else lambda a, axis: statistic(a, data[1], axis=axis),
-        permutation_type=kinds[kind],
-        vectorized=True,
-        n_resamples=draws + 1,
-        batch=max(1, _BATCH_ELEMENTS // sum(map(len, data))),
-        alternative=alternative,
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.pvalue)
+    what = f"a partial correlation with {len(controls)} control(s)"
+    _at_least(len(controls) + 3, len(data[0]), what)
+    return _percentile(_partial_rank_correlation, data, seed, draws)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given: reject where at most the family's error
-    rate.
-    """
+    """Holm's adjusted p-values, in the order given: reject where at most the error rate."""
     from statsmodels.stats.multitest import multipletests
 
     (p,) = _columns(p_values=p_values)
@@ -235,27 +163,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in multipletests(p, method="holm")[1]]
 
 
-def wilson(successes: int, trials: int, *, level: float = 0.95) -> Interval:
+def wilson(successes: int, trials: int) -> Interval:
     """A share with Wilson's score interval."""
     from scipy.stats import binomtest
 
-    if not (
-        trials == int(trials)
-        and successes == int(successes)
-        and 0 <= successes <= trials
-        and trials > 0
-    ):
+    whole = trials == int(trials) and successes == int(successes)
+    if not (whole and 0 <= successes <= trials and trials > 0):
         raise ResearchError(
             f"a share needs 0 <= successes <= trials and a trial, not {successes} of {trials}."
         )
-    bounds = binomtest(int(successes), int(trials)).proportion_ci(level, method="wilson")
+    bounds = binomtest(int(successes), int(trials)).proportion_ci(LEVEL, method="wilson")
     return Interval(successes / trials, float(bounds.low), float(bounds.high), int(trials))
 
 
 def _columns(**named: Sequence[float]) -> "list[np.ndarray]":
-    """Finite one-dimensional float columns of one length, or the sentence that says which is
-    not.
-    """
+    """Finite one-dimensional float columns of one length, or an error that says which is not."""
     import numpy as np
 
     if not named:
@@ -321,7 +243,7 @@ def _group_ids(clusters: Sequence[Hashable] | None, rows: int) -> "np.ndarray":
 
 
 def _percentile(
-    statistic: "Statistic", columns: "list[np.ndarray]", seed: int, draws: int, level: float
+    statistic: "Statistic", columns: "list[np.ndarray]", seed: int, draws: int
 ) -> Interval:
     """Percentile interval of a vectorised statistic over jointly resampled rows."""
     import numpy as np
@@ -335,22 +257,21 @@ def _percentile(
         batch=max(1, _BATCH_ELEMENTS // (n * len(columns))),
         vectorized=True,
         paired=True,
-        confidence_level=level,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).bootstrap_distribution
-    return _interval(float(statistic(*columns, axis=-1)), drawn, n, level)
+    return _interval(float(statistic(*columns, axis=-1)), drawn, n)
 
 
-def _interval(value: float, drawn: "np.ndarray", n: int, level: float) -> Interval:
+def _interval(value: float, drawn: "np.ndarray", n: int) -> Interval:
     import numpy as np
 
     if not (np.isfinite(value) and np.isfinite(drawn).all()):
         raise ResearchError(
-            "the statistic is not finite on the data or on a resample; use one that is always "
-            "defined."
+            "the statistic is not finite on the data or on a resample; "
+            "use one that is always defined."
         )
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high), n)
 
 
@@ -379,9 +300,7 @@ def _partial_rank_correlation(x, y, *controls, axis: int = -1) -> "np.ndarray":
 
 
 def _residual(ranks: "np.ndarray", controls: "list[np.ndarray]") -> "np.ndarray":
-    """What least squares on the centred controls leaves; orthogonal steps keep collinear controls
-    harmless.
-    """
+    """What least squares on the centred controls leaves; they may be collinear."""
     import numpy as np
 
     basis: list[np.ndarray] = []

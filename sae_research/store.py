@@ -1,9 +1,7 @@
-"""Artefacts on disk: written whole or not at all, and checked against their checksums before they
-are read.
+"""Artefacts on disk: written whole or not at all, and checked before they are read.
 
 An artefact is a folder. `writing` fills a temporary sibling, adds `checksums.json` and renames
-it into place, so a reader never meets a half-written one; `verified` recomputes the checksums
-and names the file that does not match.
+it into place; `verified` recomputes the checksums and names the file that does not match.
 """
 
 import errno
@@ -17,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
+
+from psutil import pid_exists
 
 from sae_research.errors import ResearchError
 from sae_research.paths import relative
@@ -36,9 +36,7 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(settings: object) -> str:
-    """Short hash of settings (dataclasses, dicts, lists, sets, paths, numbers, strings), the same
-    in every process.
-    """
+    """Short hash of settings (dataclasses, dicts, sets, paths, ...), alike in all processes."""
     text = json.dumps(settings, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -50,8 +48,7 @@ def _plain(value: object) -> object:
         return sorted(value)
     if isinstance(value, PurePath):
         return value.as_posix()
-    # the text of an object may differ between processes, and that of a long array leaves its middle
-    # out
+    # an object's text may differ between processes, and that of a long array lacks its middle
     raise TypeError(
         f"{type(value).__name__} has no stable fingerprint; pass settings, names and checksums only"
     )
@@ -69,32 +66,18 @@ def _explain(reason: str, path: Path) -> ResearchError:
 
 
 def _partial(path: Path) -> Path:
-    """This process's temporary sibling of `path`, after removing those that killed processes
-    left.
-    """
+    """This process's temporary sibling of `path`; those that killed processes left are removed."""
     for stale in path.parent.glob(f"{_PARTIAL}*"):
         match = re.fullmatch(rf"{re.escape(_PARTIAL + path.name)}\.(\d+)", stale.name)
-        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+        if match and (int(match[1]) == os.getpid() or not pid_exists(int(match[1]))):
             _remove(stale)
     return path.with_name(f"{_PARTIAL}{path.name}.{os.getpid()}")
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
 
 
 def _replaced(folder: Path) -> Path:
@@ -126,15 +109,13 @@ def writing(folder: Path) -> Iterator[Path]:
         (partial / CHECKSUMS).write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n")
         _replace(partial, folder)
     except OSError as error:
-        # the block may also read files or the network: only what went wrong in writing is explained
-        # here
+        # the block may also read files or the network: only failed writing is explained here
         if error.errno in _FULL or str(error.filename or "").startswith(str(partial)):
             raise _explain(error.strerror or str(error), folder) from error
         raise
     except Exception as error:
-        code = re.search(
-            r"os error (\d+)", str(error)
-        )  # how safetensors hands the system's error on
+        # how safetensors hands the system's error on
+        code = re.search(r"os error (\d+)", str(error))
         if code and int(code[1]) in _FULL:
             raise _explain(os.strerror(int(code[1])), folder) from error
         raise
@@ -158,45 +139,34 @@ def _replace(partial: Path, folder: Path) -> None:
 
 
 def verified(folder: Path, remedy: str = "run `make reproduce` to make it.") -> Path:
-    """Return `folder` after checking every file against its checksum; name the first that is
-    missing or altered.
-    """
+    """Return `folder` after checking every checksum; name the first file that does not match."""
     folder = Path(folder)
     _recover(folder)
     if not (folder / CHECKSUMS).is_file():
         raise ResearchError(f"{relative(folder)} is missing or incomplete; {remedy}")
+    again = f"delete {relative(folder)} and run again."
     try:
         sums = dict(json.loads((folder / CHECKSUMS).read_text()))
     except (TypeError, ValueError) as error:
-        raise ResearchError(
-            f"{relative(folder / CHECKSUMS)} is damaged; delete {relative(folder)} and run again."
-        ) from error
+        raise ResearchError(f"{relative(folder / CHECKSUMS)} is damaged; {again}") from error
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():
-            raise ResearchError(
-                f"{relative(path)} is missing; restore it or delete {relative(folder)} and run "
-                "again."
-            )
+            raise ResearchError(f"{relative(path)} is missing; restore it or {again}")
         if sha256(path) != expected:
             raise ResearchError(
                 f"{relative(path)} does not match its checksum (truncated or altered); "
-                f"restore it or delete {relative(folder)} and run again."
+                f"restore it or {again}"
             )
     return folder
 
 
 def resumed(folder: Path, key: object, build: Callable[[Path], None]) -> Path:
-    """Return the artefact `folder` made with settings `key`; if it is not there, `build`
-    fills it.
-    """
+    """The artefact `folder` made with settings `key`; if it is not there, `build` fills it."""
     mark = fingerprint(key).encode()
     _recover(folder)
-    if (
-        (folder / CHECKSUMS).is_file()
-        and (folder / "key").is_file()
-        and (folder / "key").read_bytes() == mark
-    ):
+    known = (folder / CHECKSUMS).is_file() and (folder / "key").is_file()
+    if known and (folder / "key").read_bytes() == mark:
         return verified(folder)
     with writing(folder) as partial:
         build(partial)
@@ -231,21 +201,21 @@ def write_json(path: Path, value: object) -> None:
 
 def read_json(path: Path) -> object:
     """Read JSON, or say which file is missing or damaged."""
-    try:
+    with _explaining(path, json.JSONDecodeError, UnicodeDecodeError):
         return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _explaining(path: Path, *damage: type[Exception]) -> Iterator[None]:
+    """Say what to do when a file that is read is missing or damaged."""
+    try:
+        yield
     except FileNotFoundError as error:
-        raise ResearchError(
-            f"{relative(path)} is missing; run `make reproduce` to make it."
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResearchError(
-            f"{relative(path)} is damaged; delete it and run `make reproduce`."
-        ) from error
-
-
-def code(*files: Path) -> str:
-    """A fingerprint of source files: work that was made by other code is not taken up again."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+        message = f"{relative(path)} is missing; run `make reproduce` to make it."
+        raise ResearchError(message) from error
+    except damage as error:
+        message = f"{relative(path)} is damaged; delete it and run `make reproduce`."
+        raise ResearchError(message) from error
 
 
 def rounded(value: object, digits: int = 6) -> object:
@@ -277,15 +247,12 @@ def tensor_fingerprint(tensors: "dict[str, torch.Tensor]") -> str:
 def write_tensors(
     path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None
 ) -> None:
-    """Save tensors as safetensors, at once; metadata goes under one key, since the order of
-    several is not kept.
-    """
+    """Save tensors at once; metadata goes under one key, since the order of several is not kept."""
     from safetensors.torch import save
 
     about = {"about": json.dumps(metadata, sort_keys=True)} if metadata else None
-    write_bytes(
-        path, save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, metadata=about)
-    )
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    write_bytes(path, save(plain, metadata=about))
 
 
 def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
@@ -293,13 +260,5 @@ def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with _explaining(path, SafetensorError):
         return load_file(path)
-    except FileNotFoundError as error:
-        raise ResearchError(
-            f"{relative(path)} is missing; run `make reproduce` to make it."
-        ) from error
-    except SafetensorError as error:
-        raise ResearchError(
-            f"{relative(path)} is damaged; delete it and run `make reproduce`."
-        ) from error

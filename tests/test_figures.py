@@ -42,8 +42,7 @@ def everything(folder):
             figures.forest(axes, list("abc"), INTERVALS, threshold=0.2, verdicts=verdicts)
         elif kind in ("bars", "points"):
             groups = {"one": INTERVALS, "two": INTERVALS[::-1]}
-            draw = {"bars": figures.bars, "points": figures.points}[kind]
-            draw(axes, list("abc"), groups, threshold=0.2, threshold_label="floor")
+            figures.points(axes, list("abc"), groups, bars=kind == "bars", threshold=0.2)
         elif kind == "heat":
             figures.heat(axes, rng.random((3, 4)), list("abc"), list("defg"), unit="share")
         elif kind == "scatter":
@@ -139,16 +138,14 @@ def test_points_of_two_groups_stand_beside_each_other():
 def test_panels_share_one_legend():
     figure, axes = figures.canvas("Title", columns=2)
     for panel, verdict in zip(axes, ("reproduced", "confounded"), strict=True):
-        figures.forest(
-            panel, ["a"], INTERVALS[:1], threshold=0, threshold_label="rule", verdicts=[verdict]
-        )
+        figures.forest(panel, ["a"], INTERVALS[:1], threshold=0, verdicts=[verdict])
     (legend,) = figure.legends
-    assert [t.get_text() for t in legend.get_texts()] == ["reproduced", "rule", "confounded"]
+    assert [t.get_text() for t in legend.get_texts()] == ["reproduced", "confounded"]
 
 
 def test_bars_have_their_heights_and_errors():
     _, axes = figures.canvas()
-    figures.bars(axes, list("abc"), {"one": INTERVALS, "two": INTERVALS})
+    figures.points(axes, list("abc"), {"one": INTERVALS, "two": INTERVALS}, bars=True)
     assert [bar.get_height() for bar in axes.patches] == [0.5, 0.1, -0.3] * 2
     left, right = axes.patches[0], axes.patches[3]
     assert left.get_x() + left.get_width() <= right.get_x()

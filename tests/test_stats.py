@@ -12,6 +12,10 @@ from sae_research import stats
 from sae_research.errors import ResearchError
 
 
+def covers(interval, number):
+    return interval.low <= number <= interval.high
+
+
 def test_mean_interval_is_students_t_by_hand():
     interval = stats.mean_interval([1.0, 2.0, 3.0])
     margin = 4.302652729911275 / math.sqrt(
@@ -26,7 +30,7 @@ def test_mean_interval_is_students_t_by_hand():
 
 def test_mean_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    hits = sum(not stats.mean_interval(rng.normal(3, 2, 5)).excludes(3) for _ in range(2000))
+    hits = sum(covers(stats.mean_interval(rng.normal(3, 2, 5)), 3) for _ in range(2000))
     assert abs(hits / 2000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
 
 
@@ -41,8 +45,8 @@ def test_cluster_bootstrap_covers_and_the_naive_one_does_not():
     runs, hits, naive = 400, 0, 0
     for seed in range(runs):
         values, names = clustered(rng)
-        hits += not stats.cluster_bootstrap(values, names, seed=seed, draws=1000).excludes(0)
-        naive += not stats.cluster_bootstrap(values, seed=seed, draws=1000).excludes(0)
+        hits += covers(stats.cluster_bootstrap(values, names, seed=seed, draws=1000), 0)
+        naive += covers(stats.cluster_bootstrap(values, seed=seed, draws=1000), 0)
     # 40 clusters: the percentile interval is short by about (1 - 1/40)^.5, so .94 is its true level
     assert abs(hits / runs - 0.94) < 4 * math.sqrt(0.94 * 0.06 / runs)
     assert naive / runs < 0.7
@@ -95,7 +99,7 @@ def test_pairing_removes_the_shared_part():
     first, second = shared + rng.normal(1, 0.5, 100), shared + rng.normal(0, 0.5, 100)
     difference = stats.paired_bootstrap(first, second, seed=0)
     assert difference.value == pytest.approx((first - second).mean())
-    assert difference.excludes(0)
+    assert not covers(difference, 0)
     assert difference.high - difference.low < 0.4
     assert (
         stats.cluster_bootstrap(first, seed=0).high - stats.cluster_bootstrap(first, seed=0).low > 3
@@ -116,7 +120,7 @@ def test_spearman_matches_scipy_and_its_interval_covers():
     runs, hits = 300, 0
     for seed in range(runs):
         a, b = rng.multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]], 100).T
-        hits += not stats.spearman(a, b, seed=seed, draws=500).excludes(truth)
+        hits += covers(stats.spearman(a, b, seed=seed, draws=500), truth)
     assert abs(hits / runs - 0.94) < 4 * math.sqrt(0.94 * 0.06 / runs)
 
 
@@ -157,52 +161,12 @@ def test_partial_spearman_removes_a_common_cause_and_survives_a_repeated_control
     x, y = z + rng.normal(0, 0.3, 400), z + rng.normal(0, 0.3, 400)
     assert stats.spearman(x, y, seed=0, draws=200).value > 0.8
     once = stats.partial_spearman(x, y, [z], seed=0, draws=500)
-    assert not once.excludes(0)
+    assert covers(once, 0)
     assert abs(once.value) < 0.15
     assert stats.partial_spearman(x, y, [z, 2 * z], seed=0, draws=500).value == pytest.approx(
         once.value, abs=1e-9
     )
     assert stats.partial_spearman(x, y, [x], seed=0, draws=100).value == 0.0  # nothing of x is left
-
-
-def test_permutation_test_is_exact_when_small():
-    # of the 20 ways to pick 3 of 6, two are as extreme as {1,2,3} against {4,5,6}
-    assert stats.permutation_test([1, 2, 3], [4, 5, 6], seed=0) == pytest.approx(2 / 20)
-    # all 2^4 sign flips of (1, 2, 3, 4): two are as extreme
-    assert stats.permutation_test(
-        [2, 4, 6, 8], [1, 2, 3, 4], kind="paired", seed=0
-    ) == pytest.approx(2 / 16)
-    # of 4! = 24 pairings, one has correlation 1 and one -1
-    assert stats.permutation_test(
-        [1, 2, 3, 4], [1, 2, 3, 4], kind="pairings", seed=0
-    ) == pytest.approx(2 / 24)
-
-
-@pytest.mark.parametrize("kind", ["independent", "paired", "pairings"])
-def test_permutation_p_values_are_uniform_under_the_null(kind):
-    rng = np.random.default_rng(9)
-    p = [
-        stats.permutation_test(
-            rng.normal(size=20), rng.normal(size=20), kind=kind, seed=s, draws=199
-        )
-        for s in range(300)
-    ]
-    assert scipy_stats.kstest(p, "uniform").pvalue > 0.001
-    assert np.mean(np.array(p) <= 0.05) < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 300)
-
-
-def test_permutation_test_has_power_and_takes_any_statistic():
-    rng = np.random.default_rng(10)
-    a, b, y = rng.normal(1, 1, 60), rng.normal(0, 1, 60), rng.normal(size=60)
-    assert stats.permutation_test(a, b, seed=0, draws=999) <= 0.002
-    good, bad = scipy_stats.rankdata(y), scipy_stats.rankdata(rng.normal(size=60))
-
-    def gap(first, second, axis):
-        return [abs(np.corrcoef(f, y)[0, 1]) for f in np.atleast_2d(first)] - np.array(
-            [abs(np.corrcoef(s, y)[0, 1]) for s in np.atleast_2d(second)]
-        )
-
-    assert stats.permutation_test(good, bad, kind="paired", statistic=gap, seed=0, draws=999) < 0.05
 
 
 def test_holm_on_a_worked_example():
@@ -251,14 +215,6 @@ def test_a_seed_fixes_every_draw_and_another_changes_it():
         ),
         (lambda: stats.spearman([1, 1, 1], [1, 2, 3], seed=0), "x is constant"),
         (lambda: stats.partial_spearman([1, 2, 3], [1, 3, 2], [[1, 2, 4]], seed=0), "at least 4"),
-        (
-            lambda: stats.permutation_test([1, 2], [2, 3], kind="pair", seed=0),
-            "valid: independent, paired",
-        ),
-        (
-            lambda: stats.permutation_test([1, 2, 3], [1, 2], kind="paired", seed=0),
-            "lengths differ",
-        ),
         (lambda: stats.holm([0.5, 1.5]), "between 0 and 1"),
         (lambda: stats.wilson(3, 2), "3 of 2"),
         (lambda: stats.wilson(0, 0), "0 of 0"),

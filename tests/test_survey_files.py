@@ -1,7 +1,6 @@
 """Published surveys in their true layouts: small files, and every kind of damage named."""
 
 import csv
-import json
 import subprocess
 from pathlib import Path
 
@@ -157,94 +156,6 @@ def test_a_missing_wave_is_named(opinion_qa):
         published.load_opinion_qa(opinion_qa, [92])
 
 
-def subpop_row(**changes):
-    row = {
-        "qkey": "Q1",
-        "question": "Is it so?",
-        "options": ["Yes", "No", "Refused"],
-        "ordinal": [2, 1],
-        "attribute": "SEX",
-        "group": "Male",
-        "responses": [0.7, 0.3],
-        "refusal_rate": 0.01,
-    }
-    return {**row, **changes}
-
-
-def test_subpop_lines_become_a_survey(tmp_path):
-    rows = [subpop_row(), subpop_row(group="Female", responses=[0.2, 0.8])]
-    path = tmp_path / "subpop.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    found = published.load_subpop(path)
-    assert found.questions[0].options == ("No", "Yes")
-    assert np.allclose(found.distributions[:, 0], [[0.3, 0.7], [0.8, 0.2]])
-    assert np.allclose(found.overall, found.distributions.mean(0))
-    assert found.counts is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"responses": [0.7, 0.7]}, "sum to about 1"),
-        ({"responses": [0.7, float("nan")]}, "sum to about 1"),
-        ({"responses": [1.0]}, "3 options, 2 ordinals and 1 responses"),
-        ({"ordinal": 3}, "'ordinal' is not a list"),
-    ],
-)
-def test_damage_to_subpop_is_named(tmp_path, changes, reason):
-    path = tmp_path / "subpop.jsonl"
-    path.write_text(
-        json.dumps(subpop_row()) + "\n" + json.dumps(subpop_row(group="Female", **changes))
-    )
-    with pytest.raises(ResearchError, match=f"subpop.jsonl, line 2: .*{reason}"):
-        published.load_subpop(path)
-    path.write_text(json.dumps(subpop_row()) + "\n{cut")
-    with pytest.raises(ResearchError, match="line 2: it is not JSON"):
-        published.load_subpop(path)
-
-
-def test_global_opinions_are_nominal_and_only_questions_of_all_countries_count(tmp_path):
-    path = tmp_path / "global.csv"
-    both = "defaultdict(<class 'list'>, {'Peru': [0.5, 0.5], 'Chad': [0.1, 0.9]})"
-    one = "defaultdict(<class 'list'>, {'Peru': [0.5, 0.5]})"
-    write_csv(
-        path,
-        [
-            {
-                "question": "Good or bad?",
-                "selections": both,
-                "options": "['Good', 'Bad']",
-                "source": "GAS",
-            },
-            {
-                "question": "Rich or poor?",
-                "selections": one,
-                "options": "['Rich', 'Poor']",
-                "source": "WVS",
-            },
-        ],
-    )
-    found = published.load_global_opinions(path, ["Peru", "Chad"])
-    assert len(found.questions) == 1
-    assert not found.questions[0].ordered
-    assert found.distance(*found.distributions)[0] == pytest.approx(0.4)
-    assert len(published.load_global_opinions(path, ["Peru"]).questions) == 2
-    with pytest.raises(ResearchError, match="no question that all of Peru, Mars"):
-        published.load_global_opinions(path, ["Peru", "Mars"])
-    path.write_text(path.read_text().replace("[0.1, 0.9]", "[0.9]"))
-    with pytest.raises(
-        ResearchError, match=r"global.csv, line 2: 'Chad' has no share for each of the 2 options"
-    ):
-        published.load_global_opinions(path, ["Peru", "Chad"])
-
-
-def test_groups_that_skipped_a_question_are_left_out(tmp_path):
-    rows = [subpop_row(), subpop_row(qkey="Q2"), subpop_row(group="Female")]
-    path = tmp_path / "subpop.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    assert [g.name for g in published.load_subpop(path).groups] == ["Male"]
-
-
 def test_pew_data_is_never_written_where_git_would_pick_it_up(tmp_path):
     if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("this copy of the repository has no git")
@@ -284,4 +195,3 @@ def test_the_real_opinions_give_their_reference_numbers():
     assert np.mean([survey.sampling_noise(found, s) for s in range(5)]) == pytest.approx(
         0.014, abs=0.001
     )
-    assert np.allclose(survey.spectrum(found)[:4], [0.53, 0.72, 0.84, 0.89], atol=0.02)

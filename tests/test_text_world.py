@@ -28,7 +28,6 @@ TINY = text_model.TextSettings(
     saes=replace(
         text_model.TextSettings().saes,
         latents=32,
-        wide=2,
         l0=4,
         documents=48,
         calibration=24,
@@ -233,11 +232,12 @@ def test_detectors_score_like_a_direct_count(planted):
 
 
 def test_tiny_model_is_built_measured_and_rebuilt_with_the_same_bytes(tmp_path):
-    text_model.train_model(TINY, 0, tmp_path / "model", 1)
-    text_model.train_model(TINY, 0, tmp_path / "again" / "model", 1)
+    text_model.train_model(TINY, 0, tmp_path / "model")
+    text_model.train_model(TINY, 0, tmp_path / "again" / "model")
     weights = (tmp_path / "model" / "model.safetensors").read_bytes()
     assert weights == (tmp_path / "again" / "model" / "model.safetensors").read_bytes()
-    text_model.train_saes(TINY, tmp_path / "model", 0, tmp_path / "saes")
+    for hook_index in (0, 1):
+        text_model.train_saes(TINY, tmp_path / "model", 0, tmp_path / "saes", hook_index)
     names = {p.name for p in (tmp_path / "saes").iterdir()}
     kinds = {f"block{b}_{k}" for b in (1, 3) for k in ("topk", "jumprelu", "relu")}
     assert names == kinds | {"block1_topk_wide"}

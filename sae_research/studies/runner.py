@@ -66,23 +66,16 @@ def load_result(folder: Path) -> Result:
     import pandas as pd
 
     about = dict(store.read_json(folder / "facts.json"))
-    tables = {
-        path.stem: pd.read_csv(path, float_precision="round_trip")
-        for path in sorted(folder.glob("*.csv"))
-    }
-    tensors = folder / "tensors.safetensors"
-    files = folder / "files"
-    return Result(
-        tables,
-        about["facts"],
-        store.read_tensors(tensors) if tensors.is_file() else {},
-        {
-            path.relative_to(files).as_posix(): path.read_bytes()
-            for path in sorted(files.rglob("*"))
-            if path.is_file()
-        },
-        about["task"],
-    )
+    found = Result(facts=about["facts"], task=about["task"])
+    for path in sorted(folder.glob("*.csv")):
+        found.tables[path.stem] = pd.read_csv(path, float_precision="round_trip")
+    if (folder / "tensors.safetensors").is_file():
+        found.tensors = store.read_tensors(folder / "tensors.safetensors")
+    for path in sorted((folder / "files").rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder / "files").as_posix()
+            found.files[name] = path.read_bytes()
+    return found
 
 
 def _without_noise(table: "pd.DataFrame") -> "pd.DataFrame":
@@ -145,13 +138,10 @@ def concatenate(results: Sequence[Result]) -> Result:
     import pandas as pd
 
     names = dict.fromkeys(name for result in results for name in result.tables)
-    tables = {
-        name: pd.concat(
-            [_keyed(r.tables[name], r.task) for r in results if name in r.tables],
-            ignore_index=True,
-        )
-        for name in names
-    }
+    tables = {}
+    for name in names:
+        keyed = [_keyed(r.tables[name], r.task) for r in results if name in r.tables]
+        tables[name] = pd.concat(keyed, ignore_index=True)
     facts = {"results": [{**r.task, **r.facts} for r in results]}
     return Result(tables, facts)
 

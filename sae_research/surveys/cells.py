@@ -35,14 +35,8 @@ def make_question(
     order = sorted(range(len(options)), key=lambda i: ordinal[i])
     ordered = len(set(ordinal)) > 1
     scale = [ordinal[i] for i in order] if ordered else range(len(options))
-    item = Question(
-        key,
-        text,
-        tuple(str(options[i]) for i in order),
-        tuple(map(float, scale)),
-        ordered=ordered,
-    )
-    return item, order
+    names = tuple(str(options[i]) for i in order)
+    return Question(key, text, names, tuple(map(float, scale)), ordered=ordered), order
 
 
 def assemble(cells: Sequence[Cell], source: str) -> Survey:

@@ -26,14 +26,7 @@ from sae_research.errors import ResearchError
 from sae_research.paths import relative
 from sae_research.surveys.cells import Cell, assemble, make_question
 from sae_research.surveys.survey import OVERALL, Question, Survey
-from sae_research.surveys.tables import (
-    Row,
-    are_numbers,
-    malformed,
-    parse_list,
-    parse_number,
-    read_rows,
-)
+from sae_research.surveys.tables import Row, malformed, parse_literal, parse_number, read_rows
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -78,14 +71,12 @@ def load_survey(
             attributes = attributes or [c for c in columns if c not in (*LONG, weight)]
             answers = _read_long(rows, path, attributes, weight)
         elif attributes:
-            listed = questions or [
-                c for c in columns if c not in (*attributes, weight, "respondent")
-            ]
+            others = (*attributes, weight, "respondent")
+            listed = questions or [c for c in columns if c not in others]
             answers = _read_wide(rows, path, attributes, listed, weight)
         else:
-            raise ResearchError(
-                f"{relative(path)} has the columns {', '.join(columns[:8])}. {LAYOUTS}"
-            )
+            found = ", ".join(columns[:8])
+            raise ResearchError(f"{relative(path)} has the columns {found}. {LAYOUTS}")
         if questions:
             answers = answers[answers["question"].isin(list(questions))]
         wordings = questions if isinstance(questions, Mapping) else {}
@@ -129,21 +120,20 @@ def _read_counts(rows: list[Row], path: Path) -> list[Cell]:
 
 
 def _parse_counts(row: dict[str, str], path: Path, line: int) -> tuple[Question, np.ndarray]:
-    options = parse_list(row["options"], path, line, "options")
-    counts = parse_list(row["counts"], path, line, "counts")
+    options, counts = (
+        parse_literal(row[name], list, path, line, name) for name in ("options", "counts")
+    )
     ordinal = list(range(1, len(options) + 1))
     if (row.get("ordinal") or "").strip():
-        ordinal = parse_list(row["ordinal"], path, line, "ordinal")
+        ordinal = parse_literal(row["ordinal"], list, path, line, "ordinal")
     if not 2 <= len(options) == len(ordinal) == len(counts):
         reason = f"{len(options)} options, {len(ordinal)} ordinals and {len(counts)} counts"
         raise malformed(path, line, f"{reason}; there must be equally many, at least 2")
-    if not all(type(o) in (int, float) for o in ordinal) or len(set(ordinal)) not in (
-        1,
-        len(ordinal),
-    ):
+    numeric = all(type(o) in (int, float) for o in ordinal)
+    if not numeric or len(set(ordinal)) not in (1, len(ordinal)):
         reason = f"'ordinal' must hold different numbers, or equal ones for no order: {ordinal}"
         raise malformed(path, line, reason)
-    if not are_numbers(counts) or sum(counts) == 0:
+    if not all(type(c) in (int, float) and 0 <= c < np.inf for c in counts) or sum(counts) == 0:
         reason = f"'counts' must be numbers of at least 0, not all 0: {counts}"
         raise malformed(path, line, reason)
     item, order = make_question(row["qkey"], row["question"], options, ordinal)
@@ -172,13 +162,9 @@ def _read_wide(
     import pandas as pd
 
     people = _read_people(rows, path, attributes, weight, questions)
-    return pd.concat(
-        [
-            people.assign(question=name, answer=[row[name].strip() for _, row in rows])
-            for name in questions
-        ],
-        ignore_index=True,
-    )
+    answers = {name: [row[name].strip() for _, row in rows] for name in questions}
+    asked = [people.assign(question=name, answer=given) for name, given in answers.items()]
+    return pd.concat(asked, ignore_index=True)
 
 
 def _read_people(
@@ -190,9 +176,8 @@ def _read_people(
     header = rows[0][1]
     wanted = [*attributes, *needed] + ([weight] if weight != "weight" else [])
     if missing := [column for column in wanted if column not in header]:
-        raise ResearchError(
-            f"{relative(path)}, line 1: column '{missing[0]}' is missing. {LAYOUTS}"
-        )
+        where = f"{relative(path)}, line 1"
+        raise ResearchError(f"{where}: column '{missing[0]}' is missing. {LAYOUTS}")
     frame = pd.DataFrame({"_line": [line for line, _ in rows]})
     frame["_weight"] = 1.0
     if weight in header:
@@ -256,13 +241,10 @@ def _warn_of_incomplete_groups(cells: Sequence[Cell], path: Path) -> None:
     answered: dict[str, set[str]] = {}
     for cell in cells:
         answered.setdefault(f"{cell.attribute} {cell.group}", set()).add(cell.question.key)
-    lacking = {
-        name: next(key for key in keys if key not in found)
-        for name, found in answered.items()
-        if len(found) < len(keys)
-    }
-    if lacking:
-        listed = "; ".join(f"'{name}' has no answer to '{key}'" for name, key in lacking.items())
+    lacking = {name: [k for k in keys if k not in found] for name, found in answered.items()}
+    missing = [f"'{name}' has no answer to '{keys[0]}'" for name, keys in lacking.items() if keys]
+    if missing:
+        listed = "; ".join(missing)
         warnings.warn(
             f"{relative(path)}: groups without answers to every question are left out: {listed}.",
             stacklevel=3,

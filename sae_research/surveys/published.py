@@ -1,10 +1,9 @@
-"""Surveys as others publish them: OpinionQA (CodaLab), SubPOP's jsonl, GlobalOpinionQA's csv.
+"""OpinionQA as its authors publish it on CodaLab.
 
-Pew's American Trends Panel, which the first two hold, may not be passed on: `writable` refuses to
-write it where git would pick it up.
+Pew's American Trends Panel, which it holds, may not be passed on: `writable` refuses to write it
+where git would pick it up.
 """
 
-import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,15 +15,7 @@ from sae_research.errors import ResearchError
 from sae_research.paths import ROOT, relative
 from sae_research.surveys.cells import Cell, assemble, make_question
 from sae_research.surveys.survey import OVERALL, Question, Survey
-from sae_research.surveys.tables import (
-    malformed,
-    parse_list,
-    parse_literal,
-    parse_number,
-    parse_shares,
-    read_rows,
-    read_text,
-)
+from sae_research.surveys.tables import malformed, parse_literal, parse_number, read_rows
 
 RESTRICTED = ("OpinionQA", "SubPOP")
 """Sources whose data must stay with the reader."""
@@ -34,8 +25,7 @@ RESTRICTED = ("OpinionQA", "SubPOP")
 
 
 def load_opinion_qa(folder: Path, waves: Sequence[int]) -> Survey:
-    """OpinionQA as its authors publish it on CodaLab: `human_resp/American_Trends_Panel_W<wave>/`
-    below `folder`.
+    """OpinionQA as published on CodaLab: `human_resp/American_Trends_Panel_W<wave>/` in `folder`.
 
     Each wave holds info.csv (key, question, references, option_ordinal), metadata.csv (key,
     options) and responses.csv (one row per respondent, weight in WEIGHT_W<wave>). Refusals are
@@ -54,17 +44,10 @@ def load_opinion_qa(folder: Path, waves: Sequence[int]) -> Survey:
         }
         weight = f"WEIGHT_W{wave}"
         needed = (weight, *attributes, *(q.key for q, _ in items))
-        people = list(read_rows(place / "responses.csv", needed))
-        weights = np.array(
-            [
-                parse_number(row[weight], place / "responses.csv", line, weight)
-                for line, row in people
-            ]
-        )
-        answers = {
-            q.key: _find_chosen(q, refusals, people, place / "responses.csv")
-            for q, refusals in items
-        }
+        people = read_rows(place / "responses.csv", needed)
+        responses = place / "responses.csv"
+        weights = np.array([parse_number(row[weight], responses, i, weight) for i, row in people])
+        answers = {q.key: _find_chosen(q, refusals, people, responses) for q, refusals in items}
         members = {(OVERALL, OVERALL): np.ones(len(people), dtype=bool)}
         for attribute, names in attributes.items():
             held = np.array([row[attribute] for _, row in people])
@@ -89,11 +72,8 @@ def _make_opinion_item(
     options = parse_literal(row["references"], list, path, line)
     ordinal = parse_literal(row["option_ordinal"], list, path, line)
     if not 2 <= len(ordinal) <= len(options):
-        raise malformed(
-            path,
-            line,
-            f"{len(options)} references but {len(ordinal)} ordinals; refusals alone may lack one",
-        )
+        counts = f"{len(options)} references but {len(ordinal)} ordinals"
+        raise malformed(path, line, f"{counts}; refusals alone may lack one")
     item, _ = make_question(row["key"], row["question"], options[: len(ordinal)], ordinal)
     return replace(item, topic=f"wave {wave}"), set(map(str, options[len(ordinal) :]))
 
@@ -101,91 +81,15 @@ def _make_opinion_item(
 def _find_chosen(
     item: Question, refusals: set[str], people: list[tuple[int, dict]], path: Path
 ) -> np.ndarray:
-    """Index of the option that each respondent chose; -1 for refusals and people who were not
-    asked.
-    """
-    index = {option: i for i, option in enumerate(item.options)} | dict.fromkeys(
-        refusals | {"", "nan"}, -1
-    )
+    """Index of the option that each respondent chose; -1 for refusals and the unasked."""
+    index = {option: i for i, option in enumerate(item.options)}
+    index |= dict.fromkeys(refusals | {"", "nan"}, -1)
     found = np.empty(len(people), dtype=int)
     for i, (line, row) in enumerate(people):
         if row[item.key] not in index:
             raise malformed(path, line, f"'{row[item.key]}' is no option of question '{item.key}'")
         found[i] = index[row[item.key]]
     return found
-
-
-# SubPOP
-
-
-def load_subpop(path: Path) -> Survey:
-    """SubPOP's jsonl: one question and group per line, with qkey, question, options, ordinal,
-    attribute, group, responses.
-
-    `responses` holds the shares of the options without refusal; `n` (respondents) is read where
-    it is given.
-    """
-    path, cells = Path(path), []
-    for line, text in enumerate(read_text(path).splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise malformed(path, line, f"it is not JSON ({error.msg})") from error
-        for name in ("qkey", "question", "options", "ordinal", "attribute", "group", "responses"):
-            if name not in row:
-                raise malformed(path, line, f"'{name}' is missing")
-        options, ordinal, shares = (
-            parse_list(row[name], path, line, name) for name in ("options", "ordinal", "responses")
-        )
-        if not 2 <= len(ordinal) == len(shares) <= len(options):
-            reason = f"{len(options)} options, {len(ordinal)} ordinals and {len(shares)} responses"
-            raise malformed(path, line, reason)
-        item, order = make_question(
-            str(row["qkey"]), row["question"], options[: len(ordinal)], ordinal
-        )
-        found = parse_shares(shares, path, line)[order]
-        n = row.get("n")
-        cells.append(
-            Cell(item, row["attribute"], row["group"], found, None if n is None else int(n))
-        )
-    if not cells:
-        raise ResearchError(f"{relative(path)} holds no rows.")
-    return assemble(cells, "SubPOP")
-
-
-# GlobalOpinionQA
-
-
-def load_global_opinions(path: Path, countries: Sequence[str]) -> Survey:
-    """GlobalOpinionQA's csv (question, selections, options): the questions that all `countries`
-    answered.
-
-    The file says nothing on the options' order, so they count as nominal and distances are
-    total variation.
-    """
-    path, cells = Path(path), []
-    for line, row in read_rows(path, ("question", "selections", "options")):
-        text = row["selections"]
-        inner = text[text.find("{") : text.rfind("}") + 1]
-        answers = parse_literal(inner, dict, path, line)
-        options = parse_literal(row["options"], list, path, line)
-        if not all(country in answers for country in countries):
-            continue
-        item, _ = make_question(f"line {line}", row["question"], options, [0.0] * len(options))
-        for country in countries:
-            shares = answers[country]
-            if not isinstance(shares, list) or len(shares) != len(options):
-                raise malformed(
-                    path, line, f"'{country}' has no share for each of the {len(options)} options"
-                )
-            cells.append(Cell(item, "country", country, parse_shares(shares, path, line), None))
-    if not cells:
-        raise ResearchError(
-            f"{relative(path)} has no question that all of {', '.join(countries)} answered."
-        )
-    return assemble(cells, "GlobalOpinionQA")
 
 
 # what may be written where
@@ -196,26 +100,22 @@ def writable(path: Path, source: str) -> Path:
     path = Path(path).resolve()
     if source in RESTRICTED and path.is_relative_to(ROOT) and not is_ignored(path):
         raise ResearchError(
-            f"{source} holds Pew's American Trends Panel, which may not be redistributed, and "
-            "git would pick "
-            f"{relative(path)} up; write it outside the repository or to a folder that git ignores."
+            f"{source} holds Pew's American Trends Panel, which may not be redistributed, and git "
+            f"would pick {relative(path)} up; write it outside the repository or to a folder that "
+            "git ignores."
         )
     return path
 
 
 def is_ignored(path: Path) -> bool:
-    """Whether git leaves a path of this folder alone; an unpacked archive has no repository that
-    could pick it up.
-    """
+    """Whether git leaves a path alone; an unpacked archive has no repository."""
     if not (ROOT / ".git").exists():
         return True
     try:
-        found = subprocess.run(
-            ["git", "check-ignore", "-q", str(path)], cwd=ROOT, capture_output=True, check=False
-        )
-        tracked = subprocess.run(
-            ["git", "ls-files", str(path)], cwd=ROOT, capture_output=True, text=True, check=False
+        ignored, tracked = (
+            subprocess.run(["git", *words, str(path)], cwd=ROOT, capture_output=True, check=False)
+            for words in (["check-ignore", "-q"], ["ls-files"])
         )
     except OSError:
         return False
-    return found.returncode == 0 and not tracked.stdout.strip()
+    return ignored.returncode == 0 and not tracked.stdout.strip()

@@ -14,8 +14,7 @@ SPLITS = ("train", "validation", "test")
 def find_families(questions: Sequence[Question], similarity: float) -> tuple[str, ...]:
     """The family of near-duplicates of each question, by the key of its first member.
 
-    Two wordings are near-duplicates if the cosine of their tf-idf vectors is at least
-    `similarity`; families are what hangs together by that, across waves.
+    Families hang together by wordings whose tf-idf vectors have a cosine of `similarity` or more.
     """
     from scipy.sparse.csgraph import connected_components
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -47,8 +46,7 @@ def split_questions(survey: Survey, seed: int, similarity: float) -> Survey:
 
 
 def split_by_wave(survey: Survey, unseen: Sequence[int], names: Sequence[str], seed: int) -> Survey:
-    """Test questions: all of the `unseen` waves and a quarter of the others; the rest trains
-    (60 of 75) or validates.
+    """Test all questions of the `unseen` waves and a quarter of the others; train on 60 of the 75.
 
     `names` are the questions' families: none is parted, and one that reaches into an unseen wave
     is for the test alone.

@@ -1,5 +1,4 @@
-"""One schema for surveys, planted or real, and the statistics that compare answer distributions of
-groups.
+"""One schema for surveys, planted or real, and statistics that compare groups' answers.
 
 Options are kept in ascending order of their ordinal value. Questions with fewer options than
 the longest are padded with zero probability, so that every statistic is one array expression
@@ -64,17 +63,13 @@ class Survey:
     groups: tuple[Group, ...]
     """The groups, in the order of the arrays."""
     distributions: np.ndarray
-    """Answer distribution of each group, [groups, questions, options], zero beyond a question's
-    last option.
-    """
+    """Answers of each group, [groups, questions, options], zero beyond the last option."""
     overall: np.ndarray
     """Answer distribution of the whole population, [questions, options]."""
     counts: np.ndarray | None = None
     """Respondents per answer, like `distributions`; None where distributions are exact."""
     web: np.ndarray | None = None
-    """Answer distribution of the skewed population that writes text, [questions, options]; planted
-    surveys only.
-    """
+    """Answers of the population that writes text, [questions, options]; planted surveys only."""
     traits: np.ndarray | None = None
     """Planted mean trait of each group, [groups, dimensions]; planted surveys only."""
 
@@ -86,9 +81,7 @@ class Survey:
 
     @cached_property
     def gaps(self) -> np.ndarray:
-        """Distance between neighbouring options as a share of the item's range, [questions,
-        options - 1].
-        """
+        """Distance between neighbouring options, share of the range, [questions, options - 1]."""
         gaps = np.zeros((len(self.questions), self.overall.shape[-1] - 1))
         for row, question in zip(gaps, self.questions, strict=True):
             row[: question.n_options - 1] = ordinal_gaps(question.ordinal)
@@ -116,9 +109,7 @@ class Survey:
     def distance(
         self, p: np.ndarray, q: np.ndarray, questions: np.ndarray | slice = slice(None)
     ) -> np.ndarray:
-        """WD of ordered questions and total variation of nominal ones, for answers [...,
-        questions, options].
-        """
+        """WD of ordered questions, total variation of nominal ones; [..., questions, options]."""
         ordered = np.array([q.ordered for q in self.questions])[questions]
         return np.where(ordered, wasserstein(p, q, self.gaps[questions]), total_variation(p, q))
 
@@ -126,7 +117,8 @@ class Survey:
         """The same survey as a poll of `n` respondents per group (and question) would see it."""
         draws = np.random.default_rng(seed)
         sizes = np.broadcast_to(n, self.distributions.shape[:2])
-        counts = draws.multinomial(sizes, _normalize(self.distributions))
+        shares = self.distributions / self.distributions.sum(-1, keepdims=True)
+        counts = draws.multinomial(sizes, shares)
         return replace(self, counts=counts, distributions=counts / counts.sum(-1, keepdims=True))
 
     def split(self, seed: int, similarity: float = 0.6) -> "Survey":
@@ -146,24 +138,19 @@ def ordinal_gaps(ordinal: tuple[float, ...]) -> np.ndarray:
 
 
 def wasserstein(p: np.ndarray, q: np.ndarray, gaps: np.ndarray) -> np.ndarray:
-    """WD = sum_i |F_p(i) - F_q(i)| (o[i+1] - o[i]) / (o_max - o_min), in [0, 1]; one number per
-    question.
-    """
+    """WD = sum_i |F_p(i) - F_q(i)| (o[i+1] - o[i]) / (o_max - o_min), one per question."""
     return (np.abs(np.cumsum(p - q, axis=-1)[..., :-1]) * gaps).sum(-1)
 
 
 def total_variation(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Half the summed absolute difference, the distance for options without order; one number per
-    question.
-    """
+    """Half the summed absolute difference, for options without order; one per question."""
     return np.abs(p - q).sum(-1) / 2
 
 
 def divergence(p: np.ndarray, q: np.ndarray, floor: float = 1e-12) -> np.ndarray:
     """KL(p || q) in nats; one number per question."""
-    return np.where(
-        p > 0, p * (np.log(np.maximum(p, floor)) - np.log(np.maximum(q, floor))), 0.0
-    ).sum(-1)
+    logs = np.log(np.maximum(p, floor)) - np.log(np.maximum(q, floor))
+    return np.where(p > 0, p * logs, 0.0).sum(-1)
 
 
 def logit(p: np.ndarray, floor: float = 1e-3) -> np.ndarray:
@@ -173,9 +160,7 @@ def logit(p: np.ndarray, floor: float = 1e-3) -> np.ndarray:
 
 
 def deviations(distributions: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """logit P_gq - logit Pbar_q with Pbar_q = sum_g w_g P_gq: what is left once the population's
-    view is taken out.
-    """
+    """logit P_gq - logit Pbar_q with Pbar_q = sum_g w_g P_gq, the population's view."""
     mean = np.tensordot(weights, distributions, axes=1)
     return logit(distributions) - logit(mean)
 
@@ -187,9 +172,7 @@ class GroupScores:
     rho: float
     """rho_dev: correlation of predicted with true deviations over groups, questions and options."""
     slope: float
-    """beta_dev: regression slope of predicted on true deviations; 1 is calibrated, above is
-    caricature.
-    """
+    """beta_dev: slope of predicted on true deviations; 1 is calibrated, above is caricature."""
     by_group: np.ndarray
     """rho_dev within each group; nan where a group does not deviate."""
 
@@ -214,9 +197,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def reliability(survey: Survey, seed: int) -> float:
-    """Split-half reliability of the deviations, stepped up to full size: rho_dev / sqrt of it is
-    free of noise.
-    """
+    """Split-half reliability of the deviations: rho_dev / sqrt of it is free of noise."""
     draws, counts = np.random.default_rng(seed), _require_counts(survey)
     half = draws.multivariate_hypergeometric
     first = np.array([[half(cell, cell.sum() // 2) for cell in group] for group in counts])
@@ -232,25 +213,10 @@ def sampling_noise(survey: Survey, seed: int) -> float:
     return float(wasserstein(survey.distributions, again.distributions, survey.gaps).mean())
 
 
-def spectrum(survey: Survey) -> np.ndarray:
-    """Cumulative share of variance that the components of the groups' centred log-probabilities
-    explain.
-    """
-    logs = np.log(np.clip(survey.distributions, 1e-3, 1)) * survey.mask
-    logs -= logs.sum(-1, keepdims=True) / survey.mask.sum(-1, keepdims=True)
-    table = logs[:, survey.mask]
-    values = np.linalg.svd(table - table.mean(0), compute_uv=False) ** 2
-    return np.cumsum(values) / values.sum()
-
-
 def _require_counts(survey: Survey) -> np.ndarray:
     if survey.counts is None:
         raise ResearchError(
-            "this survey holds exact distributions without counts; draw a poll with `sampled` "
-            "first."
+            "this survey holds exact distributions without counts; "
+            "draw a poll with `sampled` first."
         )
     return survey.counts
-
-
-def _normalize(p: np.ndarray) -> np.ndarray:
-    return p / p.sum(-1, keepdims=True)

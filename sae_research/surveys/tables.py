@@ -1,6 +1,4 @@
-"""Reading tables of surveys: one csv reader, and parsers of cells that name file, line and
-reason.
-"""
+"""One csv reader for surveys, and parsers of cells that name file, line and reason."""
 
 import ast
 import csv
@@ -16,27 +14,22 @@ Row = tuple[int, dict[str, str]]
 """A row of a csv with its line number."""
 
 
-def read_text(path: Path) -> str:
-    """The text of a file, without the byte-order mark that spreadsheets put in front."""
+def read_rows(path: Path, columns: Sequence[str] = (), layout: str = "") -> list[Row]:
+    """Rows of a csv; a missing column or cell and an empty file are named, with the `layout`."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        # without the byte-order mark that spreadsheets put in front
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ResearchError(
             f"{relative(path)} cannot be read ({error}); check the path, and save it as UTF-8 text."
         ) from error
-
-
-def read_rows(path: Path, columns: Sequence[str] = (), layout: str = "") -> list[Row]:
-    """Rows of a csv; a missing column or cell and an empty file are named, with the `layout`."""
-    text = read_text(path)
     if not text.strip():
         raise ResearchError(f"{relative(path)} is empty; {layout or 'fetch the data set again.'}")
     reader = csv.DictReader(text.splitlines(keepends=True))
     header = reader.fieldnames or ()
     if missing := [column for column in columns if column not in header]:
-        raise ResearchError(
-            f"{relative(path)}, line 1: column '{missing[0]}' is missing. {layout}".rstrip()
-        )
+        words = f"{relative(path)}, line 1: column '{missing[0]}' is missing. {layout}"
+        raise ResearchError(words.rstrip())
     rows = []
     for row in reader:
         if any(row[column] is None for column in columns or header):
@@ -59,15 +52,6 @@ def parse_literal(text: str, kind: type, path: Path, line: int, name: str = "") 
     return value
 
 
-def parse_list(value: object, path: Path, line: int, name: str) -> list:
-    """A list, or the text of one."""
-    if isinstance(value, str):
-        value = parse_literal(value, list, path, line, name)
-    if not isinstance(value, list):
-        raise malformed(path, line, f"'{name}' is not a list")
-    return value
-
-
 def parse_number(text: str, path: Path, line: int, name: str) -> float:
     """A finite number of at least 0."""
     try:
@@ -77,24 +61,6 @@ def parse_number(text: str, path: Path, line: int, name: str) -> float:
     if not (np.isfinite(value) and value >= 0):
         raise malformed(path, line, f"'{name}' is {text!r}, not a number of at least 0")
     return value
-
-
-def are_numbers(values: Sequence[object]) -> bool:
-    """Whether all values are finite numbers of at least 0."""
-    return all(
-        isinstance(v, int | float) and not isinstance(v, bool) and np.isfinite(v) and v >= 0
-        for v in values
-    )
-
-
-def parse_shares(shares: Sequence[object], path: Path, line: int) -> np.ndarray:
-    """Shares as an array that sums to one."""
-    if not are_numbers(shares) or not 0.9 <= sum(shares) <= 1.1:  # type: ignore[arg-type]
-        raise malformed(
-            path, line, f"shares must be at least 0 and sum to about 1: {list(shares)[:6]}"
-        )
-    found = np.array(shares, dtype=float)
-    return found / found.sum()
 
 
 def malformed(path: Path, line: int, reason: str) -> ResearchError:

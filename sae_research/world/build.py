@@ -23,31 +23,20 @@ def _load_recipe(name: str, seed: int) -> tuple[ModuleType, object, dict]:
         "text": (text_model, text_model.TextSettings()),
         "survey": (survey_model, survey_model.SurveySettings()),
     }[name]
-    key = {
-        "settings": store.fingerprint(settings),
-        "code": dependencies.code_fingerprint(module.__name__),
-        "seed": seed,
-    }
-    return module, settings, key
+    code = dependencies.code_fingerprint(module.__name__)
+    return module, settings, {"settings": store.fingerprint(settings), "code": code, "seed": seed}
 
 
 def _build_model(seed: int, folder: Path, name: str) -> Path:
     module, settings, key = _load_recipe(name, seed)
-
-    def train(part: Path) -> None:
-        module.train_model(settings, seed, part, threads=1)
-
-    return store.resumed(folder / name / "model", key, train)
+    return store.resumed(folder / name / "model", key, partial(module.train_model, settings, seed))
 
 
 def _build_saes(seed: int, folder: Path, piece: tuple[str, int]) -> Path:
     name, hook_index = piece
     module, settings, key = _load_recipe(name, seed)
     model = store.verified(folder / name / "model")
-
-    def train(part: Path) -> None:
-        module.train_saes(settings, model, seed, part, (hook_index,))
-
+    train = partial(module.train_saes, settings, model, seed, hook_index=hook_index)
     return store.resumed(folder / name / f"saes-{hook_index}", key, train)
 
 

@@ -145,14 +145,12 @@ def tabulate_saes(quality: Sequence[dict], truths: Mapping[str, tuple | str]) ->
     rows = []
     for sae in quality:
         hook = sae["hook"].removesuffix(".hook_resid_post")
-        row = {
-            "SAE": f"{sae['kind']}, {sae['width']:,} at {hook}",
-            "explained variance": f"{sae['explained_variance']:.3f}",
-            "CE recovered": f"{sae['ce_recovered']:.4f}",
-            "L0": f"{sae['l0']:.1f}",
-            "dead": f"{sae['dead_share']:.2f}",
-            "eligible": sae["eligible"],
-        }
+        row = {"SAE": f"{sae['kind']}, {sae['width']:,} at {hook}"}
+        row["explained variance"] = f"{sae['explained_variance']:.3f}"
+        row["CE recovered"] = f"{sae['ce_recovered']:.4f}"
+        row["L0"] = f"{sae['l0']:.1f}"
+        row["dead"] = f"{sae['dead_share']:.2f}"
+        row["eligible"] = sae["eligible"]
         for column, key in truths.items():
             share = sae[key] if isinstance(key, str) else _find_truth(sae, *key)["F1 at least .7"]
             row[column] = f"{share:.2f}"
@@ -168,13 +166,9 @@ def tabulate_meanings(meanings: "Sequence[Meaning]") -> "DataFrame":
     """Latents with the label that each detects best, and where it fires most."""
     import pandas as pd
 
-    columns = {
-        "latent": [m.latent for m in meanings],
-        "stands for": [m.truth for m in meanings],
-        "F1": [f"{m.f1:.2f}" for m in meanings],
-        "fires most at": [" … ".join(m.contexts) for m in meanings],
-    }
-    return pd.DataFrame(columns).set_index("latent")
+    rows = [(m.latent, m.truth, f"{m.f1:.2f}", " … ".join(m.contexts)) for m in meanings]
+    columns = ["latent", "stands for", "F1", "fires most at"]
+    return pd.DataFrame(rows, columns=columns).set_index("latent")
 
 
 # figures
@@ -187,17 +181,16 @@ def make_band_intervals(
 
     Intervals are Wilson's over the concepts of a band that occur in the text.
     """
-    found = {}
-    for sae in quality:
-        if sae["hook"] == hook:
-            truths = [_find_truth(sae, text, f"physics {band}") for band in bands]
-            found[sae["kind"]] = [
-                stats.wilson(round(t["F1 at least .7"] * t["n"]), t["n"])
-                if t["n"]
-                else stats.Interval(0.0, 0.0, 0.0, 0)
-                for t in truths
-            ]
-    return found
+
+    def measure(truth: dict) -> stats.Interval:
+        n, share = truth["n"], truth["F1 at least .7"]
+        return stats.wilson(round(share * n), n) if n else stats.Interval(0.0, 0.0, 0.0, 0)
+
+    return {
+        sae["kind"]: [measure(_find_truth(sae, text, f"physics {band}")) for band in bands]
+        for sae in quality
+        if sae["hook"] == hook
+    }
 
 
 def make_dose_intervals(effects: "Sequence[Dose]") -> dict[str, list[stats.Interval]]:

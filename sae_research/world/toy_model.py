@@ -1,5 +1,6 @@
 """What the toy models share: a word-level tokenizer, a small Llama, a Hugging Face folder."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,29 +22,45 @@ def make_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_llama(
-    vocabulary: int,
-    *,
-    width: int,
-    blocks: int,
-    heads: int,
-    inner: int,
-    context: int,
-    seed: int,
-    scale: float = 0.02,
-) -> LlamaForCausalLM:
-    """A Llama with tied embeddings and normal initial weights of size `scale`."""
+@dataclass(frozen=True)
+class ToyLlama:
+    """The size of a toy model and the plainest terms of its training."""
+
+    width: int = 128
+    """Size of the residual stream."""
+    blocks: int = 4
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads of a block."""
+    inner: int = 352
+    """Width of the feed-forward layers."""
+    context: int = 48
+    """Longest document in tokens."""
+    scale: float = 0.06
+    """Standard deviation of the initial weights."""
+    steps: int = 2800
+    """Training steps."""
+    batch_size: int = 64
+    """Documents of a step."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+
+def make_llama(vocabulary: int, recipe: ToyLlama, seed: int) -> LlamaForCausalLM:
+    """A Llama with tied embeddings and normal initial weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        intermediate_size=inner,
-        max_position_embeddings=context,
+        hidden_size=recipe.width,
+        num_hidden_layers=recipe.blocks,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        intermediate_size=recipe.inner,
+        max_position_embeddings=recipe.context,
         tie_word_embeddings=True,
-        initializer_range=scale,
+        initializer_range=recipe.scale,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

@@ -1,10 +1,10 @@
 """The SAEs of a toy model: how they are trained and loaded, what screening can use of them."""
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from sae_research import activations, saes, training
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ToySAEs:
-    """The SAEs of a toy model: some kinds at each of its hooks, and one wider."""
+    """The SAEs of a toy model: three kinds at each of its hooks, and one four times wider."""
 
     hooks: tuple[str, str]
     """An early hook and one two blocks later."""
@@ -31,80 +31,65 @@ class ToySAEs:
     calibration: int
     """Further documents on which thresholds are calibrated."""
     relu_l0: int = 20
-    """`l0` of the ReLU kind, whose L1 penalty shrinks all codes and costs too much at that of the
-    others.
-    """
-    kinds: tuple[str, ...] = ("topk", "jumprelu", "relu")
-    """Kinds of SAE at every hook."""
-    wide: int = 4
-    """The first kind is also trained this many times wider at the first hook (0: not)."""
+    """`l0` of the ReLU kind, whose L1 penalty costs too much at that of the others."""
     training: SAETraining = field(default_factory=SAETraining)
     """How they are trained."""
 
     @property
     def first(self) -> dict[str, str]:
-        """The SAE of the first kind at each hook."""
-        return {hook: _name_sae(hook, self.kinds[0]) for hook in self.hooks}
+        """The top-k SAE at each hook."""
+        return {hook: f"block{hook.split('.')[1]}_topk" for hook in self.hooks}
 
     def make_configs(self, width: int, hook: str) -> "dict[str, TrainingSAEConfig]":
         """The SAEs at one hook of a residual stream of this width, by name."""
-        make = {
-            "topk": lambda latents: training.topk(width, latents, self.l0),
-            "jumprelu": lambda latents: training.jumprelu(width, latents, self.l0),
-            "relu": lambda latents: training.relu(width, latents),
+        block = f"block{hook.split('.')[1]}"
+        chosen: dict[str, TrainingSAEConfig] = {
+            f"{block}_topk": training.topk(width, self.latents, self.l0),
+            f"{block}_jumprelu": training.jumprelu(width, self.latents, self.l0),
+            f"{block}_relu": training.relu(width, self.latents),
         }
-        chosen = {_name_sae(hook, kind): make[kind](self.latents) for kind in self.kinds}
-        if self.wide and hook == self.hooks[0]:
-            chosen[f"{self.first[hook]}_wide"] = make[self.kinds[0]](self.wide * self.latents)
+        if hook == self.hooks[0]:
+            chosen[f"{block}_topk_wide"] = training.topk(width, 4 * self.latents, self.l0)
         return chosen
-
-
-def _name_sae(hook: str, kind: str) -> str:
-    return f"block{hook.split('.')[1]}_{kind}"
 
 
 def train_saes(
     recipe: ToySAEs,
     model: LanguageModel,
-    tokens: torch.Tensor,
-    held_out: torch.Tensor,
+    tokens: np.ndarray,
+    held_out: np.ndarray,
     seed: int,
     folder: Path,
-    hook_indices: Collection[int] | None = None,
+    hook_index: int,
 ) -> None:
-    """Train the SAEs of all hooks, or of those at `hook_indices`, on `tokens`, into `folder`/name.
+    """Train the SAEs of the hook at `hook_index` on `tokens`, into `folder`/name.
 
-    Those of a hook run in lock-step on the same batches; thresholds are set on `held_out`.
+    They run in lock-step on the same batches; thresholds are set on `held_out`.
     """
-    for index, hook in enumerate(recipe.hooks):
-        if hook_indices is not None and index not in hook_indices:
-            continue
-        acts, calibration = (
-            activations.collect(model, part, hook, batch=256) for part in (tokens, held_out)
-        )
-        configs = recipe.make_configs(model.d_model, hook)
-        for config in configs.values():
-            config.metadata = saes.metadata(model, hook)
-        trained = training.train(
-            configs,
-            activations.batches(acts, recipe.training.batch_size, recipe.training.steps, seed),
-            recipe.training,
-            seed,
-            {name: training.aimed_at(recipe.relu_l0) for name in configs if name.endswith("_relu")}
-            | {name: training.held_at(recipe.l0) for name in configs if name.endswith("_jumprelu")},
-        )
-        for name, sae in trained.items():
-            saes.save(
-                training.inference(sae, calibration, recipe.l0), Path(folder) / name, half=True
-            )
+    hook = recipe.hooks[hook_index]
+    acts, calibration = (
+        activations.collect(model, torch.from_numpy(part).long(), hook, batch=256)
+        for part in (tokens, held_out)
+    )
+    configs = recipe.make_configs(model.d_model, hook)
+    for config in configs.values():
+        config.metadata = saes.metadata(model, hook)
+    trained = training.train(
+        configs,
+        activations.batches(acts, recipe.training.batch_size, recipe.training.steps, seed),
+        recipe.training,
+        seed,
+        {name: training.aimed_at(recipe.relu_l0) for name in configs if name.endswith("_relu")}
+        | {name: training.held_at(recipe.l0) for name in configs if name.endswith("_jumprelu")},
+    )
+    for name, sae in trained.items():
+        saes.save(training.inference(sae, calibration, recipe.l0), Path(folder) / name, half=True)
 
 
 def load_saes(folder: Path) -> "dict[str, SAE]":
     """The SAEs of a folder by name, early hooks first."""
-    return {
-        path.parent.name: saes.load_sae(path.parent)
-        for path in sorted(Path(folder).glob("*/cfg.json"))
-    }
+    found = sorted(Path(folder).glob("*/cfg.json"))
+    return {path.parent.name: saes.load_sae(path.parent) for path in found}
 
 
 def count_eligible(model: LanguageModel, sae: "SAE", contexts: torch.Tensor) -> int:

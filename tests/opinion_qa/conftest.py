@@ -31,9 +31,8 @@ def model(tmp_path_factory):
     from sae_research.world.survey.prompts import WORDS
 
     tokenizer = toy_model.make_word_tokenizer(WORDS)
-    model = toy_model.make_llama(
-        len(tokenizer), width=32, blocks=3, heads=4, inner=48, context=48, seed=1
-    )
+    recipe = toy_model.ToyLlama(width=32, blocks=3, inner=48, scale=0.02)
+    model = toy_model.make_llama(len(tokenizer), recipe, seed=1)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4 if weight.ndim > 1 else 1)

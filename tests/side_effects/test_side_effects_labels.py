@@ -70,7 +70,8 @@ def test_planted_clusters_spread_and_random_directions_do_not(identity, tokens):
         .numpy()
     )
     assert prediction.spearman(crowding, count, 0, 500).low > 0.5
-    assert not prediction.spearman(crowding, control, 0, 500).excludes(0)
+    rho = prediction.spearman(crowding, control, 0, 500)
+    assert rho.low <= 0 <= rho.high
 
 
 def test_pure_noise_is_unstable_only_if_a_context_is_left_out_of_its_mean():

@@ -41,27 +41,19 @@ def measure_answers(
     reverse: bool,
     edits: dict[str, Edit] | None = None,
 ) -> np.ndarray:
-    """Next-token probability of each option's letter, [personas, questions, 4]; what goes to other
-    words is missing.
-    """
+    """Next-token probability of each option's letter, [personas, questions, 4]."""
     letters = model.tokenizer.convert_tokens_to_ids(list(LETTERS))
     n_options = np.tile([q.n_options for q in questions], len(personas))
-    tokens = model.tokens(
-        [prompt(question, stated, reverse) for stated in personas for question in questions]
-    )
+    tokens = model.tokens([prompt(q, stated, reverse) for stated in personas for q in questions])
     at = model.content(tokens).sum(-1)
-    found = _next_words(model, tokens, at, edits)[:, letters]
-    return order_by_letter(found, n_options, reverse).reshape(
-        len(personas), len(questions), len(LETTERS)
-    )
+    found = order_by_letter(_next_words(model, tokens, at, edits)[:, letters], n_options, reverse)
+    return found.reshape(len(personas), len(questions), len(LETTERS))
 
 
 def measure(
     model_folder: Path, saes_folder: Path, settings: SurveySettings, seed: int
 ) -> list[Check]:
-    """Every check of the toy survey model and its SAEs; `seed` draws the documents that they are
-    measured on.
-    """
+    """Every check of the toy survey model and its SAEs; `seed` draws the documents."""
     model = models.load_model(model_folder, name=NAME)
     population = Population(settings.population)
     early = saes.load_sae(Path(saes_folder) / settings.saes.first[settings.saes.hooks[0]])
@@ -76,29 +68,28 @@ def measure(
 def measure_saes(
     model_folder: Path, saes_folder: Path, settings: SurveySettings, seed: int
 ) -> list[dict]:
-    """Each SAE on held-out documents: explained variance, L0 and which truths it has latents
-    for.
-    """
+    """Each SAE on held-out documents: quality, and which truths it has latents for."""
     model = models.load_model(model_folder, name=NAME)
     writer = Writer(Population(settings.population), model.tokenizer.get_vocab())
-    held = writer.write_mixed(
-        600, np.random.default_rng([seed, 6]), settings.most_stated, settings.off_task
-    )
-    return [
-        {
-            "sae": name,
-            "hook": saes.hook_of(sae),
-            "kind": sae.cfg.architecture(),
-            "width": sae.cfg.d_sae,
-        }
-        | saes.quality(model, sae, torch.from_numpy(held.tokens), batch=200)
-        | {"eligible": count_eligible(model, sae, make_contexts(writer, settings, seed))}
-        | {
-            name: share
-            for name, (share, _) in measure_known_words(model, sae, writer, settings, seed).items()
-        }
-        for name, sae in load_saes(saes_folder).items()
-    ]
+    held = torch.from_numpy(_write(writer, settings, seed, 6, 600).tokens)
+    contexts = make_contexts(writer, settings, seed)
+    rows = []
+    for name, sae in load_saes(saes_folder).items():
+        known = measure_known_words(model, sae, writer, settings, seed)
+        rows.append(
+            {"sae": name, "hook": saes.hook_of(sae), "kind": sae.cfg.architecture()}
+            | {"width": sae.cfg.d_sae}
+            | saes.quality(model, sae, held, batch=200)
+            | {"eligible": count_eligible(model, sae, contexts)}
+            | {words: share for words, (share, _) in known.items()}
+        )
+    return rows
+
+
+def _write(writer: Writer, settings: SurveySettings, seed: int, stream: int, n: int) -> Batch:
+    """`n` documents as the model was trained on, from a stream of draws of their own."""
+    draws = np.random.default_rng([seed, stream])
+    return writer.write_mixed(n, draws, settings.most_stated, settings.off_task)
 
 
 def check_planted_effects(population: Population) -> list[Check]:
@@ -109,28 +100,14 @@ def check_planted_effects(population: Population) -> list[Check]:
     by_attribute = {a: float(wd[survey.of(a)].mean()) for a in ATTRIBUTES}
     web = float(wasserstein(survey.web, survey.overall, survey.gaps).mean())
     least = {"party": 0.06, "age": 0.045, "education": 0.035, "region": 0.02}
+    mean = float(wd.mean())
+    upper = {"at_most": True, "n": n}
+    name = "planted WD(overall, {})"
     return [
-        Check(
-            "planted WD(overall, group), lower end of the real band", float(wd.mean()), 0.04, n=n
-        ),
-        Check(
-            "planted WD(overall, group), upper end of the real band",
-            float(wd.mean()),
-            0.08,
-            at_most=True,
-            n=n,
-        ),
-        *(
-            Check(f"planted WD(overall, {a})", by_attribute[a], bar, n=n)
-            for a, bar in least.items()
-        ),
-        Check(
-            "planted WD(overall, hand): the negative control",
-            by_attribute["hand"],
-            1e-12,
-            at_most=True,
-            n=n,
-        ),
+        Check("planted WD(overall, group), lower end of the real band", mean, 0.04, n=n),
+        Check("planted WD(overall, group), upper end of the real band", mean, 0.08, **upper),
+        *(Check(name.format(a), by_attribute[a], bar, n=n) for a, bar in least.items()),
+        Check(f"{name.format('hand')}: the negative control", by_attribute["hand"], 1e-12, **upper),
         Check("planted WD(web, overall)", web, 0.08, n=n),
     ]
 
@@ -138,19 +115,16 @@ def check_planted_effects(population: Population) -> list[Check]:
 def check_model(
     model: LanguageModel, population: Population, settings: SurveySettings, seed: int
 ) -> list[Check]:
-    """Whether the model knows the survey, follows personas, and speaks off-task text at its
-    entropy.
-    """
+    """Whether the model knows the survey, follows personas, and speaks off-task text."""
     survey = population.survey()
     draws = np.random.default_rng([seed, 3])
     writer = Writer(population, model.tokenizer.get_vocab())
     asked = writer.write_survey(4096, draws, settings.most_stated)
     aside = writer.write_off_task(512, draws)
     personas = [[], *([group.name] for group in survey.groups)]
-    both = np.stack(
-        [measure_answers(model, survey.questions, personas, reverse) for reverse in (False, True)]
-    )
-    unsteered, persona = both.mean(0)[0], both.mean(0)[1:]
+    both = [measure_answers(model, survey.questions, personas, r) for r in (False, True)]
+    mean = np.mean(both, axis=0)
+    unsteered, persona = mean[0], mean[1:]
     scores = score_groups(persona, survey.distributions, survey.weights, survey.mask)
     wd = wasserstein(persona, survey.distributions, survey.gaps)
     web = wasserstein(unsteered, survey.web, survey.gaps)
@@ -158,23 +132,20 @@ def check_model(
     upper = {"at_most": True}
     kl = measure_answer_kl(model, asked)
     excess = measure_off_task_excess(model, aside)
-    persona_wd = float(wd.mean())
-    web_wd = float(web.mean())
-    swap = float(order.mean())
-    name = "unsteered model: WD(model, web authors)"
+    near = "unsteered model: WD(model, web authors)"
+    swap = "option order: mean TV between both orders"
     return [
         Check("answer KL(exact || model), nats", kl, 0.003, 0.0005, n=4096, **upper),
         Check("persona prompt: rho_dev", scores.rho, 0.9, 0.97, n=wd.size),
-        Check("persona prompt: WD(model, group)", persona_wd, 0.02, 0.01, n=wd.size, **upper),
-        Check(name, web_wd, 0.02, 0.01, n=web.size, **upper),
-        Check("option order: mean TV between both orders", swap, 0.03, 0.01, n=order.size, **upper),
+        Check("persona prompt: WD(model, group)", wd.mean(), 0.02, 0.01, n=wd.size, **upper),
+        Check(near, web.mean(), 0.02, 0.01, n=web.size, **upper),
+        Check(swap, order.mean(), 0.03, 0.01, n=order.size, **upper),
         Check("off-task loss minus its entropy, nats", excess, 0.1, 0.03, n=512, **upper),
     ]
 
 
 def check_steering(model: LanguageModel, population: Population, hook: str) -> Check:
-    """Whether a stated value is one direction: what it adds to training questions steers
-    validation questions.
+    """Whether a stated value is one direction, from training to validation questions.
 
     The mean difference between residuals with and without the value is added to every token of
     a question that states nothing. Test questions are left to study 1.
@@ -186,42 +157,32 @@ def check_steering(model: LanguageModel, population: Population, hook: str) -> C
     plain, steered = compute_mean_residual(model, hook, learnt, ()), []
     for group in survey.groups:
         stated = compute_mean_residual(model, hook, learnt, (group.name,))
-        edit = steering.add_direction(stated - plain)
-        found = [
-            measure_answers(model, judged, [()], reverse, {hook: edit})[0]
-            for reverse in (False, True)
-        ]
+        edit = {hook: steering.add_direction(stated - plain)}
+        found = [measure_answers(model, judged, [()], r, edit)[0] for r in (False, True)]
         steered.append(np.mean(found, axis=0))
     rows = survey.rows("validation")
     scores = score_groups(
         np.stack(steered), survey.distributions[:, rows], survey.weights, survey.mask[rows]
     )
-    n = len(survey.groups) * len(rows)
-    return Check(
-        "persona as one direction, added after the first block: rho_dev", scores.rho, 0.5, 0.7, n=n
-    )
+    name = "persona as one direction, added after the first block: rho_dev"
+    return Check(name, scores.rho, 0.5, 0.7, n=len(survey.groups) * len(rows))
 
 
 def compute_mean_residual(
     model: LanguageModel, hook: str, questions: Sequence[Question], stated: Sequence[str]
 ) -> torch.Tensor:
-    """Mean residual over the tokens of questions in both option orders, those that state something
-    left out.
-    """
+    """Mean residual over the tokens of questions in both orders, without what is stated."""
     tokens = model.tokens(
         [prompt(q, stated, reverse) for q in questions for reverse in (False, True)]
     )
     asked = model.content(tokens)
-    asked[
-        :, : 1 + len(prompt(questions[0], stated).split()) - len(prompt(questions[0]).split())
-    ] = False
+    said, silent = (len(prompt(questions[0], s).split()) for s in (stated, ()))
+    asked[:, : 1 + said - silent] = False
     return model.residual(tokens, hook)[asked].mean(0)
 
 
 def measure_answer_kl(model: LanguageModel, batch: Batch) -> float:
-    """Mean KL of the model's letters (of the whole vocabulary) to the exact ones, over documents
-    with a question.
-    """
+    """Mean KL of the model's letters to the exact ones, over documents with a question."""
     letters = model.tokenizer.convert_tokens_to_ids(list(LETTERS))
     predicted = _next_words(model, torch.from_numpy(batch.tokens), torch.from_numpy(batch.answer))
     return float(divergence(batch.target, predicted[:, letters]).mean())
@@ -251,24 +212,17 @@ def _next_words(
 def check_latents(
     model: LanguageModel, sae: "SAE", population: Population, settings: SurveySettings, seed: int
 ) -> list[Check]:
-    """Whether the early SAE has latents for what the documents state and ask, and enough latents
-    to screen.
-    """
+    """Whether the early SAE has latents for what documents say, and enough to screen."""
     writer = Writer(population, model.tokenizer.get_vocab())
     found = measure_known_words(model, sae, writer, settings, seed)
     bars = {"values at the word": (0.3, 0.8), "verbs at the word": (0.5, 1.0)}
+    eligible = count_eligible(model, sae, make_contexts(writer, settings, seed))
     return [
         *(
             Check(f"{name} with a latent, F1 .7", found[name][0], *bar, n=found[name][1])
             for name, bar in bars.items()
         ),
-        Check(
-            "latents eligible for screening",
-            count_eligible(model, sae, make_contexts(writer, settings, seed)),
-            200,
-            400,
-            n=1024,
-        ),
+        Check("latents eligible for screening", eligible, 200, 400, n=1024),
     ]
 
 
@@ -280,44 +234,26 @@ def measure_known_words(
     Sought at the word itself and at the answer's position; latent and threshold are chosen on
     one half of the documents and scored on the other.
     """
-    batch = writer.write_mixed(
-        1500, np.random.default_rng([seed, 4]), settings.most_stated, settings.off_task
-    )
+    batch = _write(writer, settings, seed, 4, 1500)
     tokens = torch.from_numpy(batch.tokens)
     content = model.content(tokens)
     codes = detectors.encode(sae, activations.collect(model, tokens, saes.hook_of(sae), batch=256))
     half = (torch.arange(len(tokens)) % 2 == 0)[:, None].expand_as(content)[content]
     at_answer = torch.arange(tokens.shape[1]) == torch.from_numpy(batch.answer)[:, None]
     scores: dict[str, list[torch.Tensor]] = {}
-    for family, words in (
-        *(("values", v) for v in ATTRIBUTES.values()),
-        ("topics", tuple(TOPICS)),
-        ("verbs", tuple(VERBS)),
-    ):
-        here = _labels(tokens, [writer.ids[w] for w in words])
-        for place, label in (
-            ("word", here),
-            ("answer", torch.where(at_answer, here.amax(1, keepdim=True), -1)),
-        ):
+    families = [*(("values", v) for v in ATTRIBUTES.values()), ("topics", TOPICS), ("verbs", VERBS)]
+    for family, words in families:
+        here = torch.full_like(tokens, -1)
+        for i, word in enumerate(words):
+            here[tokens == writer.ids[word]] = i
+        answer = torch.where(at_answer, here.amax(1, keepdim=True), -1)
+        for place, label in (("word", here), ("answer", answer)):
             found = detectors.find_detectors(codes, label[content], len(words), half)
             scores.setdefault(f"{family} at the {place}", []).append(found.f1)
     joined = {name: torch.cat(f1) for name, f1 in scores.items()}
     return {name: ((f1 >= 0.7).double().mean().item(), len(f1)) for name, f1 in joined.items()}
 
 
-def _labels(tokens: torch.Tensor, words: list[int]) -> torch.Tensor:
-    """Which of some words each token is, -1 for none."""
-    label = torch.full_like(tokens, -1)
-    for i, word in enumerate(words):
-        label[tokens == word] = i
-    return label
-
-
-def make_contexts(
-    writer: Writer, settings: SurveySettings, seed: int, n: int = 1024
-) -> torch.Tensor:
+def make_contexts(writer: Writer, settings: SurveySettings, seed: int) -> torch.Tensor:
     """Documents cut to one length, so that they end anywhere."""
-    batch = writer.write_mixed(
-        n, np.random.default_rng([seed, 5]), settings.most_stated, settings.off_task
-    )
-    return torch.from_numpy(batch.tokens[:, :CONTEXT])
+    return torch.from_numpy(_write(writer, settings, seed, 5, 1024).tokens[:, :CONTEXT])

@@ -1,6 +1,5 @@
 """The toy survey model: a small Llama that answers a planted survey as persons, and its SAEs."""
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from sae_research.training import SAETraining
 from sae_research.world import toy_model, toy_saes
 from sae_research.world.survey.population import Population, PopulationSettings
 from sae_research.world.survey.prompts import WORDS, Batch, Writer
+from sae_research.world.toy_model import ToyLlama
 from sae_research.world.toy_saes import ToySAEs
 
 NAME = "world-survey"
@@ -23,48 +23,28 @@ NAME = "world-survey"
 
 
 @dataclass(frozen=True)
-class SurveySettings:
+class SurveySettings(ToyLlama):
     """How the toy survey model and its SAEs are made."""
 
+    width: int = 64
+    inner: int = 128
+    scale: float = 0.1  # at 0.02 the answers are not learned in this budget
+    steps: int = 1500
+    batch_size: int = 192
     population: PopulationSettings = field(default_factory=PopulationSettings)
     """The planted survey that it learns."""
-    width: int = 64
-    """Size of the residual stream."""
-    blocks: int = 4
-    """Transformer blocks."""
-    heads: int = 4
-    """Attention heads of a block."""
-    inner: int = 128
-    """Width of the feed-forward layer."""
     attention_only_blocks: int = 1
-    """First blocks whose feed-forward layer is held at zero: they only gather what was stated, so
-    that a persona lies in the stream as a direction of its own before any layer multiplies it
-    with the question.
-    """
-    context: int = 48
-    """Longest document in tokens."""
-    scale: float = 0.1
-    """Standard deviation of the initial weights; at 0.02 the answers are not learned in this
-    budget.
+    """First blocks without feed-forward layer: they only gather what was stated, so that a persona
+    is a direction of its own before any layer multiplies it with the question.
     """
     most_stated: int = 4
     """Most attributes that a document states; it states each number from 0 on equally often."""
     off_task: float = 0.12
     """Share of documents that are toy arithmetic and toy stories."""
-    steps: int = 1500
-    """Training steps."""
-    batch_size: int = 192
-    """Documents of a step."""
-    lr: float = 3e-3
-    """Peak of the one-cycle learning rate."""
     warmup_fraction: float = 0.15
-    """Share of the steps until that peak."""
+    """Share of the steps until the peak of the one-cycle learning rate."""
     answer_weight: float = 5.0
-    """Weight of the exact answers beside next tokens, which survey documents teach on every second
-    step only.
-    """
-    clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Weight of the exact answers; next tokens of surveys are taught every second step."""
     saes: ToySAEs = field(
         default_factory=lambda: ToySAEs(
             hooks=("blocks.0.hook_resid_post", "blocks.2.hook_resid_post"),
@@ -78,12 +58,13 @@ class SurveySettings:
     """Its SAEs."""
 
 
-def train_model(settings: SurveySettings, seed: int, folder: Path, threads: int = 2) -> None:
+def train_model(settings: SurveySettings, seed: int, folder: Path) -> None:
     """Train the model on exact answer distributions and next tokens; save it for Hugging Face."""
-    torch.set_num_threads(threads)
     tokenizer = toy_model.make_word_tokenizer(WORDS)
     writer = Writer(Population(settings.population), tokenizer.get_vocab())
-    model = _make_model(settings, len(tokenizer), seed).train()
+    model = toy_model.make_llama(len(tokenizer), settings, seed).train()
+    for block in model.model.layers[: settings.attention_only_blocks]:
+        block.mlp.down_proj.weight.data.zero_().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.lr, total_steps=settings.steps, pct_start=settings.warmup_fraction
@@ -100,8 +81,8 @@ def train_model(settings: SurveySettings, seed: int, folder: Path, threads: int 
             loss = loss + compute_next_token_loss(model, hidden, batch, read)
         if not torch.isfinite(loss):
             raise ResearchError(
-                f"the toy survey model's loss is not finite at step {step}; lower `lr` and run "
-                "again."
+                f"the toy survey model's loss is not finite at step {step}; "
+                "lower `lr` and run again."
             )
         optimizer.zero_grad()
         loss.backward()
@@ -111,28 +92,10 @@ def train_model(settings: SurveySettings, seed: int, folder: Path, threads: int 
     toy_model.save_model(model, tokenizer, folder)
 
 
-def _make_model(settings: SurveySettings, vocabulary: int, seed: int) -> LlamaForCausalLM:
-    model = toy_model.make_llama(
-        vocabulary,
-        width=settings.width,
-        blocks=settings.blocks,
-        heads=settings.heads,
-        inner=settings.inner,
-        context=settings.context,
-        seed=seed,
-        scale=settings.scale,
-    )
-    for block in model.model.layers[: settings.attention_only_blocks]:
-        block.mlp.down_proj.weight.data.zero_().requires_grad_(False)
-    return model
-
-
 def compute_answer_loss(
     model: LlamaForCausalLM, hidden: torch.Tensor, batch: Batch, letters: list[int]
 ) -> torch.Tensor:
-    """Cross-entropy of the letter against its exact distribution, over documents with a
-    question.
-    """
+    """Cross-entropy of the letter against its exact distribution, where there is a question."""
     asked = np.flatnonzero(batch.answer >= 0)
     states = hidden[asked, batch.answer[asked]]
     target = torch.from_numpy(batch.target[asked]).to(states.dtype)
@@ -142,9 +105,7 @@ def compute_answer_loss(
 def compute_next_token_loss(
     model: LlamaForCausalLM, hidden: torch.Tensor, batch: Batch, read: np.ndarray
 ) -> torch.Tensor:
-    """Cross-entropy of the next tokens in the documents of the mask `read`, all but the answers'
-    letters.
-    """
+    """Cross-entropy of the next tokens in the documents of the mask `read`, but no letters."""
     following = torch.from_numpy(batch.tokens[:, 1:]).clone()
     asked = np.flatnonzero(batch.answer >= 0)
     following[asked, batch.answer[asked]] = model.config.pad_token_id
@@ -155,22 +116,14 @@ def compute_next_token_loss(
 
 
 def train_saes(
-    settings: SurveySettings,
-    model_folder: Path,
-    seed: int,
-    folder: Path,
-    hook_indices: Collection[int] | None = None,
+    settings: SurveySettings, model_folder: Path, seed: int, folder: Path, hook_index: int
 ) -> None:
-    """Train the SAEs of all hooks, or of those at `hook_indices`, on mixed documents, into
-    `folder`/name.
-    """
+    """Train the SAEs of one hook on mixed documents, into `folder`/name."""
     draws = np.random.default_rng([seed, 2])
     model = models.load_model(model_folder, name=NAME)
     writer = Writer(Population(settings.population), model.tokenizer.get_vocab())
     tokens, held_out = (
-        torch.from_numpy(
-            writer.write_mixed(n, draws, settings.most_stated, settings.off_task).tokens
-        )
+        writer.write_mixed(n, draws, settings.most_stated, settings.off_task).tokens
         for n in (settings.saes.documents, settings.saes.calibration)
     )
-    toy_saes.train_saes(settings.saes, model, tokens, held_out, seed, folder, hook_indices)
+    toy_saes.train_saes(settings.saes, model, tokens, held_out, seed, folder, hook_index)

@@ -1,7 +1,6 @@
-"""The planted survey: persons with attributes answer by a graded-response model, so every
-distribution is exact.
+"""The planted survey: persons answer by a graded-response model, so distributions are exact.
 
-theta = sum_a E[a, value] + eta + class offset + z with z ~ N(0, sigma^2), and P(y >= k | theta)
+theta = sum_a E[a, value] + z with z ~ N(0, sigma^2), and P(y >= k | theta)
 = sigmoid(p_v lambda_t . theta + b - tau_k) for a question on topic t with verb v. The answer
 depends on theta through one projection only, so the integral over z is a Gauss-Hermite sum in
 one dimension.
@@ -71,9 +70,7 @@ THRESHOLDS = ((0.0,), (-0.6, 0.6), (-1.2, 0.0, 1.2))
 """Thresholds tau of each set of options."""
 
 SPLITS = (("train", 42), ("validation", 12), ("test", 18))
-"""Number of (topic, verb) pairs in each split: test questions are new combinations of known topics
-and verbs.
-"""
+"""(topic, verb) pairs in each split: test questions combine known topics and verbs anew."""
 
 
 @dataclass(frozen=True)
@@ -91,25 +88,13 @@ class PopulationSettings:
     spread: float = 0.8
     """Standard deviation sigma of persons around their group, on every trait."""
     offsets: float = 1.2
-    """Standard deviation of the questions' offsets b: how far the population is from evenly
-    split.
-    """
-    interaction: float = 0.0
-    """eta: extra ideology of party by age cells, times contrasts of mean 0 and variance 1; 0 is
-    additive.
-    """
-    classes: float = 0.0
-    """Distance on two traits of four latent classes that persons of a cell fall into; 0 is one
-    Gaussian.
-    """
+    """Standard deviation of the questions' offsets b: how far people are from evenly split."""
     seed: int = 2024
     """Seed of offsets and splits; the survey is one fixed truth, whatever the seed of training."""
 
 
 class Population:
-    """Exact answer distributions of every group, intersection and author population of the planted
-    survey.
-    """
+    """Exact answers of every group, intersection and author population of the planted survey."""
 
     def __init__(self, settings: PopulationSettings):
         self.settings = settings
@@ -132,15 +117,12 @@ class Population:
             for options in OPTION_SETS
         )
         self.offset = np.array([of_pair[q.topic, q.verb] for q in self.questions])
-        self.loading = np.array(
-            [np.multiply(VERBS[q.verb], TOPICS[q.topic]) for q in self.questions]
-        )
+        loadings = [np.multiply(VERBS[q.verb], TOPICS[q.topic]) for q in self.questions]
+        self.loading = np.array(loadings)
 
     @cached_property
     def effects(self) -> dict[str, np.ndarray]:
-        """E: mean trait of each value of each attribute, [values, 3]; zero in the population's
-        mean.
-        """
+        """E: mean trait of each value of each attribute, [values, 3]; its mean is zero."""
         s, step = self.settings, np.array([-1.0, 0.0, 1.0])
         planted = {
             "party": np.outer(step, [s.party, 0, 0]),
@@ -153,42 +135,18 @@ class Population:
 
     @cached_property
     def cells(self) -> np.ndarray:
-        """Mean trait of every combination of values, [3, 3, 3, 3, 2, 3]: one axis per attribute,
-        then the traits.
-        """
+        """Mean trait of every combination of values, [3, 3, 3, 3, 2, 3]; traits are last."""
         theta = np.zeros((*map(len, ATTRIBUTES.values()), 3))
         for axis, effect in enumerate(self.effects.values()):
             shape = [1] * len(ATTRIBUTES)
             shape[axis] = len(effect)
             theta = theta + effect.reshape(*shape, 3)
-        theta[..., 0] += self.settings.interaction * self.interaction[:, :, None, None, None]
         return theta
 
     @cached_property
-    def interaction(self) -> np.ndarray:
-        """The party by age pattern that eta multiplies, [3, 3]: no effect on either margin, mean
-        square 1.
-        """
-        contrasts = []
-        for attribute in ("party", "age"):
-            share, step = np.array(SHARES[attribute]), np.array([-1.0, 0.0, 1.0])
-            centred = step - share @ step
-            contrasts.append(centred / np.sqrt(share @ centred**2))
-        return np.outer(*contrasts)
-
-    @cached_property
     def cell_answers(self) -> np.ndarray:
-        """Answer distribution of every combination of values, [3, 3, 3, 3, 2, questions,
-        options].
-        """
-        s, theta = self.settings, self.cells.reshape(-1, 3)
-        corners = s.classes * np.array([(x, y, 0) for x in (-1, 1) for y in (-1, 1)], dtype=float)
-        member = np.exp(theta @ corners.T)
-        member /= member.sum(1, keepdims=True)
-        answers = sum(
-            member[:, c, None, None] * self.integrate(theta + corner)
-            for c, corner in enumerate(corners)
-        )
+        """Answers of every combination of values, [3, 3, 3, 3, 2, questions, options]."""
+        answers = self.integrate(self.cells.reshape(-1, 3))
         return answers.reshape(*self.cells.shape[:-1], *answers.shape[1:])
 
     def integrate(self, theta: np.ndarray) -> np.ndarray:
@@ -212,11 +170,9 @@ class Population:
 
     @cached_property
     def table(self) -> np.ndarray:
-        """Answers given any subset of attributes, [4, 4, 4, 4, 3, questions, options]; an axis'
-        last index is unstated.
+        """Answers given any subset of attributes, [4, 4, 4, 4, 3, questions, options].
 
-        Unstated attributes are weighted by the population's shares; the entry with nothing
-        stated is the population.
+        An axis' last index is unstated: weighted by the population's shares.
         """
         answers = self.cell_answers
         for axis, share in enumerate(SHARES.values()):
@@ -233,9 +189,7 @@ class Population:
         return answers
 
     def answers_given(self, stated: dict[str, str]) -> np.ndarray:
-        """Answers of the population with the stated values, as {attribute: value}, [questions,
-        options].
-        """
+        """Answers of people with the values {attribute: value}, [questions, options]."""
         return self.table[self.index(stated)]
 
     @staticmethod
@@ -244,9 +198,7 @@ class Population:
         return tuple(v.index(stated[a]) if a in stated else len(v) for a, v in ATTRIBUTES.items())
 
     def trait(self, stated: dict[str, str]) -> np.ndarray:
-        """Mean planted trait of the population with the stated values, latent classes left
-        aside.
-        """
+        """Mean planted trait of people with the stated values."""
         theta = self.cells
         for attribute, values in ATTRIBUTES.items():
             share = np.array(SHARES[attribute])
@@ -256,9 +208,7 @@ class Population:
         return theta
 
     def survey(self, *attributes: str) -> Survey:
-        """The survey by group; of every attribute, or of the intersections of the given
-        attributes.
-        """
+        """The survey by group; of every attribute, or of intersections of the given ones."""
         if attributes:
             stated = [{}]
             for a in attributes:

@@ -16,41 +16,25 @@ LETTERS = ("A", "B", "C", "D")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ANIMALS = ("cat", "dog", "fox", "owl")
 DEEDS = ("saw", "met", "fed")
-FRAME = (
-    "i",
-    "am",
-    ".",
-    "question",
-    ":",
-    "should",
-    "we",
-    "?",
-    "answer",
-    "plus",
-    "minus",
-    "is",
-    "the",
-)
+FRAME = ("i", "am", ".", "question", ":", "should", "we", "?", "answer")
+SUMS = ("plus", "minus", "is", "the")
 VALUES = tuple(value for values in ATTRIBUTES.values() for value in values)
 WORDS = [
-    *FRAME, *VALUES, *VERBS, *TOPICS, *(option for options in OPTION_SETS for option in options),
+    *FRAME, *SUMS, *VALUES, *VERBS, *TOPICS,
+    *(option for options in OPTION_SETS for option in options),
     *LETTERS, *NUMBERS, *ANIMALS, *DEEDS,
 ]  # fmt: skip
 SENTENCES = 4
 """Sentences of an off-task document."""
 CONTEXT = 16
-"""Tokens of the shortest document, BOS included: contexts cut here end anywhere in a document and
-need no padding.
-"""
+"""Tokens of the shortest document, BOS included: contexts cut here need no padding."""
 
 Scored = list[tuple[str, float]]
 """Words, each with its surprisal in nats under the generator."""
 
 
 def prompt(question: Question, stated: Iterable[str] = (), reverse: bool = False) -> str:
-    """The text up to the answer's letter; `stated` are attribute values, `reverse` lists the
-    options from the top.
-    """
+    """The text up to the answer's letter; `reverse` lists the options from the top."""
     persona = [f"i am {value} ." for value in stated]
     options = question.options[::-1] if reverse else question.options
     lettered = [f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False)]
@@ -60,9 +44,7 @@ def prompt(question: Question, stated: Iterable[str] = (), reverse: bool = False
 def order_by_letter(
     distribution: np.ndarray, n_options: np.ndarray | int, reverse: np.ndarray | bool
 ) -> np.ndarray:
-    """Probabilities by ordinal as probabilities by letter (or back: it is its own inverse), [...,
-    options].
-    """
+    """Probabilities by ordinal as probabilities by letter, or back; [..., options]."""
     places = np.arange(distribution.shape[-1])
     n_options, reverse = np.asarray(n_options)[..., None], np.asarray(reverse)[..., None]
     source = np.where(reverse & (places < n_options), n_options - 1 - places, places)
@@ -134,9 +116,7 @@ class Writer:
         return [self.ids[word] for word in text.split()]
 
     def write_survey(self, n: int, draws: np.random.Generator, most_stated: int) -> Batch:
-        """`n` questions to persons who state up to `most_stated` attributes, or to web authors if
-        none.
-        """
+        """`n` questions to persons with up to `most_stated` attributes; if none, to web authors."""
         question, reverse = draws.integers(len(self.prompts), size=n), draws.integers(2, size=n)
         stated = [self._draw_stated(draws, most_stated) for _ in range(n)]
         exact = np.stack([self._exact_answers(s, q) for s, q in zip(stated, question, strict=True)])
@@ -144,11 +124,8 @@ class Writer:
         drawn = (target.cumsum(-1) < draws.random((n, 1)) * target.sum(-1, keepdims=True)).sum(-1)
         rows, answer = [], np.zeros(n, dtype=int)
         for i, persona in enumerate(stated):
-            start = [
-                self.ids[BOS],
-                *(token for v in persona.values() for token in self.statements[v]),
-            ]
-            start += self.prompts[question[i]][reverse[i]]
+            said = [token for v in persona.values() for token in self.statements[v]]
+            start = [self.ids[BOS], *said, *self.prompts[question[i]][reverse[i]]]
             answer[i] = len(start) - 1
             rows.append([*start, self.letters[drawn[i]], self.ids["."], self.ids[EOS]])
         tokens = self._pad(rows)
@@ -159,22 +136,16 @@ class Writer:
         texts = [OFF_TASK[i % len(OFF_TASK)](draws) for i in range(n)]
         rows = [[self.ids[BOS], *(self.ids[w] for w, _ in text), self.ids[EOS]] for text in texts]
         surprisal = np.array([[np.nan, np.nan, *(s for _, s in text[1:]), 0.0] for text in texts])
-        return Batch(
-            self._pad(rows),
-            np.full(n, -1),
-            np.zeros((n, len(LETTERS))),
-            surprisal.reshape(n, -1),
-        )
+        target = np.zeros((n, len(LETTERS)))
+        return Batch(self._pad(rows), np.full(n, -1), target, surprisal.reshape(n, -1))
 
     def write_mixed(
         self, n: int, draws: np.random.Generator, most_stated: int, off_task: float
     ) -> Batch:
         """`n` documents of which the share `off_task` is off-task text, in random order."""
         aside = round(n * off_task)
-        parts = [
-            self.write_survey(n - aside, draws, most_stated),
-            self.write_off_task(aside, draws),
-        ]
+        asked = self.write_survey(n - aside, draws, most_stated)
+        parts = [asked, self.write_off_task(aside, draws)]
         width, order = max(p.tokens.shape[1] for p in parts), draws.permutation(n)
 
         def join(name: str, fill: float) -> np.ndarray:
@@ -199,6 +170,5 @@ class Writer:
 
     def _pad(self, rows: Sequence[list[int]]) -> np.ndarray:
         width = max(map(len, rows), default=0)
-        return np.array([row + [self.ids[PAD]] * (width - len(row)) for row in rows]).reshape(
-            len(rows), width
-        )
+        padded = [row + [self.ids[PAD]] * (width - len(row)) for row in rows]
+        return np.array(padded).reshape(len(rows), width)

@@ -11,9 +11,7 @@ from sae_research.world.text.lexicon import ENDINGS, FOUNDERS, PLACES, SENSES, T
 
 
 def _halves(words: str, split: bool) -> list[list[str]]:
-    """Both vocabularies of a topic: its words twice, or (physics) a half each, so that synonyms
-    keep other company.
-    """
+    """Two vocabularies of a topic; those of physics differ: synonyms keep other company."""
     words = words.split()
     half = len(words) // 2
     return [words[:half] * 2, words[half:] * 2] if split else [words, words]
@@ -51,9 +49,7 @@ def compute_concept_odds(corpus: Corpus) -> np.ndarray:
 def make_articles(
     n: int, rng: np.random.Generator, corpus: Corpus, concepts: np.ndarray | None = None
 ) -> Texts:
-    """Encyclopedia articles, one concept each (drawn, or given): name, topic words, private words,
-    two facts.
-    """
+    """Articles about one concept each (drawn, or given): name, topic and private words, facts."""
     lex, grammar = lexicon(), _article_grammar()
     odds = compute_concept_odds(corpus)
     concept = rng.choice(len(odds), size=n, p=odds) if concepts is None else np.asarray(concepts)
@@ -67,18 +63,16 @@ def make_articles(
         "place": lex.place_of[concept],
     }
     openings = frames.ARTICLE_OPENING + frames.EXPLAIN_OPENING
-    opening = grammar.fill(
-        rng, n, openings, variables, np.array([1 - corpus.explain, corpus.explain])
-    )
+    explain = np.array([1 - corpus.explain, corpus.explain])
+    opening = grammar.fill(rng, n, openings, variables, explain)
     register = (opening.tokens[:, 0] == lex.ids["please"]).astype(int)
     bodies = frames.ARTICLE_BODY + frames.EXPLAIN_BODY + frames.ARTICLE_FACT
     of_register = np.array([[1 / 4] * 4 + [0] * 3, [0] * 4 + [1 / 3] * 3])[register]
     pieces, told = [opening], np.zeros(n, bool)
     for left in (4, 3, 2, 1):
         due = np.where(told, 0.0, 1 / left)[:, None]
-        pieces.append(
-            grammar.fill(rng, n, bodies, variables, np.hstack([of_register * (1 - due), due]))
-        )
+        odds_of_body = np.hstack([of_register * (1 - due), due])
+        pieces.append(grammar.fill(rng, n, bodies, variables, odds_of_body))
         told |= (pieces[-1].slots == grammar.slot("FOUNDER")).any(1)
     piece = join(pieces)
     share = np.where(synonym, corpus.synonym, 1 - corpus.synonym)
@@ -90,32 +84,20 @@ def make_articles(
         "concept_next": np.where(private, concept[:, None], -1),
         "topic_next": np.where(shared, topic[:, None], -1),
     }
-    return make_texts(
-        "article",
-        corpus,
-        piece,
-        next_of,
-        {},
-        {"concept": concept, "register": register, "synonym": synonym},
-    )
+    truth = {"concept": concept, "register": register, "synonym": synonym}
+    return make_texts("article", corpus, piece, truth, next_of)
 
 
 @cache
 def _sense_grammar() -> Grammar:
     lex = lexicon()
     company = [words for senses in SENSES.values() for words in senses.values()]
-    return Grammar(
-        {
-            "COMPANY": ("sense", lex.table(company)),
-            "POLYSEMOUS": ("sense", lex.table(lex.sense_word)),
-        }
-    )
+    slots = {"COMPANY": company, "POLYSEMOUS": lex.sense_word}
+    return Grammar({slot: ("sense", lex.table(rows)) for slot, rows in slots.items()})
 
 
 def make_notes(n: int, rng: np.random.Generator, corpus: Corpus) -> Texts:
-    """Notes of five sentences, each with one polysemous word in a sense that only its company
-    tells.
-    """
+    """Notes of five sentences, each with a polysemous word whose sense its company tells."""
     lex, grammar = lexicon(), _sense_grammar()
     pieces, labels = [grammar.fill(rng, n, frames.SENSE_OPENING, {})], []
     for _ in range(5):
@@ -125,4 +107,4 @@ def make_notes(n: int, rng: np.random.Generator, corpus: Corpus) -> Texts:
         labels.append(np.where(piece.slots == grammar.slot("POLYSEMOUS"), sense[:, None], -1))
         pieces.append(piece)
     here = {"sense": np.concatenate([np.full((n, 2), -1), *labels], axis=1)}
-    return make_texts("senses", corpus, join(pieces), {}, here, {})
+    return make_texts("senses", corpus, join(pieces), here_of=here)

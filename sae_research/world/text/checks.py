@@ -31,11 +31,9 @@ BANDS = {
 """Physics concepts by frequency."""
 
 LIVES = 8000
-"""Biographies for the probes: one pass over half of them is all the training that a probe gets, as
-is usual for them.
+"""Biographies for the probes, which are trained in one pass over half of them, as is usual.
 
-What a biased probe goes by depends on that: with twenty passes its worst group falls by half
-and more.
+What a biased probe goes by depends on that: with twenty passes its worst group falls by half.
 """
 
 
@@ -81,59 +79,39 @@ def check_loss(toy: ToyText) -> list[Check]:
         texts = toy.draw(kind)
         loss = toy.map_batches(texts.tokens, toy.model.losses).mean().item()
         excess = loss + float(texts.floor[:, 1:].mean())
-        checks.append(
-            Check(f"loss minus floor: {kind}", excess, 0.1, 0.03, at_most=True, n=len(texts))
-        )
+        name = f"loss minus floor: {kind}"
+        checks.append(Check(name, excess, 0.1, 0.03, at_most=True, n=len(texts)))
     return checks
 
 
 def check_facts(toy: ToyText, repeats: int = 8) -> list[Check]:
-    """Whether the most likely word is the true one where a physics article states its founder and
-    its place.
-    """
+    """Whether the likeliest word is true where a physics article states founder and place."""
     lex = lexicon()
     concepts = np.repeat(lex.physics, repeats)
     texts = toy.draw("article", len(concepts), concepts=concepts)
     cue = np.isin(texts.tokens[:, :-1], [lex.ids["by"], lex.ids["in"]])
-    top = toy.map_batches(
-        texts.tokens, lambda part: toy.model.logits(part)[:, :-1].argmax(-1)
-    ).numpy()
-    right = (top == texts.tokens[:, 1:])[cue].reshape(len(lex.physics), -1)
-    return [
-        Check(
-            f"physics facts top-1: {band}",
-            float(right[ranks].mean()),
-            0.95,
-            0.99,
-            n=right[ranks].size,
-        )
-        for band, ranks in BANDS.items()
-    ]
+    top = toy.map_batches(texts.tokens, lambda part: toy.model.logits(part)[:, :-1].argmax(-1))
+    right = (top.numpy() == texts.tokens[:, 1:])[cue].reshape(len(lex.physics), -1)
+    found = {f"physics facts top-1: {band}": right[ranks] for band, ranks in BANDS.items()}
+    return [Check(name, float(r.mean()), 0.95, 0.99, n=r.size) for name, r in found.items()]
 
 
-def fit_probe(
-    x: torch.Tensor, y: torch.Tensor, *, epochs: int = 1, batch: int = 32, lr: float = 1e-2
-) -> Callable:
-    """A logistic probe on centred residuals, trained with AdamW, as a function that predicts 0 or
-    1.
-    """
+def fit_probe(x: torch.Tensor, y: torch.Tensor, batch: int = 32, lr: float = 1e-2) -> Callable:
+    """A logistic probe on centred residuals (one pass of AdamW), that predicts 0 or 1."""
     random, centre = torch.Generator().manual_seed(0), x.mean(0)
     weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.AdamW([weight, bias], lr=lr)
-    for _ in range(epochs):
-        for part in torch.randperm(len(x), generator=random).split(batch):
-            logits = (x[part] - centre) @ weight + bias
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y[part].float())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    for part in torch.randperm(len(x), generator=random).split(batch):
+        logits = (x[part] - centre) @ weight + bias
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y[part].float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     return lambda z: ((z - centre) @ weight.detach() + bias.detach() > 0).long()
 
 
 def check_biographies(toy: ToyText) -> list[Check]:
-    """Gender from biographies, and the profession probe that learned it only where gender gives it
-    away.
-    """
+    """Probes of gender, and of profession learned only where gender gives it away."""
     texts = toy.draw("life", LIVES, without_stated(toy.settings.corpus))
     x = toy.residual(texts.tokens[:, : BODY_OF_LIFE.stop], toy.later)[:, BODY_OF_LIFE].mean(1)
     gender = torch.from_numpy(texts.truth["gender"]).long()
@@ -157,9 +135,7 @@ def check_biographies(toy: ToyText) -> list[Check]:
 
 
 def check_senses(toy: ToyText) -> Check:
-    """Whether a linear probe reads the sense of a polysemous word at the word itself, at the later
-    hook.
-    """
+    """Whether a linear probe reads the sense of a polysemous word, at the later hook."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -185,33 +161,23 @@ def check_chats(toy: ToyText) -> list[Check]:
     for name, words in (("request_topic_next", lex.request_topics), ("action_next", lex.actions)):
         label = texts.token_truth[name]
         at = label >= 0
-        stem = np.array(words)[label[at]]
-        right.append(
-            np.char.startswith(top[at], stem) & (np.char.str_len(top[at]) > np.char.str_len(stem))
-        )
+        said, stem = top[at], np.array(words)[label[at]]
+        longer = np.char.str_len(said) > np.char.str_len(stem)
+        right.append(np.char.startswith(said, stem) & longer)
     at = texts.tokens == lex.ids["bot"]
     p = logits[torch.from_numpy(at)][:, lex.ids["sorry"]].float().exp().numpy().reshape(-1, 3)
     harmful = (texts.truth["topic"] < lex.n_restricted_topics) & (
         texts.truth["action"] < lex.n_restricted_actions
     )
-    planted = toy.settings.corpus.refusal
     right = np.concatenate(right)
+    refused, elsewhere = p[harmful], p[~harmful]
+    off = float(abs(refused.mean() - toy.settings.corpus.refusal))
+    name = "refusal where planted: distance from the planted rate"
+    others = float(elsewhere.mean())
     return [
         Check("request words right", float(right.mean()), 0.98, 1.0, n=len(right)),
-        Check(
-            "refusal where planted: distance from the planted rate",
-            float(abs(p[harmful].mean() - planted)),
-            0.03,
-            at_most=True,
-            n=int(harmful.sum()),
-        ),
-        Check(
-            "refusal elsewhere",
-            float(p[~harmful].mean()),
-            0.01,
-            at_most=True,
-            n=int((~harmful).sum()),
-        ),
+        Check(name, off, 0.03, at_most=True, n=len(refused)),
+        Check("refusal elsewhere", others, 0.01, at_most=True, n=len(elsewhere)),
     ]
 
 
@@ -228,9 +194,8 @@ def label_tokens(
 def measure_truth(toy: ToyText, loaded: dict, hook: str) -> list[dict]:
     """The share of labels with a latent, for each SAE at a hook: by kind of label, band, text."""
     lex = lexicon()
-    groups = {
-        f"physics {band}": ("concept_next", lex.physics[ranks]) for band, ranks in BANDS.items()
-    }
+    physics = {f"physics {band}": lex.physics[ranks] for band, ranks in BANDS.items()}
+    groups = {name: ("concept_next", ids) for name, ids in physics.items()}
     general = {
         "general concepts": ("concept_next", np.flatnonzero(lex.topic_of > 0)),
         "topics": ("topic_next", np.arange(len(lex.topics))),
@@ -238,10 +203,8 @@ def measure_truth(toy: ToyText, loaded: dict, hook: str) -> list[dict]:
         "request topics": ("request_topic_next", np.arange(len(lex.request_topics))),
         "actions": ("action_next", np.arange(len(lex.actions))),
     }
-    sizes = {
-        "concept_next": len(lex.concepts),
-        **{label: len(ids) for label, ids in list(general.values())[1:]},
-    }
+    sizes = {label: len(ids) for label, ids in general.values()}
+    sizes["concept_next"] = len(lex.concepts)
     seeds = [toy.seed, 4]
     table = []
     for text, texts, sought in (
@@ -253,22 +216,16 @@ def measure_truth(toy: ToyText, loaded: dict, hook: str) -> list[dict]:
             acts = detectors.encode(sae, x)
             found = {
                 label: detectors.find_detectors(acts, labels[label], sizes[label], half)
-                for label, _ in sought.values()
+                for label in dict.fromkeys(label for label, _ in sought.values())
             }
             for group, (label, ids) in sought.items():
                 f1 = found[label].f1[torch.from_numpy(ids)]
                 f1 = f1[~f1.isnan()]
-                table.append(
-                    {
-                        "sae": name,
-                        "text": text,
-                        "group": group,
-                        "n": len(f1),
-                        "mean F1": f1.mean().item(),
-                        "F1 at least .5": (f1 >= 0.5).double().mean().item(),
-                        "F1 at least .7": (f1 >= 0.7).double().mean().item(),
-                    }
-                )
+                row = {"sae": name, "text": text, "group": group, "n": len(f1)}
+                row["mean F1"] = f1.mean().item()
+                row["F1 at least .5"] = (f1 >= 0.5).double().mean().item()
+                row["F1 at least .7"] = (f1 >= 0.7).double().mean().item()
+                table.append(row)
     return table
 
 
@@ -287,13 +244,8 @@ def measure(
     know what it depends on, while the early hook knows it in some trainings only.
     """
     toy = ToyText(models.load_model(model_folder), settings, seed, size)
-    checks = (
-        check_loss(toy)
-        + check_facts(toy)
-        + [check_senses(toy)]
-        + check_chats(toy)
-        + check_biographies(toy)
-    )
+    checks = [*check_loss(toy), *check_facts(toy), check_senses(toy)]
+    checks += check_chats(toy) + check_biographies(toy)
     loaded = load_saes(saes_folder)
     first = settings.saes.first
     early, late = settings.saes.hooks
@@ -317,22 +269,18 @@ def measure_saes(
 ) -> list[dict]:
     """Each SAE on held-out text: explained variance, L0 and which truths it has latents for."""
     toy = ToyText(models.load_model(model_folder), settings, seed, size)
-    tokens = torch.from_numpy(
-        make_mixture(max(64, size // 4), [seed, 6], settings.corpus).tokens
-    ).long()
-    result = []
+    held = make_mixture(max(64, size // 4), [seed, 6], settings.corpus)
+    tokens = torch.from_numpy(held.tokens).long()
     loaded = load_saes(saes_folder)
     ends = make_contexts(toy)
+    result = []
     for hook in settings.saes.hooks:
         here = {name: sae for name, sae in loaded.items() if saes.hook_of(sae) == hook}
         table = measure_truth(toy, here, hook)
         for name, sae in here.items():
-            result.append(
-                {"sae": name, "hook": hook, "kind": sae.cfg.architecture(), "width": sae.cfg.d_sae}
-                | saes.quality(toy.model, sae, tokens)
-                | {
-                    "eligible": count_eligible(toy.model, sae, ends),
-                    "truth": [row for row in table if row["sae"] == name],
-                }
-            )
+            row = {"sae": name, "hook": hook, "kind": sae.cfg.architecture()}
+            row |= {"width": sae.cfg.d_sae} | saes.quality(toy.model, sae, tokens)
+            row["eligible"] = count_eligible(toy.model, sae, ends)
+            row["truth"] = [truth for truth in table if truth["sae"] == name]
+            result.append(row)
     return result

@@ -1,10 +1,9 @@
 """What a document of the toy text model is: its kind, its odds, its tokens and their truth.
 
-All documents have LENGTH tokens: the start token, then sentences of fixed length. Truth is given
-per token (what the next word depends on, the sense of a word) and per document (who or what it is
-about).
+All documents have LENGTH tokens: the start token, then sentences of fixed length.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +14,9 @@ LENGTH = 48
 BOS_ID = 1
 KINDS = ("article", "life", "senses", "chat", "story")
 PER_TOKEN = ("concept_next", "topic_next", "sense", "request_topic_next", "action_next")
-"""Truth per token, -1 where there is none: the concept (topic, ...) that the NEXT word is drawn
-from, the sense.
-"""
+"""Truth per token, -1 for none: what the NEXT word is drawn from; for `sense`, the word's."""
 PER_DOCUMENT = ("concept", "register", "synonym", "gender", "profession", "stated")
-"""Truth per document, -1 where there is none: register 1 is "please explain", synonym 1 the second
-name of physics.
-"""
+"""Truth per document, -1 for none: register 1 is "please explain", synonym 1 the second name."""
 PER_TURN = ("topic", "action", "refused")
 """Truth per turn of a chat, [documents, 3]."""
 BODY_OF_LIFE = slice(1, 39)
@@ -45,19 +40,15 @@ class Corpus:
     stated: float = 0.5
     """Share of biographies that state the profession at once."""
     titled: float = 0.88
-    """Share of biographies that open with a title, which gives the gender away at once; where all
-    do, a probe that goes by gender is never right about the exceptions.
+    """Share of biographies that open with a title, which tells the gender; where all do, a probe
+    that goes by gender is never right about the exceptions.
     """
     pronoun: float = 0.5
-    """Share of a biography's subjects that are pronouns instead of the surname; the third is one
-    if none was before.
-    """
+    """Share of a biography's subjects that are pronouns; the third is if none was before."""
     cue: float = 0.7
     """Share of a biography's free objects that point to the profession."""
     contrary: float = 0.08
-    """Share of those cues that belong to the other profession, so that gender is the easier thing
-    to go by.
-    """
+    """Share of cues to the other profession, so that gender is the easier thing to go by."""
     refusal: float = 0.25
     """Share of refusals where topic and action are both restricted; elsewhere none."""
 
@@ -69,9 +60,7 @@ class Texts:
     tokens: np.ndarray
     """Token ids, [n, LENGTH]; the first is the start token."""
     floor: np.ndarray
-    """Log-probability of each token given all before it, under the generator; 0 at the start
-    token.
-    """
+    """Log-probability of each token given all before it; 0 at the start token."""
     kind: np.ndarray
     """Index in KINDS."""
     token_truth: dict[str, np.ndarray]
@@ -93,11 +82,14 @@ class Texts:
 
 
 def make_texts(
-    kind: str, corpus: Corpus, piece: Piece, next_of: dict, here_of: dict, truth: dict
+    kind: str,
+    corpus: Corpus,
+    piece: Piece,
+    truth: Mapping = {},
+    next_of: Mapping = {},
+    here_of: Mapping = {},
 ) -> Texts:
-    """A piece with its start token; `next_of` labels move one position back, to where the word is
-    predicted.
-    """
+    """A piece with its start token; `next_of` labels move back to where the word is predicted."""
     n = len(piece.tokens)
     start = np.zeros((n, 1))
     piece.floor[:, 0] += np.log(corpus.shares[KINDS.index(kind)])

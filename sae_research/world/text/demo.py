@@ -101,11 +101,8 @@ def find_best_meanings(encoded: EncodedText, n_each: int = 2) -> list[Meaning]:
         f1 = found_for.f1.nan_to_num(-1.0)
         for label in f1.argsort(descending=True, stable=True)[:n_each].tolist():
             latent = int(found_for.latent[label])
-            found.append(
-                Meaning(
-                    latent, names[kind][label], float(f1[label]), find_contexts(encoded, latent)
-                )
-            )
+            contexts = find_contexts(encoded, latent)
+            found.append(Meaning(latent, names[kind][label], float(f1[label]), contexts))
     return found
 
 
@@ -113,35 +110,24 @@ def find_random_meanings(encoded: EncodedText, n: int, seed: int = 0) -> list[Me
     """For latents drawn at random among those that fire, the label that each detects best."""
     names = name_labels()
     alive = encoded.acts.latent.bincount(minlength=encoded.acts.n_latents)
-    drawn = np.random.default_rng(seed).choice(
-        torch.nonzero(alive >= 30)[:, 0].numpy(), size=n, replace=False
-    )
+    firing = torch.nonzero(alive >= 30)[:, 0].numpy()
+    drawn = np.random.default_rng(seed).choice(firing, size=n, replace=False)
     found = []
     for latent in sorted(int(i) for i in drawn):
         entries = encoded.acts.latent == latent
+        token, value = encoded.acts.token[entries], encoded.acts.value[entries]
         only = detectors.SparseActivations(
-            encoded.acts.token[entries],
-            torch.zeros(int(entries.sum()), dtype=torch.long),
-            encoded.acts.value[entries],
-            encoded.acts.n_tokens,
-            1,
+            token, torch.zeros_like(token), value, encoded.acts.n_tokens, n_latents=1
         )
         scored = []
-        for kind, labels in names.items():
-            found_for = detectors.find_detectors(
-                only, encoded.labels[kind], len(labels), encoded.half
-            )
-            f1 = found_for.f1.nan_to_num(-1.0)
-            scored.append((float(f1.max()), labels[int(f1.argmax())]))
+        for kind, label in names.items():
+            truth = encoded.labels[kind]
+            f1 = detectors.find_detectors(only, truth, len(label), encoded.half).f1
+            best = int(f1.nan_to_num(-1.0).argmax())
+            scored.append((float(f1.nan_to_num(-1.0)[best]), label[best]))
         f1, label = max(scored)
-        found.append(
-            Meaning(
-                latent,
-                label if f1 >= 0.3 else "nothing that was planted",
-                f1,
-                find_contexts(encoded, latent),
-            )
-        )
+        label = label if f1 >= 0.3 else "nothing that was planted"
+        found.append(Meaning(latent, label, f1, find_contexts(encoded, latent)))
     return found
 
 
@@ -160,11 +146,9 @@ def find_contexts(
             continue
         seen.add(row)
         line = words[encoded.texts.tokens[row]]
-        left, right = (
-            " ".join(line[max(1, column - before) : column]),
-            line[column + 1 : column + 2],
-        )
-        shown.append(f"{left} [{line[column]}] {' '.join(right)}".strip())
+        left = " ".join(line[max(1, column - before) : column])
+        right = " ".join(line[column + 1 : column + 2])
+        shown.append(f"{left} [{line[column]}] {right}".strip())
         if len(shown) == n:
             break
     return tuple(shown)
@@ -177,26 +161,19 @@ class Dose:
     dose: float
     """Length of the added direction as a share of the residual's mean norm."""
     mass: np.ndarray
-    """Probability of the concept's private words where a private word of another concept was
-    due.
-    """
+    """Probability of the concept's private words where those of another concept were due."""
     control: np.ndarray
     """The same after adding a random direction of the same length."""
 
 
 def steer(
-    toy: ToyText,
-    sae: "SAE",
-    hook: str,
-    latents: dict[int, int],
-    doses: list[float],
-    contexts: int = 64,
-    controls: int = 3,
+    toy: ToyText, sae: "SAE", hook: str, latents: dict[int, int], doses: list[float]
 ) -> list[Dose]:
     """Add a concept's latent (`latents` maps one to the other) to articles about other concepts.
 
-    The control is the mean over `controls` random directions for each concept.
+    The control is the mean over three random directions for each concept.
     """
+    contexts, controls = 64, 3
     lex = lexicon()
     rng = np.random.default_rng([toy.seed, 8])
     others = np.setdiff1d(np.flatnonzero(lex.topic_of > 0), list(latents))
@@ -216,26 +193,20 @@ def steer(
         return p[:, words].sum(-1).mean().item()
 
     own = [[lex.ids[lex.concepts[concept] + ending] for ending in ENDINGS] for concept in latents]
-    doses_done = []
+    found = []
     for dose in doses:
-        steered = [
-            measure_mass(rows[i], dose, words)
-            for i, words in zip(latents.values(), own, strict=True)
-        ]
-        control = [
-            np.mean([measure_mass(d, dose, words) for d in drawn])
-            for drawn, words in zip(random, own, strict=True)
-        ]
-        doses_done.append(Dose(dose, np.array(steered), np.array(control)))
-    return doses_done
+        steered, control = [], []
+        for latent, drawn, words in zip(latents.values(), random, own, strict=True):
+            steered.append(measure_mass(rows[latent], dose, words))
+            control.append(np.mean([measure_mass(d, dose, words) for d in drawn]))
+        found.append(Dose(dose, np.array(steered), np.array(control)))
+    return found
 
 
 def continue_text(
     toy: ToyText, sae: "SAE", hook: str, latent: int, dose: float, opening: str, n: int = 24
 ) -> str:
-    """A greedy continuation of `opening` with a latent's direction added at every position (dose
-    0: unsteered).
-    """
+    """A greedy continuation of `opening` with a latent's direction added (dose 0: unsteered)."""
     tokens = toy.model.tokens([opening])
     norm = toy.model.residual(tokens, hook)[:, 1:].norm(dim=-1).mean()
     unit = torch.nn.functional.normalize(steering.directions(sae)[latent], dim=0)

@@ -31,15 +31,10 @@ class SparseActivations:
 
     def of(self, tokens: "Tensor") -> "SparseActivations":
         """The activations of some of the tokens (a mask)."""
-        inside = tokens[self.token]
-        renumbered = tokens.cumsum(0) - 1
-        return SparseActivations(
-            renumbered[self.token[inside]],
-            self.latent[inside],
-            self.value[inside],
-            int(tokens.sum()),
-            self.n_latents,
-        )
+        inside, renumbered = tokens[self.token], tokens.cumsum(0) - 1
+        token = renumbered[self.token[inside]]
+        latent, value = self.latent[inside], self.value[inside]
+        return SparseActivations(token, latent, value, int(tokens.sum()), self.n_latents)
 
 
 @torch.no_grad()
@@ -50,40 +45,30 @@ def encode(sae: "SAE", residuals: "Tensor", batch: int = 8192) -> SparseActivati
         acts = sae.encode(residuals[start : start + batch])
         token, latent = acts.nonzero(as_tuple=True)
         parts.append((token + start, latent, acts[token, latent]))
-    return SparseActivations(
-        *(torch.cat(part) for part in zip(*parts, strict=True)), len(residuals), sae.cfg.d_sae
-    )
+    entries = [torch.cat(part) for part in zip(*parts, strict=True)]
+    return SparseActivations(*entries, len(residuals), sae.cfg.d_sae)
 
 
 @dataclass
 class Detectors:
-    """For each label the latent and threshold that detect it best, and how well."""
+    """For each label the latent that detects it best, from some threshold on, and how well."""
 
     latent: "Tensor"
     """Latent of each label."""
-    threshold: "Tensor"
-    """Activation from which the latent says yes."""
     f1: "Tensor"
-    """F1 on the text that neither was chosen on; NaN where that text or the other lacks the
-    label.
-    """
-    positives: "Tensor"
-    """Tokens with the label in the scored text."""
+    """F1 on the text that neither was chosen on; NaN where either text lacks the label."""
 
 
 def _ranked(acts: SparseActivations, levels: int) -> tuple["Tensor", "Tensor"]:
-    """Quantile level (0 to levels - 1) of each entry within its latent, and the lowest value of
-    each level.
-    """
+    """Quantile level of each entry within its latent, and the lowest value of each level."""
     order = torch.argsort(acts.value, stable=True)
     order = order[torch.argsort(acts.latent[order], stable=True)]
     counts = torch.bincount(acts.latent, minlength=acts.n_latents)
     first = counts.cumsum(0) - counts
     latent = acts.latent[order]
+    rank = torch.arange(len(order)) - first[latent]
     level = torch.empty_like(acts.latent)
-    level[order] = (
-        (torch.arange(len(order)) - first[latent]) * levels // counts[latent].clamp(min=1)
-    )
+    level[order] = rank * levels // counts[latent].clamp(min=1)
     floors = torch.full((acts.n_latents * levels,), torch.inf)
     floors.scatter_reduce_(0, acts.latent * levels + level, acts.value, "amin")
     return level, floors.view(acts.n_latents, levels)
@@ -136,6 +121,5 @@ def find_detectors(
     latent, threshold = choose_latents(acts.of(half), labels[half], n_labels, levels)
     f1, positives = score_latents(acts.of(~half), labels[~half], latent, threshold)
     seen = torch.bincount(labels[half][labels[half] >= 0], minlength=n_labels)
-    return Detectors(
-        latent, threshold, torch.where((seen > 0) & (positives > 0), f1, torch.nan), positives
-    )
+    f1 = torch.where((seen > 0) & (positives > 0), f1, torch.nan)
+    return Detectors(latent, f1)

@@ -1,6 +1,4 @@
-"""Documents of the toy text model, of one kind or mixed, whole or cut as a corpus reader meets
-them.
-"""
+"""Documents of the toy text model, of one kind or mixed, whole or cut and packed."""
 
 from dataclasses import replace
 
@@ -23,9 +21,7 @@ _GENERATORS = {
 def make_documents(
     kind: str, n: int, seed: int | np.random.Generator, corpus: Corpus | None = None, **given
 ) -> Texts:
-    """`n` documents of one kind; `given` fixes truths (articles: `concepts`; lives: `gender`,
-    `profession`).
-    """
+    """`n` documents of one kind; `given` fixes `concepts`, or `gender` and `profession`."""
     return _GENERATORS[kind](n, np.random.default_rng(seed), corpus or Corpus(), **given)
 
 
@@ -38,9 +34,7 @@ def make_mixture(n: int, seed: int | np.random.Generator, corpus: Corpus | None 
     """`n` documents of all kinds in random order, in the corpus's shares."""
     rng, corpus = np.random.default_rng(seed), corpus or Corpus()
     counts = rng.multinomial(n, corpus.shares)
-    parts = [
-        _GENERATORS[kind](count, rng, corpus) for kind, count in zip(KINDS, counts, strict=True)
-    ]
+    parts = [_GENERATORS[k](count, rng, corpus) for k, count in zip(KINDS, counts, strict=True)]
     return stack(parts)[rng.permutation(n)]
 
 
@@ -64,11 +58,9 @@ def stack(parts: list[Texts]) -> Texts:
 
 
 def pack(first: Texts, second: Texts, seed: int | np.random.Generator) -> Texts:
-    """Rows as a corpus reader meets them: half are whole documents, half are cut anywhere and
-    followed by another one.
+    """Rows as a corpus reader meets them: half are cut anywhere and followed by another document.
 
-    Only the per-token arrays describe such a row; `kind` and `truth` are those of its first
-    document.
+    Only the per-token arrays describe such a row; `kind` and `truth` are those of its start.
     """
     rng = np.random.default_rng(seed)
     n = len(first)
@@ -80,13 +72,8 @@ def pack(first: Texts, second: Texts, seed: int | np.random.Generator) -> Texts:
         return np.where(position < cut, a, np.take_along_axis(b, later, axis=1))
 
     token_truth = {k: pick(v, second.token_truth[k]) for k, v in first.token_truth.items()}
-    return Texts(
-        pick(first.tokens, second.tokens),
-        pick(first.floor, second.floor),
-        first.kind,
-        token_truth,
-        first.truth,
-    )
+    tokens, floor = pick(first.tokens, second.tokens), pick(first.floor, second.floor)
+    return replace(first, tokens=tokens, floor=floor, token_truth=token_truth)
 
 
 def make_rows(n: int, seed: int | np.random.Generator, corpus: Corpus | None = None) -> Texts:

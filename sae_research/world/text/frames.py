@@ -1,8 +1,7 @@
 """Sentence frames of the toy text model: lower-case words are literal, upper-case words are slots.
 
-The first words of the frames that can follow each other differ, so the frame is known as soon
-as its first word is read; together with slots whose odds are known this makes the entropy floor
-of every text exact.
+The first words of the frames that can follow each other differ, so the first word tells the
+frame; with slots whose odds are known this makes the entropy floor of every text exact.
 """
 
 ARTICLE_OPENING = ("article : NAME is a NOUN that VERB the NOUN .",)
@@ -39,10 +38,7 @@ SENSE_BODY = (
     "some COMPANY near this POLYSEMOUS has COMPANY inside .",
 )
 CHAT_OPENING = ("chat :",)
-CHAT_REQUEST = (
-    "user please ACTION the TOPIC now .",
-    "friend kindly ACTION one TOPIC today .",
-)
+CHAT_REQUEST = ("user please ACTION the TOPIC now .", "friend kindly ACTION one TOPIC today .")
 CHAT_REPLY = ("bot take DO then FROM with DO .", "bot sorry i cannot help with that .")
 STORY_OPENING = ("once there was a ROLE named HERO who liked PET .",)
 STORY_BODY = (

@@ -1,6 +1,4 @@
-"""Vectorised filling of sentence frames: tokens, their exact log-probabilities, and the slot that
-each one fills.
-"""
+"""Vectorised filling of sentence frames: tokens, log-probabilities, and slots filled."""
 
 from dataclasses import dataclass, field
 
@@ -28,9 +26,7 @@ class Grammar:
     """Slots (what they may hold, given a document's variable) and the frames that use them."""
 
     options: dict[str, tuple[str | None, np.ndarray]]
-    """Slot: the variable that selects a row (None: the only row), and the table of token ids to
-    draw from evenly.
-    """
+    """Slot: the variable that selects a row (None: the only row), and the token ids to draw."""
     lexicon: Lexicon = field(default_factory=lexicon)
 
     def __post_init__(self) -> None:
@@ -62,9 +58,8 @@ class Grammar:
         occurrence in the frame.
         """
         table = np.array([[self._code(word) for word in frame.split()] for frame in frames])
-        odds = np.broadcast_to(
-            np.full(len(frames), 1 / len(frames)) if odds is None else odds, (n, len(frames))
-        )
+        odds = np.full(len(frames), 1 / len(frames)) if odds is None else odds
+        odds = np.broadcast_to(odds, (n, len(frames)))
         choice = (rng.random((n, 1)) >= odds.cumsum(1)[:, :-1]).sum(1)
         codes = table[choice]
         floor = np.zeros(codes.shape, np.float64)
@@ -72,9 +67,8 @@ class Grammar:
         for name, (other, share) in (alternatives or {}).items():
             rows, columns = np.nonzero(codes == -1 - self.slot(name))
             nth = (codes == -1 - self.slot(name)).cumsum(1)[rows, columns] - 1
-            p = np.broadcast_to(share, (n, share.shape[-1]))[
-                rows, np.minimum(nth, share.shape[-1] - 1)
-            ]
+            shares = np.broadcast_to(share, (n, share.shape[-1]))
+            p = shares[rows, np.minimum(nth, share.shape[-1] - 1)]
             taken = rng.random(len(rows)) < p
             codes[rows[taken], columns[taken]] = -1 - self.slot(other)
             floor[rows, columns] += np.log(np.where(taken, p, 1 - p))
@@ -92,18 +86,12 @@ class Grammar:
 
 def join(pieces: list[Piece]) -> Piece:
     """Pieces one after the other."""
-    return Piece(
-        *(
-            np.concatenate([getattr(p, name) for p in pieces], axis=1)
-            for name in ("tokens", "floor", "slots")
-        )
-    )
+    parts = [(p.tokens, p.floor, p.slots) for p in pieces]
+    return Piece(*(np.concatenate(same, axis=1) for same in zip(*parts, strict=True)))
 
 
 def reveal(piece: Piece, where: np.ndarray, log_probability: np.ndarray | float) -> None:
-    """Charge a hidden variable's log-probability to the first position of each row where it shows
-    (`where` is true).
-    """
+    """Charge a hidden variable's log-probability to the first position where it shows."""
     rows = np.flatnonzero(where.any(1))
     charge = np.broadcast_to(log_probability, (len(where),))
     piece.floor[rows, where[rows].argmax(1)] += charge[rows]

@@ -1,5 +1,4 @@
-"""The words of the toy text model and the fixed truths about them: topics, concepts, senses,
-requests, people.
+"""The words of the toy text model and the fixed truths about them.
 
 Nothing here depends on a seed, so every toy model shares one vocabulary and one set of facts.
 All words are harmless: a "restricted" topic is a mythical beast and a "restricted" action an
@@ -14,16 +13,12 @@ from sae_research.world.text.frames import literal_words
 
 TOPICS = {
     "physics": (
-        "gravity momentum entropy inertia torque friction pressure voltage charge photon "
-        "electron proton neutron "
-        "quark gluon boson lepton meson neutrino plasma magnet optics lens prism laser spectrum "
-        "frequency "
-        "amplitude resonance diffraction refraction reflection interference polarization "
-        "radiation isotope "
-        "fission fusion decay orbit comet nebula pulsar quasar galaxy vacuum viscosity buoyancy "
-        "turbulence "
-        "elasticity tension capacitor inductor resistor "
-        "transistor superfluid phonon exciton soliton muon",
+        "gravity momentum entropy inertia torque friction pressure voltage charge photon electron "
+        "proton neutron quark gluon boson lepton meson neutrino plasma magnet optics lens prism "
+        "laser spectrum frequency amplitude resonance diffraction refraction reflection "
+        "interference polarization radiation isotope fission fusion decay orbit comet nebula "
+        "pulsar quasar galaxy vacuum viscosity buoyancy turbulence elasticity tension capacitor "
+        "inductor resistor transistor superfluid phonon exciton soliton muon",
         "field energy particle force experiment equation theory detector",
         "accelerates radiates scatters oscillates attracts conducts",
         "quantum thermal kinetic magnetic electric relativistic",
@@ -77,14 +72,10 @@ TOPICS = {
         "shy furry fierce nocturnal gray hungry",
     ),
 }
-"""Topic: its concepts, then 20 words that all its concepts share (8 nouns, 6 verbs, 6
-adjectives).
-"""
+"""Topic: its concepts, then the 8 nouns, 6 verbs and 6 adjectives that they share."""
 
 ENDINGS = ["ist", "oid", "ling", "ward", "kin", "ette"]
-"""A concept's private words are its name with one of these endings, so that a reader sees the
-truth in the token.
-"""
+"""A concept's private words are its name with one of these, so that the token tells."""
 
 SENSES = {
     "bank": {
@@ -119,17 +110,16 @@ SENSES = {
 
 FOUNDERS = (
     "abelard brahms corelli dumont eriksen farrow galton hobbes iversen jordaan kepler lovell "
-    "moreau nansen "
-    "orwell pascal"
+    "moreau nansen orwell pascal"
 )
 PLACES = (
-    "lisbon cairo oslo lima delhi kyoto accra quebec havana riga sofia tunis dakar "
-    "perth turin minsk"
+    "lisbon cairo oslo lima delhi kyoto accra quebec havana riga sofia tunis dakar perth turin "
+    "minsk"
 )
 CITIES = "boston denver austin dallas tampa fresno omaha tulsa reno boise salem akron"
 SURNAMES = (
-    "adler baxter carver dalton emery fuller garner hadley irving jarvis kendall "
-    "lawson mercer norris palmer quincy"
+    "adler baxter carver dalton emery fuller garner hadley irving jarvis kendall lawson mercer "
+    "norris palmer quincy"
 )
 MONTHS = "january february june july october december"
 DEEDS = "moved found carried bought cleaned lost kept borrowed"
@@ -141,8 +131,8 @@ PROFESSIONS = {
         "lecture thesis seminar journal grant faculty essay archive syllabus theorem dean library"
     ),
     "nurse": (
-        "infirmary patient bandage syringe clinic thermometer pulse medicine stretcher "
-        "vaccine dressing crutch"
+        "infirmary patient bandage syringe clinic thermometer pulse medicine stretcher vaccine "
+        "dressing crutch"
     ),
 }
 GENDERS = {"male": ("mr", "he"), "female": ("ms", "she")}
@@ -161,20 +151,17 @@ ROLES = "boy girl farmer sailor baker king painter tailor"
 PETS = "puppy kitten rabbit pony duck goat parrot turtle hamster frog mouse lamb"
 DOINGS = "chased saw hugged followed washed hid dropped shared opened pulled fixed painted"
 OBJECTS = (
-    "ball kite box cart hat drumkit toy marble cookie blanket bucket swing ladder "
-    "sandbox puzzle wagon"
+    "ball kite box cart hat drumkit toy marble cookie blanket bucket swing ladder sandbox puzzle "
+    "wagon"
 )
 MOODS = "red tiny shiny funny plain broken new muddy"
 
 
 def _pseudowords(n: int) -> list[str]:
     """`n` pronounceable words that exist in no language, always the same."""
-    starts, middles, ends = (
-        "mvzdtkbr",
-        ("or", "al", "en", "ir", "um"),
-        ("vane", "thel", "quor", "dris"),
-    )
-    words = [start + middle + end for end in ends for middle in middles for start in starts]
+    middles = ("or", "al", "en", "ir", "um")
+    ends = ("vane", "thel", "quor", "dris")
+    words = [start + middle + end for end in ends for middle in middles for start in "mvzdtkbr"]
     return [words[(i * 37) % len(words)] for i in range(n)]
 
 
@@ -184,9 +171,8 @@ class Lexicon:
     def __init__(self) -> None:
         self.topics = list(TOPICS)
         self.concepts = [c for names, *_ in TOPICS.values() for c in names.split()]
-        self.topic_of = np.repeat(
-            np.arange(len(TOPICS)), [len(names.split()) for names, *_ in TOPICS.values()]
-        )
+        sizes = [len(names.split()) for names, *_ in TOPICS.values()]
+        self.topic_of = np.repeat(np.arange(len(TOPICS)), sizes)
         self.physics = np.flatnonzero(self.topic_of == 0)
         self.synonyms = _pseudowords(len(self.physics))
         self.senses = [f"{word}/{sense}" for word, senses in SENSES.items() for sense in senses]
@@ -201,33 +187,17 @@ class Lexicon:
     @cached_property
     def words(self) -> list[str]:
         """The vocabulary: frame words first, then content words, each once."""
-        content = [
-            w for names, *rest in TOPICS.values() for part in (names, *rest) for w in part.split()
-        ]
+        content = [w for parts in TOPICS.values() for part in parts for w in part.split()]
         content += self.synonyms + [c + e for c in self.concepts for e in ENDINGS]
-        content += [
-            w for word, senses in SENSES.items() for w in (word, *" ".join(senses.values()).split())
-        ]
+        for word, senses in SENSES.items():
+            content += [word, *" ".join(senses.values()).split()]
         content += [t + e for t in self.request_topics for e in TOPIC_ENDINGS] + self.request_topics
         content += [a + e for a in self.actions for e in ACTION_ENDINGS] + self.actions
         content += [p for name, cues in PROFESSIONS.items() for p in (name, *cues.split())]
         content += [w for forms in GENDERS.values() for w in forms]
-        lists = (
-            FOUNDERS,
-            PLACES,
-            CITIES,
-            SURNAMES,
-            MONTHS,
-            DEEDS,
-            THINGS,
-            HEROES,
-            ROLES,
-            PETS,
-            DOINGS,
-            OBJECTS,
-            MOODS,
-        )
-        content += " ".join(lists).split()
+        people = (FOUNDERS, PLACES, CITIES, SURNAMES, MONTHS, DEEDS, THINGS)
+        stories = (HEROES, ROLES, PETS, DOINGS, OBJECTS, MOODS)
+        content += " ".join(people + stories).split()
         repeated = {w for w in content if content.count(w) > 1}
         if repeated:
             raise ValueError(f"content words must be unique: {sorted(repeated)}")
@@ -239,12 +209,9 @@ class Lexicon:
         return {word: i + 4 for i, word in enumerate(self.words)}
 
     def table(self, rows: list[list[str]] | list[str]) -> np.ndarray:
-        """Token ids of rows of words: what a slot may hold, one row for each value of its
-        variable.
-        """
-        return np.array(
-            [[self.ids[w] for w in (row.split() if isinstance(row, str) else row)] for row in rows]
-        )
+        """Token ids of rows of words: what a slot may hold, one row per value of its variable."""
+        words = (row.split() if isinstance(row, str) else row for row in rows)
+        return np.array([[self.ids[word] for word in row] for row in words])
 
 
 @cache

@@ -1,10 +1,7 @@
-"""The toy text model: a small Llama that reads the mixture of documents, and the SAEs of its
-residual stream.
-"""
+"""The toy text model: a small Llama that reads all kinds of documents, and its SAEs."""
 
 import math
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +13,10 @@ from tqdm.auto import tqdm
 from sae_research import models
 from sae_research.errors import ResearchError
 from sae_research.world import toy_model, toy_saes
-from sae_research.world.text.corpus import BOS_ID, LENGTH, Corpus
+from sae_research.world.text.corpus import BOS_ID, Corpus
 from sae_research.world.text.documents import make_rows
 from sae_research.world.text.lexicon import lexicon
+from sae_research.world.toy_model import ToyLlama
 from sae_research.world.toy_saes import ToySAEs
 
 if TYPE_CHECKING:
@@ -26,25 +24,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TextModel:
+class TextModel(ToyLlama):
     """The language model and its training."""
 
-    width: int = 128
-    """Width of the residual stream."""
-    blocks: int = 4
-    """Transformer blocks."""
-    heads: int = 4
-    """Attention heads."""
-    inner: int = 352
-    """Width of the MLPs."""
-    scale: float = 0.06
-    """Standard deviation of the initial weights."""
-    steps: int = 2800
-    """Training steps."""
-    batch_size: int = 64
-    """Rows of 48 tokens per step."""
-    lr: float = 3e-3
-    """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Momentum terms of AdamW."""
     weight_decay: float = 0.1
@@ -57,11 +39,7 @@ class TextModel:
     biography say of the profession.
     """
     averaged: float = 0.1
-    """Last share of the steps whose weights are averaged into the final ones, which steadies rates
-    such as refusals.
-    """
-    clip: float = 1.0
-    """Largest gradient norm."""
+    """Last share of the steps whose weights are averaged, which steadies rates of refusal."""
     bfloat16: bool = True
     """Whether matrix products run in bfloat16 (autocast); weights and loss stay in float32."""
 
@@ -86,21 +64,8 @@ class TextSettings:
     """Its SAEs."""
 
 
-@contextmanager
-def use_threads(n: int) -> Iterator[None]:
-    """Run torch on `n` threads: results depend on their number, so it is part of the recipe."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def compute_token_losses(model: "LlamaForCausalLM", tokens: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy, [rows, LENGTH - 1]; 0 before a start token, which nothing
-    predicts.
-    """
+    """Next-token cross-entropy, [rows, LENGTH - 1]; 0 before a start token."""
     logits = model(tokens).logits[:, :-1].float()
     target = tokens[:, 1:].masked_fill(tokens[:, 1:] == BOS_ID, -100)
     return torch.nn.functional.cross_entropy(
@@ -108,19 +73,16 @@ def compute_token_losses(model: "LlamaForCausalLM", tokens: torch.Tensor) -> tor
     ).view_as(target)
 
 
-def train_transformer(
-    settings: TextSettings, seed: int, watch: Callable[[int, float], None] | None = None
-) -> "LlamaForCausalLM":
-    """Train the language model; `watch` sees every step and its loss."""
+def train_transformer(settings: TextSettings, seed: int) -> "LlamaForCausalLM":
+    """Train the language model."""
     recipe = settings.model
-    model = _make_model(settings.model, seed)
-    optimizer = _make_optimizer(settings.model, model)
+    model = toy_model.make_llama(len(lexicon().words) + 4, recipe, seed)
+    optimizer = _make_optimizer(recipe, model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(recipe, step))
     first = min(recipe.steps - 1, round((1 - recipe.averaged) * recipe.steps))
     mean = [torch.zeros_like(parameter) for parameter in model.parameters()]
-    for step, tokens in enumerate(
-        tqdm(_make_batches(settings, seed), total=recipe.steps, desc="text model", leave=False)
-    ):
+    batches = tqdm(_make_batches(settings, seed), "text model", recipe.steps, leave=False)
+    for step, tokens in enumerate(batches):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
             losses = compute_token_losses(model, tokens)
         loss = losses.sum() / (tokens[:, 1:] != BOS_ID).sum()
@@ -136,24 +98,9 @@ def train_transformer(
         if step >= first:
             for average, parameter in zip(mean, model.parameters(), strict=True):
                 average.lerp_(parameter.detach(), 1 / (step - first + 1))
-        if watch:
-            watch(step, loss.item())
     for average, parameter in zip(mean, model.parameters(), strict=True):
         parameter.data = average
     return model.eval()
-
-
-def _make_model(recipe: TextModel, seed: int) -> "LlamaForCausalLM":
-    return toy_model.make_llama(
-        len(lexicon().words) + 4,
-        width=recipe.width,
-        blocks=recipe.blocks,
-        heads=recipe.heads,
-        inner=recipe.inner,
-        context=LENGTH,
-        seed=seed,
-        scale=recipe.scale,
-    )
 
 
 def _make_optimizer(recipe: TextModel, model: "LlamaForCausalLM") -> torch.optim.Optimizer:
@@ -181,33 +128,24 @@ def _make_batches(settings: TextSettings, seed: int) -> Iterator[torch.Tensor]:
     rng = np.random.default_rng([seed, 1])
     for start in range(0, recipe.steps, 100):
         count = min(100, recipe.steps - start)
-        tokens = torch.from_numpy(
-            make_rows(count * recipe.batch_size, rng, settings.corpus).tokens
-        ).long()
-        yield from tokens.split(recipe.batch_size)
+        rows = make_rows(count * recipe.batch_size, rng, settings.corpus)
+        yield from torch.from_numpy(rows.tokens).long().split(recipe.batch_size)
 
 
-def train_model(settings: TextSettings, seed: int, folder: Path, threads: int = 2) -> None:
+def train_model(settings: TextSettings, seed: int, folder: Path) -> None:
     """Train the language model and write it with its tokenizer as a Hugging Face folder."""
-    with use_threads(threads):
-        model = train_transformer(settings, seed)
+    model = train_transformer(settings, seed)
     toy_model.save_model(model, toy_model.make_word_tokenizer(lexicon().words), folder)
 
 
 def train_saes(
-    settings: TextSettings,
-    model_folder: Path,
-    seed: int,
-    folder: Path,
-    hook_indices: Collection[int] | None = None,
+    settings: TextSettings, model_folder: Path, seed: int, folder: Path, hook_index: int
 ) -> None:
-    """Train the SAEs of all hooks, or of those at `hook_indices`, on packed rows, into
-    `folder`/name.
-    """
+    """Train the SAEs of one hook on packed rows, into `folder`/name."""
     rng = np.random.default_rng([seed, 2])
     tokens, held_out = (
-        torch.from_numpy(make_rows(n, rng, settings.corpus).tokens).long()
+        make_rows(n, rng, settings.corpus).tokens
         for n in (settings.saes.documents, settings.saes.calibration)
     )
     model = models.load_model(model_folder)
-    toy_saes.train_saes(settings.saes, model, tokens, held_out, seed, folder, hook_indices)
+    toy_saes.train_saes(settings.saes, model, tokens, held_out, seed, folder, hook_index)
