@@ -1,8 +1,6 @@
-"""What a shift has to beat on the same data and splits (section 4): prompts, untrained
-directions.
-"""
+"""What a shift has to beat on the same data and splits (4): prompts, untrained directions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,22 +9,21 @@ import torch
 from sae_research.studies.opinion_qa.cache import CachedPrompts, Prompts, Writer, make_prompts
 from sae_research.studies.opinion_qa.experiment import Experiment
 from sae_research.studies.opinion_qa.fit import (
-    FitResult,
     Targets,
     forward_kl,
     mean_kl,
     train_calibration,
-    train_shift,
 )
-from sae_research.studies.opinion_qa.methods import NO_COST, MethodResult, evaluate_shift
+from sae_research.studies.opinion_qa.methods import (
+    NO_COST,
+    MethodResult,
+    evaluate_shift,
+    train_method,
+)
 from sae_research.studies.opinion_qa.prompts import (
     AnswerDistribution,
     OptionLetters,
     average_orders,
-    most_options,
-    option_log_probs,
-    refusal_share,
-    sort_by_ordinal,
 )
 from sae_research.studies.opinion_qa.settings import HUMAN_OVERALL, MEANS, UNSTEERED, ShiftTraining
 from sae_research.studies.opinion_qa.shift import Basis, Shift
@@ -59,9 +56,7 @@ def _for_every_group(exp: Experiment, answers: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LetterCalibration:
-    """s'_k = s_k / T + b_k: one temperature and one bias per letter, the same for every question
-    and group.
-    """
+    """s'_k = s_k / T + b_k, with the same temperature and biases for every question and group."""
 
     scale: float
     """1 / T."""
@@ -80,18 +75,14 @@ class LetterCalibration:
 def fit_letter_calibration(
     cache: CachedPrompts, scores: torch.Tensor, rows: torch.Tensor, target: torch.Tensor
 ) -> LetterCalibration:
-    """Fit temperature and letter bias to `target` [prompts, options] on letter scores of the
-    prompts `rows`.
-    """
+    """Fit them to `target` [prompts, options] on letter scores of the prompts `rows`."""
     scale = torch.ones(1, device=scores.device, requires_grad=True)
     bias = torch.zeros(scores.shape[-1], device=scores.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([scale, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        logs = option_log_probs(
-            scores * scale + bias, cache.prompts.n_options[rows], cache.prompts.reverse[rows]
-        )
+        logs = cache.prompts.sort_scores(scores * scale + bias, rows).log_softmax(-1)
         loss = forward_kl(target, logs).mean() + 1e-6 * bias.square().sum()
         loss.backward()
         return loss
@@ -100,34 +91,26 @@ def fit_letter_calibration(
     return LetterCalibration(float(scale.detach()), bias.detach())
 
 
-def compute_letter_scores(
+@torch.no_grad()
+def compute_states(
     cache: CachedPrompts, residual: torch.Tensor, last: torch.Tensor
 ) -> torch.Tensor:
-    """s_k at the last prompt token, [prompts, letters]."""
-    with torch.no_grad():
-        parts = zip(residual.split(cache.batch), last.split(cache.batch), strict=True)
-        return torch.cat(
-            [cache.letters.score_states(cache.tail, cache.tail.states(x, at)) for x, at in parts]
-        )
+    """Final normed states at the last prompt token, [prompts, d]."""
+    parts = zip(residual.split(cache.batch), last.split(cache.batch), strict=True)
+    return torch.cat([cache.tail.states(x, at) for x, at in parts])
 
 
 def read_letter_scores(
     cache: CachedPrompts, scores: torch.Tensor, rows: torch.Tensor
 ) -> AnswerDistribution:
-    """Answers [groups, questions, options] from letter scores [groups, prompts, letters], both
-    orders averaged.
-
-    Scores of letters say nothing of the mass of other tokens.
-    """
-    n_options, reverse = cache.prompts.n_options[rows], cache.prompts.reverse[rows]
-    found = torch.stack([sort_by_ordinal(s, n_options, reverse).softmax(-1) for s in scores])
-    halves = [half.double().cpu().numpy() for half in found.chunk(2, dim=1)]
-    return average_orders(halves, [np.full(half.shape[:2], np.nan) for half in halves])
+    """Answers [groups, questions, options] from letter scores [groups, prompts, letters]."""
+    return average_orders(cache.prompts.sort_scores(scores, rows).softmax(-1))
 
 
 def evaluate_calibration(exp: Experiment, training: ShiftTraining, seed: int) -> list[MethodResult]:
     """What the population's answers alone give: Delta_0 without a group part, and letter bias."""
     cache = exp.cache
+    prompts = cache.prompts
     questions = exp.eval_set.questions
     shared = train_calibration(cache, exp.sae, training, exp.targets, seed)
     found = cache.measure_answers(
@@ -145,13 +128,13 @@ def evaluate_calibration(exp: Experiment, training: ShiftTraining, seed: int) ->
         mass=float(found.mass.mean()),
         order=float(found.order_sensitivity.mean()),
     )
-    scores = compute_letter_scores(cache, cache.residual, cache.prompts.last)
-    train = cache.prompts.prompt_ids(exp.targets.train)
-    test = cache.prompts.prompt_ids(questions)
+    with torch.no_grad():
+        states = compute_states(cache, cache.residual, prompts.last)
+        scores = cache.letters.score_states(cache.tail, states)
+    train = prompts.prompt_ids(exp.targets.train)
+    test = prompts.prompt_ids(questions)
     overall = torch.tensor(exp.targets.overall, dtype=torch.float32, device=scores.device)
-    letters = fit_letter_calibration(
-        cache, scores[train], train, overall[cache.prompts.question[train]]
-    )
+    letters = fit_letter_calibration(cache, scores[train], train, overall[prompts.question[train]])
     read = read_letter_scores(cache, letters(scores[test])[None], test)
     bias = make_result("temperature and letter bias", read, letters.parameters)
     return [alone, replace(bias, answers=_for_every_group(exp, bias.answers))]
@@ -170,23 +153,18 @@ def measure_refusals(cache: CachedPrompts, write: Writer) -> np.ndarray:
 
     It is reported apart and never a part of the answer distribution.
     """
-    letters = OptionLetters(cache.model.tokenizer, most_options(cache.questions) + 1)
+    letters = OptionLetters(cache.model.tokenizer, len(cache.letters.tokens) + 1)
     offered = make_prompts(cache.model, cache.questions, write)
-    logits = torch.cat(
-        [
-            cache.tail.logits(cache.tail.states(cache.compute_residuals(tokens), last))
-            for tokens, last in zip(
-                offered.tokens.split(cache.batch), offered.last.split(cache.batch), strict=True
-            )
-        ]
-    )
+    parts = zip(offered.tokens.split(cache.batch), offered.last.split(cache.batch), strict=True)
+    states = [cache.tail.states(cache.compute_residuals(tokens), at) for tokens, at in parts]
+    logits = torch.cat([cache.tail.logits(part) for part in states])
     mass = letters.score_logits(logits).softmax(-1)
     # the last letter that is offered is the refusal's
     n_options = offered.n_options[:, None]
     beyond = torch.arange(mass.shape[1], device=mass.device) >= n_options
     answered = mass.masked_fill(beyond, 0.0).sum(1).double().cpu().numpy()
     refused = mass.gather(1, n_options)[:, 0].double().cpu().numpy()
-    return refusal_share(answered, refused).reshape(2, -1).mean(0)
+    return (refused / (answered + refused)).reshape(2, -1).mean(0)
 
 
 # group prompts
@@ -227,25 +205,21 @@ def run_group_prompts(exp: Experiment, form: str = "BIO") -> GroupPrompts:
     for group in groups:
         siblings = [g for g in groups if g.attribute == group.attribute]
         found.append(_run_group(exp, exp.template.group_prompt(form, group, siblings)))
-    stacked = {
-        name: torch.stack([one[name] for one in found])
-        for name in ("scores", "hidden", "final", "block", "acts", "fires", "spread")
-    }
+    prompts = [one.pop("prompts") for one in found]
+    stacked = {name: torch.stack([one[name] for one in found]) for name in found[0]}
     stacked["spread"] = stacked["spread"].mean(0)
     count = len(exp.cache.prompts.prompt_ids(exp.targets.train))
-    return GroupPrompts([one["prompts"] for one in found], **stacked, count=count)
+    return GroupPrompts(prompts, **stacked, count=count)
 
 
+@torch.no_grad()
 def _run_group(exp: Experiment, write: Writer) -> dict:
     """The fields of `GroupPrompts` for one group."""
     cache = exp.cache
     own = make_prompts(cache.model, cache.questions, write)
     residual = cache.compute_residuals(own.tokens)
     place = torch.arange(residual.shape[1], device=residual.device)
-    with torch.no_grad():
-        parts = zip(residual.split(cache.batch), own.last.split(cache.batch), strict=True)
-        state = torch.cat([cache.tail.states(x, last) for x, last in parts])
-        scores = cache.letters.score_states(cache.tail, state)
+    state = compute_states(cache, residual, own.last)
     start = own.last - shared_ending(own, cache.prompts)
     inside = (place <= own.last[:, None]) & (place > start[:, None])
     train = own.prompt_ids(exp.targets.train)
@@ -253,7 +227,7 @@ def _run_group(exp: Experiment, write: Writer) -> dict:
     acts, active = (torch.cat(part) for part in zip(*parts, strict=True))
     return {
         "prompts": own,
-        "scores": scores,
+        "scores": cache.letters.score_states(cache.tail, state),
         "hidden": residual[torch.arange(len(residual)), own.last],
         "final": state.float(),
         "block": residual[train][inside[train]].mean(0),
@@ -263,43 +237,26 @@ def _run_group(exp: Experiment, write: Writer) -> dict:
     }
 
 
-@torch.no_grad()
 def _over_block(
     basis: Basis, residual: torch.Tensor, inside: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean activation over the tokens `inside`, and the share of them that is active,
-    [prompts, M].
-    """
+    """Mean activation over tokens `inside`, and the share of them that is active, [prompts, M]."""
     acts = basis.encode(residual) * inside[..., None]
     count = inside.sum(1, keepdim=True)
     return acts.sum(1) / count, (acts != 0).sum(1) / count
 
 
 def shared_ending(first: Prompts, second: Prompts) -> torch.Tensor:
-    """How many tokens two ways of asking a question end alike, their start tokens left out,
-    [prompts].
-    """
-    back = torch.arange(
-        min(first.tokens.shape[1], second.tokens.shape[1]), device=first.tokens.device
-    )
-    ends = []
-    for one in (first, second):
-        place = one.last[:, None] - back
-        ends.append((one.tokens.gather(1, place.clamp(min=0)), place > 0))
-    alike = (ends[0][0] == ends[1][0]) & ends[0][1] & ends[1][1]
+    """How many tokens two ways of asking end alike, start tokens left out, [prompts]."""
+    width = min(first.tokens.shape[1], second.tokens.shape[1])
+    back = torch.arange(width, device=first.tokens.device)
+    places = [one.last[:, None] - back for one in (first, second)]
+    ends = [
+        one.tokens.gather(1, place.clamp(min=0))
+        for one, place in zip((first, second), places, strict=True)
+    ]
+    alike = (ends[0] == ends[1]) & (places[0] > 0) & (places[1] > 0)
     return alike.long().cumprod(1).sum(1)
-
-
-def choose_form(cache: CachedPrompts, forms: dict[str, GroupPrompts], targets: Targets) -> str:
-    """The form whose answers are closest to the groups' on the validation questions."""
-    rows = cache.prompts.prompt_ids(targets.validation)
-    truth = targets.answers[:, targets.validation]
-
-    def loss(form: str) -> float:
-        scores = forms[form].scores[:, rows]
-        return mean_kl(truth, read_letter_scores(cache, scores, rows).probabilities)
-
-    return min(forms, key=loss)
 
 
 def evaluate_prompting(exp: Experiment, forms: dict[str, GroupPrompts]) -> list[MethodResult]:
@@ -307,7 +264,14 @@ def evaluate_prompting(exp: Experiment, forms: dict[str, GroupPrompts]) -> list[
     cache = exp.cache
     test = cache.prompts.prompt_ids(exp.eval_set.questions)
     train = cache.prompts.prompt_ids(exp.targets.train)
-    best = choose_form(cache, forms, exp.targets)
+    validation = exp.targets.validation
+    rows = cache.prompts.prompt_ids(validation)
+
+    def loss(form: str) -> float:
+        found = read_letter_scores(cache, forms[form].scores[:, rows], rows).probabilities
+        return mean_kl(exp.targets.answers[:, validation], found)
+
+    best = min(forms, key=loss)
     results = []
     for form, prompted in forms.items():
         name = f"prompt {form}" + (" (best on validation)" if form == best else "")
@@ -316,8 +280,7 @@ def evaluate_prompting(exp: Experiment, forms: dict[str, GroupPrompts]) -> list[
         scores = prompted.scores[:, train].flatten(0, 1)
         answers = torch.tensor(exp.targets.answers, dtype=torch.float32, device=scores.device)
         target = answers[:, cache.prompts.question[train]].flatten(0, 1)
-        rows = train.repeat(len(prompted.scores))
-        letters = fit_letter_calibration(cache, scores, rows, target)
+        letters = fit_letter_calibration(cache, scores, train.repeat(len(prompted.scores)), target)
         read = read_letter_scores(cache, letters(prompted.scores[:, test]), test)
         results.append(make_result(f"prompt {form}, calibrated letters", read, letters.parameters))
     return results
@@ -340,8 +303,9 @@ def difference_of_means(prompted: GroupPrompts, targets: Targets) -> torch.Tenso
 
 
 def latent_contrasts(prompted: GroupPrompts, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each latent: mean activation of g minus that of its siblings [groups, M], and the F
-    statistic between groups [M].
+    """Of each latent: mean activation of g minus that of its siblings, F statistic between groups.
+
+    They are [groups, M] and [M].
     """
     mean, within = prompted.acts, prompted.spread
     attributes = np.array(targets.attributes)
@@ -356,21 +320,15 @@ def latent_contrasts(prompted: GroupPrompts, targets: Targets) -> tuple[torch.Te
 
 
 def select_top_latents(contrast: torch.Tensor, statistic: torch.Tensor, k: int) -> torch.Tensor:
-    """Untrained shift: the contrast of the `k` latents with the largest F statistic, nothing
-    elsewhere.
-    """
+    """Untrained shift: the contrast of the `k` latents with the largest F statistic alone."""
     chosen = torch.zeros_like(statistic)
     chosen[statistic.topk(min(k, len(statistic))).indices] = 1
     return contrast * chosen
 
 
-def restrict_basis(basis: Basis, keep: torch.Tensor, name: str) -> Basis:
-    """The latents `keep` alone, as SAE-SSV steers within a screened subspace; the rest counts as
-    unexplained.
-    """
-    return Basis(
-        name, lambda x: basis.encode(x)[..., keep], basis.decoder[keep], basis.offset, basis.signed
-    )
+def restrict_basis(basis: Basis, keep: torch.Tensor) -> Basis:
+    """The latents `keep` alone, as SAE-SSV steers within them; the rest counts as unexplained."""
+    return replace(basis, encode=lambda x: basis.encode(x)[..., keep], decoder=basis.decoder[keep])
 
 
 def make_untrained_shift(exp: Experiment, shared: torch.Tensor, part: torch.Tensor) -> Shift:
@@ -406,13 +364,14 @@ def choose_coefficient(
 
 
 def evaluate_untrained(
-    exp: Experiment, prompted: GroupPrompts, shared: Callable[[Basis], torch.Tensor]
+    exp: Experiment, prompted: GroupPrompts, calibration: ShiftTraining, seed: int
 ) -> list[MethodResult]:
     """Difference of means and the SAE's most selective latents, at coefficients from validation.
 
     Both start from a Delta_0 that was trained on the population's answers, so that only the group
     part is untrained.
     """
+    additive = replace(calibration, kind="additive")
     contrast, statistic = latent_contrasts(prompted, exp.targets)
     parts = {
         MEANS: (exp.basis("dense", 0), difference_of_means(prompted, exp.targets)),
@@ -420,9 +379,10 @@ def evaluate_untrained(
     }
     results = []
     for name, (basis, part) in parts.items():
-        shift = make_untrained_shift(exp, shared(basis), part)
+        shared = train_calibration(exp.cache, basis, additive, exp.targets, seed)
+        shift = make_untrained_shift(exp, shared, part)
         coefficient, best = choose_coefficient(exp.cache, basis, shift, exp.targets)
-        judged = evaluate_shift(exp, name, basis, FitResult(best, float("nan"), ()))
+        judged = evaluate_shift(exp, name, basis, best)
         results.append(replace(judged, coefficient=coefficient))
     return results
 
@@ -430,13 +390,10 @@ def evaluate_untrained(
 def evaluate_screened_latents(
     exp: Experiment, prompted: GroupPrompts, training: ShiftTraining, seed: int, k: int = 128
 ) -> MethodResult:
-    """SAE-SSV: a trained additive shift within the `k` latents that tell prompted groups apart
-    best.
-    """
+    """SAE-SSV: a trained additive shift of the `k` latents that best tell prompted groups apart."""
     _, statistic = latent_contrasts(prompted, exp.targets)
     keep = statistic.topk(min(k, exp.sae.size)).indices
-    basis = restrict_basis(exp.sae, keep, "screened latents")
     own = replace(training, kind="additive", rank=None)
-    found = train_shift(exp.cache, basis, own, exp.targets, seed)
-    result = evaluate_shift(exp, "screened SAE latents (SAE-SSV)", basis, found)
+    basis = restrict_basis(exp.sae, keep)
+    result = train_method(exp, "screened SAE latents (SAE-SSV)", own, seed, basis)
     return replace(result, moved=result.moved * len(keep) / exp.sae.size)

@@ -25,6 +25,7 @@ from sae_research.studies.opinion_qa.prompts import (
 from sae_research.studies.opinion_qa.settings import Settings
 from sae_research.studies.opinion_qa.shift import (
     Basis,
+    Shift,
     pca_basis,
     random_basis,
     residual_basis,
@@ -87,6 +88,18 @@ class Experiment:
             acts = self.sae.encode(self.cache.survey_residuals)
         return float((acts != 0).float().sum(-1).mean())
 
+    def answer(
+        self, shift: Shift, deltas: torch.Tensor, questions: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Answers to the test, or other, questions under `deltas` of latents, applied as `shift`.
+
+        They are [deltas, questions, options].
+        """
+        asked = self.eval_set.questions if questions is None else questions
+        return self.cache.measure_answers(
+            self.sae, shift.kind, deltas, asked, shift.positions
+        ).probabilities
+
     def basis(self, space: str, seed: int) -> Basis:
         """A space to shift in: the SAE, or what takes its place in a control."""
         residuals = self.cache.survey_residuals
@@ -115,30 +128,12 @@ def load_experiment(profile: Profile, name: str, seed: int, role: str | None = N
     about = [asdict(profile.opinion_qa), runtime.device, runtime.dtype, name, seed, role]
     key = store.fingerprint([*about, opinion_qa_folder()])
     if key not in _last:
-        loaded = _load_anew(profile, name, seed, role)
+        embedded = catalogue.get(name).embedded
+        load = load_toy_experiment if embedded else load_opinion_qa_experiment
+        loaded = load(profile, name, role, seed)
         _last.clear()
         _last[key] = loaded
     return _last[key]
-
-
-def _load_anew(profile: Profile, name: str, seed: int, role: str) -> Experiment:
-    if catalogue.get(name).embedded:
-        return load_toy_experiment(profile, name, role, seed)
-    folder = opinion_qa_folder()
-    try:
-        passages = (folder / "passages.txt").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ResearchError(
-            f"{name} is asked OpinionQA, which may not be redistributed: put your own copy "
-            f"(human_resp/ as on CodaLab) into {paths.relative(folder)} with passages.txt "
-            "beside it, other text with one passage per line."
-        ) from error
-    return load_opinion_qa_experiment(profile, name, role, folder, passages, seed)
-
-
-def load_shift_sae(profile: Profile, name: str, role: str | None = None) -> "SAE":
-    """The SAE of a model whose latents are shifted."""
-    return catalogue.get(name).sae(role or profile.opinion_qa.sae, device=profile.runtime.device)
 
 
 def load_toy_experiment(profile: Profile, name: str, role: str, seed: int) -> Experiment:
@@ -166,7 +161,7 @@ def load_toy_experiment(profile: Profile, name: str, role: str, seed: int) -> Ex
     exp = make_experiment(
         settings,
         model,
-        load_shift_sae(profile, name, role),
+        spec.sae(role, device=profile.runtime.device),
         TOY_TEMPLATE,
         select_questions(survey, rows),
         [clusters[i] for i in rows],
@@ -182,11 +177,8 @@ def load_toy_experiment(profile: Profile, name: str, role: str, seed: int) -> Ex
     )
 
 
-def load_opinion_qa_experiment(
-    profile: Profile, name: str, role: str, folder: Path, passages: list[str], seed: int
-) -> Experiment:
-    """A real model on the reader's own copy of OpinionQA; `passages` are other text, a third a
-    split.
+def load_opinion_qa_experiment(profile: Profile, name: str, role: str, seed: int) -> Experiment:
+    """A real model on the reader's own copy of OpinionQA, with other text beside it.
 
     `seed` draws what is learned from. The split of the questions is the same for every seed, so
     that they share their test questions.
@@ -196,6 +188,15 @@ def load_opinion_qa_experiment(
     from sae_research.surveys.published import load_opinion_qa
     from sae_research.surveys.splits import find_families, split_by_wave
 
+    folder = opinion_qa_folder()
+    try:
+        passages = (folder / "passages.txt").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ResearchError(
+            f"{name} is asked OpinionQA, which may not be redistributed: put your own copy "
+            f"(human_resp/ as on CodaLab) into {paths.relative(folder)} with passages.txt "
+            "beside it, other text with one passage per line."
+        ) from error
     settings = profile.opinion_qa
     runtime = profile.runtime
     spec = catalogue.get(name)
@@ -207,7 +208,7 @@ def load_opinion_qa_experiment(
     exp = make_experiment(
         settings,
         model,
-        load_shift_sae(profile, name, role),
+        spec.sae(role, device=runtime.device),
         use_chat_template(ENGLISH_TEMPLATE, model.tokenizer) if spec.chat else ENGLISH_TEMPLATE,
         select_questions(survey, rows),
         [clusters[i] for i in rows],
@@ -216,9 +217,8 @@ def load_opinion_qa_experiment(
     )
 
     def load_fresh() -> "PreTrainedModel":
-        fresh = AutoModelForCausalLM.from_pretrained(
-            download(spec.model), dtype=getattr(torch, runtime.dtype)
-        )
+        dtype = getattr(torch, runtime.dtype)
+        fresh = AutoModelForCausalLM.from_pretrained(download(spec.model), dtype=dtype)
         return fresh.to(runtime.device).eval()
 
     return replace(exp, load_fresh=load_fresh)
@@ -252,13 +252,14 @@ def thin_questions(
 
 def select_questions(survey: Survey, rows: np.ndarray) -> Survey:
     """The survey of some of its questions."""
-    known = {name: getattr(survey, name) for name in ("overall", "web", "distributions", "counts")}
-    cut = {
-        name: table[rows] if name in ("overall", "web") else table[:, rows]
-        for name, table in known.items()
-        if table is not None
-    }
-    return replace(survey, questions=tuple(survey.questions[i] for i in rows), **cut)
+    return replace(
+        survey,
+        questions=tuple(survey.questions[i] for i in rows),
+        distributions=survey.distributions[:, rows],
+        overall=survey.overall[rows],
+        counts=None if survey.counts is None else survey.counts[:, rows],
+        web=None if survey.web is None else survey.web[rows],
+    )
 
 
 def make_targets(poll: Survey, shrinkage: float) -> Targets:
@@ -321,18 +322,15 @@ def make_experiment(
     texts: dict[str, torch.Tensor],
     seed: int,
 ) -> Experiment:
-    """Put model, SAE and survey together; exact answers are polled first, as none are ever
-    known.
-    """
+    """Put model, SAE and survey together; exact answers are polled first: none are ever known."""
     from sae_research.saes import check_fit
 
     poll = truth if truth.counts is not None else truth.sampled(settings.respondents, seed)
+    batch = settings.max_rows_per_forward
     hook = check_fit(model, sae)
     return Experiment(
         settings,
-        CachedPrompts(
-            model, hook, truth.questions, template.plain, texts, settings.max_rows_per_forward
-        ),
+        CachedPrompts(model, hook, truth.questions, template.plain, texts, batch),
         sae_basis(sae),
         template,
         poll,
