@@ -65,12 +65,8 @@ def test_a_model_is_run_judged_saved_and_every_claim_measured(
     )
     names = [f"{q.topic} {q.verb}" for q in questions]
     exp, deeper = (
-        replace(
-            experiment.make_experiment(
-                settings, model, sae, TOY_TEMPLATE, truth, names, cache.texts, 0
-            ),
-            load_fresh=fresh,
-            intersections=(crossed,),
+        experiment.make_experiment(
+            settings, model, sae, TOY_TEMPLATE, truth, names, cache.texts, 0, fresh, [crossed]
         )
         for sae in trained_saes
     )

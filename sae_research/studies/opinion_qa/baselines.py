@@ -6,20 +6,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from sae_research.studies.opinion_qa.cache import CachedPrompts, Prompts, Writer, make_prompts
-from sae_research.studies.opinion_qa.experiment import Experiment
-from sae_research.studies.opinion_qa.fit import (
-    Targets,
-    forward_kl,
-    mean_kl,
-    train_calibration,
-)
-from sae_research.studies.opinion_qa.methods import (
+from sae_research.studies.opinion_qa.cache import (
     NO_COST,
-    MethodResult,
-    evaluate_shift,
-    train_method,
+    CachedPrompts,
+    Prompts,
+    Writer,
+    make_prompts,
 )
+from sae_research.studies.opinion_qa.experiment import Experiment
+from sae_research.studies.opinion_qa.fit import Targets, forward_kl, mean_kl, train_calibration
+from sae_research.studies.opinion_qa.methods import MethodResult, evaluate_shift, train_method
 from sae_research.studies.opinion_qa.prompts import (
     AnswerDistribution,
     OptionLetters,
@@ -35,18 +31,15 @@ def evaluate_fixed(exp: Experiment) -> list[MethodResult]:
     """Uniform, no steering, and the human overall marginal (an oracle row, not a competitor)."""
     questions = exp.eval_set.questions
     found = exp.cache.measure_unsteered(questions)
-    tables = {
-        "uniform": exp.truth.uniform[questions],
-        UNSTEERED: found.probabilities[0],
-        HUMAN_OVERALL: exp.truth.overall[questions],
+    cases = {
+        "uniform": (exp.truth.uniform[questions], {}),
+        UNSTEERED: (found.probabilities[0], found.means()),
+        HUMAN_OVERALL: (exp.truth.overall[questions], {}),
     }
-    results = {
-        name: MethodResult(name, _for_every_group(exp, table[None]), NO_COST, 0)
-        for name, table in tables.items()
-    }
-    read = {"mass": float(found.mass.mean()), "order": float(found.order_sensitivity.mean())}
-    results[UNSTEERED] = replace(results[UNSTEERED], **read)
-    return list(results.values())
+    return [
+        MethodResult(name, _for_every_group(exp, answers[None]), NO_COST, 0, **read)
+        for name, (answers, read) in cases.items()
+    ]
 
 
 def _for_every_group(exp: Experiment, answers: np.ndarray) -> np.ndarray:
@@ -54,28 +47,13 @@ def _for_every_group(exp: Experiment, answers: np.ndarray) -> np.ndarray:
     return np.repeat(answers, len(exp.targets.groups), 0)
 
 
-@dataclass(frozen=True)
-class LetterCalibration:
-    """s'_k = s_k / T + b_k, with the same temperature and biases for every question and group."""
-
-    scale: float
-    """1 / T."""
-    bias: torch.Tensor
-    """b, [letters]."""
-
-    @property
-    def parameters(self) -> int:
-        """K + 1."""
-        return len(self.bias) + 1
-
-    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
-        return scores * self.scale + self.bias
-
-
 def fit_letter_calibration(
     cache: CachedPrompts, scores: torch.Tensor, rows: torch.Tensor, target: torch.Tensor
-) -> LetterCalibration:
-    """Fit them to `target` [prompts, options] on letter scores of the prompts `rows`."""
+) -> tuple[float, torch.Tensor]:
+    """1 / T and b of s'_k = s_k / T + b_k, the same for every question and group.
+
+    Fitted to `target` on letter scores [groups, rows, letters] of the prompts `rows`.
+    """
     scale = torch.ones(1, device=scores.device, requires_grad=True)
     bias = torch.zeros(scores.shape[-1], device=scores.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([scale, bias], max_iter=100, line_search_fn="strong_wolfe")
@@ -88,7 +66,21 @@ def fit_letter_calibration(
         return loss
 
     optimizer.step(closure)
-    return LetterCalibration(float(scale.detach()), bias.detach())
+    return float(scale.detach()), bias.detach()
+
+
+def evaluate_calibrated_letters(
+    exp: Experiment, name: str, scores: torch.Tensor, answers: np.ndarray
+) -> MethodResult:
+    """Letter scores [groups, prompts, letters] calibrated on the training questions' `answers`."""
+    prompts = exp.cache.prompts
+    train = prompts.prompt_ids(exp.targets.train)
+    test = prompts.prompt_ids(exp.eval_set.questions)
+    truth = torch.tensor(answers, dtype=torch.float32, device=scores.device)
+    target = truth[:, prompts.question[train]]
+    scale, bias = fit_letter_calibration(exp.cache, scores[:, train], train, target)
+    read = read_letter_scores(exp.cache, scores[:, test] * scale + bias, test)
+    return make_result(name, read, len(bias) + 1)
 
 
 @torch.no_grad()
@@ -110,41 +102,31 @@ def read_letter_scores(
 def evaluate_calibration(exp: Experiment, training: ShiftTraining, seed: int) -> list[MethodResult]:
     """What the population's answers alone give: Delta_0 without a group part, and letter bias."""
     cache = exp.cache
-    prompts = cache.prompts
     questions = exp.eval_set.questions
     shared = train_calibration(cache, exp.sae, training, exp.targets, seed)
     found = cache.measure_answers(
         exp.sae, training.kind, shared[None], questions, training.positions
     )
-    cost = NO_COST
-    if training.positions == "all":
-        cost = cache.measure_cost(exp.sae, training.kind, shared[None], "test")
+    cost = cache.measure_cost(exp.sae, training.kind, shared[None], "test", training.positions)
     alone = MethodResult(
         "calibration only",
         _for_every_group(exp, found.probabilities),
         cost,
         int((shared != 0).sum()),
         moved=(shared != 0).float().mean().item(),
-        mass=float(found.mass.mean()),
-        order=float(found.order_sensitivity.mean()),
+        **found.means(),
     )
     with torch.no_grad():
-        states = compute_states(cache, cache.residual, prompts.last)
-        scores = cache.letters.score_states(cache.tail, states)
-    train = prompts.prompt_ids(exp.targets.train)
-    test = prompts.prompt_ids(questions)
-    overall = torch.tensor(exp.targets.overall, dtype=torch.float32, device=scores.device)
-    letters = fit_letter_calibration(cache, scores[train], train, overall[prompts.question[train]])
-    read = read_letter_scores(cache, letters(scores[test])[None], test)
-    bias = make_result("temperature and letter bias", read, letters.parameters)
+        states = compute_states(cache, cache.residual, cache.prompts.last)
+        scores = cache.letters.score_states(cache.tail, states)[None]
+    overall = exp.targets.overall[None]
+    bias = evaluate_calibrated_letters(exp, "temperature and letter bias", scores, overall)
     return [alone, replace(bias, answers=_for_every_group(exp, bias.answers))]
 
 
 def make_result(name: str, read: AnswerDistribution, parameters: int) -> MethodResult:
     """A method that leaves the model as it is and reads letters otherwise, or asks otherwise."""
-    return MethodResult(
-        name, read.probabilities, NO_COST, parameters, order=float(read.order_sensitivity.mean())
-    )
+    return MethodResult(name, read.probabilities, NO_COST, parameters, **read.means())
 
 
 @torch.no_grad()
@@ -263,7 +245,6 @@ def evaluate_prompting(exp: Experiment, forms: dict[str, GroupPrompts]) -> list[
     """Each form of group prompt, alone and with letter bias fitted on the training questions."""
     cache = exp.cache
     test = cache.prompts.prompt_ids(exp.eval_set.questions)
-    train = cache.prompts.prompt_ids(exp.targets.train)
     validation = exp.targets.validation
     rows = cache.prompts.prompt_ids(validation)
 
@@ -277,12 +258,10 @@ def evaluate_prompting(exp: Experiment, forms: dict[str, GroupPrompts]) -> list[
         name = f"prompt {form}" + (" (best on validation)" if form == best else "")
         read = read_letter_scores(cache, prompted.scores[:, test], test)
         results.append(make_result(name, read, 0))
-        scores = prompted.scores[:, train].flatten(0, 1)
-        answers = torch.tensor(exp.targets.answers, dtype=torch.float32, device=scores.device)
-        target = answers[:, cache.prompts.question[train]].flatten(0, 1)
-        letters = fit_letter_calibration(cache, scores, train.repeat(len(prompted.scores)), target)
-        read = read_letter_scores(cache, letters(prompted.scores[:, test]), test)
-        results.append(make_result(f"prompt {form}, calibrated letters", read, letters.parameters))
+        calibrated = f"prompt {form}, calibrated letters"
+        results.append(
+            evaluate_calibrated_letters(exp, calibrated, prompted.scores, exp.targets.answers)
+        )
     return results
 
 
@@ -345,19 +324,15 @@ def make_untrained_shift(exp: Experiment, shared: torch.Tensor, part: torch.Tens
 
 
 def choose_coefficient(
-    cache: CachedPrompts,
-    basis: Basis,
-    shift: Shift,
-    targets: Targets,
-    coefficients: Sequence[float] = COEFFICIENTS,
+    exp: Experiment, basis: Basis, shift: Shift, coefficients: Sequence[float] = COEFFICIENTS
 ) -> tuple[float, Shift]:
     """The coefficient of the group part that is closest to the groups on validation questions."""
-    truth = targets.answers[:, targets.validation]
+    rows = exp.targets.validation
 
     def loss(coefficient: float) -> float:
         delta = shift.shared + coefficient * shift.scores @ shift.axes.T
-        found = cache.measure_answers(basis, shift.kind, delta, targets.validation, shift.positions)
-        return mean_kl(truth, found.probabilities)
+        found = exp.cache.measure_answers(basis, shift.kind, delta, rows, shift.positions)
+        return mean_kl(exp.targets.answers[:, rows], found.probabilities)
 
     best = min(coefficients, key=loss)
     return best, replace(shift, scores=best * shift.scores)
@@ -381,7 +356,7 @@ def evaluate_untrained(
     for name, (basis, part) in parts.items():
         shared = train_calibration(exp.cache, basis, additive, exp.targets, seed)
         shift = make_untrained_shift(exp, shared, part)
-        coefficient, best = choose_coefficient(exp.cache, basis, shift, exp.targets)
+        coefficient, best = choose_coefficient(exp, basis, shift)
         judged = evaluate_shift(exp, name, basis, best)
         results.append(replace(judged, coefficient=coefficient))
     return results

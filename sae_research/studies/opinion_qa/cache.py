@@ -79,6 +79,7 @@ class OffTaskCost:
     """KL(base || steered) per token in nats."""
 
 
+NO_COST = OffTaskCost(0.0, 0.0)
 _SAMPLE = 16_384
 """Survey tokens that statistics of a basis rest on."""
 
@@ -207,8 +208,15 @@ class CachedPrompts:
         return self.tail.logits(self.tail.states(x if moved is None else x + moved))
 
     @torch.no_grad()
-    def measure_cost(self, basis: Basis, kind: str, delta: torch.Tensor, split: str) -> OffTaskCost:
-        """Mean cost over shifts of leaving each always on, on the other text of `split`."""
+    def measure_cost(
+        self, basis: Basis, kind: str, delta: torch.Tensor, split: str, positions: str = "all"
+    ) -> OffTaskCost:
+        """Mean cost over shifts of leaving each always on, on the other text of `split`.
+
+        A shift of the survey block leaves other text as it is.
+        """
+        if positions != "all":
+            return NO_COST
         tokens, content = self.texts[split], self.text_content[split]
         real = content[:, 1:]
         count = content.sum().item()

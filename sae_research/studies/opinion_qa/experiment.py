@@ -157,23 +157,19 @@ def load_toy_experiment(profile: Profile, name: str, role: str, seed: int) -> Ex
     }
     survey = population.survey()
     clusters = tuple(f"{q.topic} {q.verb}" for q in survey.questions)
-    rows = thin_questions(survey.questions, clusters, settings.every_nth_cluster)
-    exp = make_experiment(
+    pairs = (("party", "age"), ("party", "education"), ("age", "region"), ("education", "region"))
+    folder = build.model_folder(spec.model)
+    return make_experiment(
         settings,
         model,
         spec.sae(role, device=profile.runtime.device),
         TOY_TEMPLATE,
-        select_questions(survey, rows),
-        [clusters[i] for i in rows],
+        survey,
+        clusters,
         texts,
         seed,
-    )
-    pairs = (("party", "age"), ("party", "education"), ("age", "region"), ("education", "region"))
-    folder = build.model_folder(spec.model)
-    return replace(
-        exp,
         load_fresh=lambda: AutoModelForCausalLM.from_pretrained(folder).eval(),
-        intersections=tuple(select_questions(population.survey(*pair), rows) for pair in pairs),
+        intersections=[population.survey(*pair) for pair in pairs],
     )
 
 
@@ -203,25 +199,24 @@ def load_opinion_qa_experiment(profile: Profile, name: str, role: str, seed: int
     survey = drop_small_groups(load_opinion_qa(folder, settings.waves), settings.min_responses)
     clusters = find_families(survey.questions, settings.similarity)
     survey = split_by_wave(survey, settings.unseen_waves, clusters, 0)
-    rows = thin_questions(survey.questions, clusters, settings.every_nth_cluster)
     model = spec.load(device=runtime.device, dtype=runtime.dtype)
-    exp = make_experiment(
-        settings,
-        model,
-        spec.sae(role, device=runtime.device),
-        use_chat_template(ENGLISH_TEMPLATE, model.tokenizer) if spec.chat else ENGLISH_TEMPLATE,
-        select_questions(survey, rows),
-        [clusters[i] for i in rows],
-        split_passages(model, passages, settings.n_documents),
-        seed,
-    )
 
     def load_fresh() -> "PreTrainedModel":
         dtype = getattr(torch, runtime.dtype)
         fresh = AutoModelForCausalLM.from_pretrained(download(spec.model), dtype=dtype)
         return fresh.to(runtime.device).eval()
 
-    return replace(exp, load_fresh=load_fresh)
+    return make_experiment(
+        settings,
+        model,
+        spec.sae(role, device=runtime.device),
+        use_chat_template(ENGLISH_TEMPLATE, model.tokenizer) if spec.chat else ENGLISH_TEMPLATE,
+        survey,
+        clusters,
+        split_passages(model, passages, settings.n_documents),
+        seed,
+        load_fresh,
+    )
 
 
 def split_passages(
@@ -321,10 +316,15 @@ def make_experiment(
     clusters: Sequence[str],
     texts: dict[str, torch.Tensor],
     seed: int,
+    load_fresh: "Callable[[], PreTrainedModel] | None" = None,
+    intersections: Sequence[Survey] = (),
 ) -> Experiment:
     """Put model, SAE and survey together; exact answers are polled first: none are ever known."""
     from sae_research.saes import check_fit
 
+    rows = thin_questions(truth.questions, clusters, settings.every_nth_cluster)
+    truth = select_questions(truth, rows)
+    clusters = tuple(clusters[i] for i in rows)
     poll = truth if truth.counts is not None else truth.sampled(settings.respondents, seed)
     batch = settings.max_rows_per_forward
     hook = check_fit(model, sae)
@@ -337,5 +337,7 @@ def make_experiment(
         truth,
         make_targets(poll, settings.shrinkage),
         make_eval_set(truth, clusters),
-        tuple(clusters),
+        clusters,
+        load_fresh,
+        tuple(select_questions(survey, rows) for survey in intersections),
     )

@@ -1,7 +1,6 @@
 """What a shift is made of (section 5.5): its latents in context, their effect, what it spills."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from itertools import combinations
 
 import numpy as np
@@ -19,28 +18,6 @@ from sae_research.studies.opinion_qa.evaluate import (
 )
 from sae_research.studies.opinion_qa.experiment import Experiment
 from sae_research.studies.opinion_qa.shift import Basis, Shift
-
-
-@dataclass(frozen=True)
-class Latent:
-    """One coordinate of an axis."""
-
-    axis: int
-    """Column of U."""
-    index: int
-    """Number of the latent in its SAE: what Neuronpedia's pages are named by."""
-    weight: float
-    """U[index, axis]."""
-    activation: float
-    """Mean activation on the survey's tokens where it fires."""
-    frequency: float
-    """Share of the survey's tokens on which it fires."""
-    contexts: tuple[str, ...]
-    """Where it fires most, the token in brackets."""
-    group: str
-    """The group whose prompts it tells best from those of its siblings."""
-    selectivity: float
-    """AUC of telling them: .5 knows nothing, 1 or 0 all."""
 
 
 class LatentActivity:
@@ -82,31 +59,36 @@ def _strongest(effect: torch.Tensor, top: int) -> torch.Tensor:
 
 def describe_latents(
     exp: Experiment, shift: Shift, prompted: GroupPrompts, top: int = 5
-) -> list[Latent]:
-    """The latents with the largest weights on each axis, weighted by their effect on the survey."""
+) -> pd.DataFrame:
+    """The latents with the largest weights on each axis, weighted by their effect on the survey.
+
+    `activation` is a latent's mean where it fires on the survey, `frequency` the share of tokens on
+    which it does, and `group` the one whose prompts it tells best from those of its siblings, with
+    an AUC of `selectivity`: .5 knows nothing, 1 or 0 all.
+    """
     activity = LatentActivity(exp.cache, exp.sae)
     chosen = [_strongest(effect, top) for effect in activity.effect(shift.axes.T)]
     every = torch.cat(chosen).unique()
     auc = measure_selectivity(exp.sae, prompted, exp.targets.attributes, every)
     contexts = activity.contexts(every)
     best = np.abs(auc - 0.5).argmax(0)
-    found = []
+    rows = []
     for axis, indices in enumerate(chosen):
         for index in indices.tolist():
             at = int((every == index).nonzero())
-            found.append(
-                Latent(
-                    axis,
-                    index,
-                    weight=float(shift.axes[index, axis]),
-                    activation=float(activity.mean[index]),
-                    frequency=float(activity.share[index]),
-                    contexts=contexts[at],
-                    group=shift.groups[best[at]],
-                    selectivity=float(auc[best[at], at]),
-                )
+            rows.append(
+                {
+                    "axis": axis,
+                    "index": index,
+                    "weight": float(shift.axes[index, axis]),
+                    "activation": float(activity.mean[index]),
+                    "frequency": float(activity.share[index]),
+                    "contexts": " / ".join(contexts[at]),
+                    "group": shift.groups[best[at]],
+                    "selectivity": float(auc[best[at], at]),
+                }
             )
-    return found
+    return pd.DataFrame(rows)
 
 
 def find_main_latents(exp: Experiment, shift: Shift, top: int = 5) -> list[list[dict]]:
@@ -242,7 +224,6 @@ def describe_shift(
     change = on_target(eval_set, answers, calibrated)
     topics = [eval_set.survey.questions[i].topic for i in eval_set.questions]
     by_topic = pd.DataFrame(change.T, columns=names).groupby(topics, sort=False).mean()
-    latents = describe_latents(exp, shift, prompted)
     share = measure_causal_share(exp, shift, answers, calibrated)
     contrast, _ = latent_contrasts(prompted, exp.targets)
     cosine = measure_agreement(exp.sae, shift, prompted, contrast)
@@ -250,9 +231,7 @@ def describe_shift(
     return {
         "off_target": spilled.rename_axis("shift").reset_index(),
         "off_topic": by_topic.rename_axis("topic").reset_index(),
-        "latents": pd.DataFrame(
-            [{**asdict(x), "contexts": " / ".join(x.contexts)} for x in latents]
-        ),
+        "latents": describe_latents(exp, shift, prompted),
         "causal": pd.DataFrame({"latents": list(share), "share": list(share.values())}),
         "agreement": pd.DataFrame({"group": names, "cosine": cosine}),
     }

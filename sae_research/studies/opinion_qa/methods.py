@@ -61,7 +61,6 @@ class MethodResult:
     """What one method achieves."""
 
     name: str
-    """The method."""
     answers: np.ndarray
     """Answers of every group to the test questions, [groups, questions, options]."""
     cost: OffTaskCost
@@ -86,7 +85,6 @@ class MethodResult:
     """The trained shift."""
 
 
-NO_COST = OffTaskCost(0.0, 0.0)
 UNKNOWN_COST = OffTaskCost(NOT_MEASURED, NOT_MEASURED)
 
 
@@ -98,9 +96,7 @@ def evaluate_shift(exp: Experiment, name: str, basis: Basis, shift: Shift) -> Me
     found = exp.cache.measure_answers(
         basis, shift.kind, shift.deltas, exp.eval_set.questions, shift.positions
     )
-    cost = NO_COST
-    if shift.positions == "all":
-        cost = exp.cache.measure_cost(basis, shift.kind, shift.deltas, "test")
+    cost = exp.cache.measure_cost(basis, shift.kind, shift.deltas, "test", shift.positions)
     with torch.no_grad():
         fires = (basis.encode(exp.cache.survey_residuals) != 0).any(0).cpu()
     return MethodResult(
@@ -109,8 +105,7 @@ def evaluate_shift(exp: Experiment, name: str, basis: Basis, shift: Shift) -> Me
         cost,
         shift.parameters,
         moved=float(shift.active.float().mean()),
-        mass=float(found.mass.mean()),
-        order=float(found.order_sensitivity.mean()),
+        **found.means(),
         coordinates=int(shift.active.sum()),
         silent=int((shift.active & ~fires).sum()),
         size=measure_size(exp, basis, shift),
@@ -228,11 +223,11 @@ def choose_settings(exp: Experiment, name: str, seed: int) -> Choice:
             weights = {"kl_weight": kl_weight, "sparsity_weight": sparsity_weight}
             training = replace(exp.settings.training, **weights, **changes)
             shift = train_shift(exp.cache, basis, training, exp.targets, seed)
-            harm = 0.0
-            if training.positions == "all":
-                harm = exp.cache.measure_cost(basis, shift.kind, shift.deltas, "validation").loss
+            cost = exp.cache.measure_cost(
+                basis, shift.kind, shift.deltas, "validation", shift.positions
+            )
             loss = measure_validation_loss(exp, basis, shift)
-            tried.append(_Tried(training, harm, loss, int(shift.active.sum())))
+            tried.append(_Tried(training, cost.loss, loss, int(shift.active.sum())))
     harmless = [t for t in tried if t.harm <= exp.settings.max_off_task_loss]
     harmless = harmless or [min(tried, key=lambda t: t.harm)]
     best = min(harmless, key=lambda t: t.loss.mean())

@@ -210,6 +210,10 @@ class AnswerDistribution:
     order_sensitivity: np.ndarray
     """Total variation between the two orders, [..., questions]."""
 
+    def means(self) -> dict[str, float]:
+        """Mean mass and order sensitivity, as tables call them."""
+        return {"mass": float(self.mass.mean()), "order": float(self.order_sensitivity.mean())}
+
 
 def average_orders(found: torch.Tensor, mass: torch.Tensor | None = None) -> AnswerDistribution:
     """Join the two option orders: probabilities are averaged, not logits.
