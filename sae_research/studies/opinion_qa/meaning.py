@@ -53,8 +53,18 @@ class LatentActivity:
         return [_contexts(self.cache, acts[..., i]) for i in range(len(latents))]
 
 
-def _strongest(effect: torch.Tensor, top: int) -> torch.Tensor:
-    return effect.topk(min(top, int((effect > 0).sum()))).indices
+def _find_strongest(
+    exp: Experiment, weights: torch.Tensor, top: int
+) -> tuple[LatentActivity, list[list[int]], dict[int, tuple[str, ...]]]:
+    """The latents of each row of weights that act most on the survey, and where each fires."""
+    activity = LatentActivity(exp.cache, exp.sae)
+    chosen = [
+        effect.topk(min(top, int((effect > 0).sum()))).indices.tolist()
+        for effect in activity.effect(weights)
+    ]
+    every = sorted({latent for row in chosen for latent in row})
+    contexts = activity.contexts(torch.tensor(every, dtype=torch.long))
+    return activity, chosen, dict(zip(every, contexts, strict=True))
 
 
 def describe_latents(
@@ -66,48 +76,38 @@ def describe_latents(
     which it does, and `group` the one whose prompts it tells best from those of its siblings, with
     an AUC of `selectivity`: .5 knows nothing, 1 or 0 all.
     """
-    activity = LatentActivity(exp.cache, exp.sae)
-    chosen = [_strongest(effect, top) for effect in activity.effect(shift.axes.T)]
-    every = torch.cat(chosen).unique()
+    activity, chosen, contexts = _find_strongest(exp, shift.axes.T, top)
+    every = torch.tensor(list(contexts), dtype=torch.long)
     auc = measure_selectivity(exp.sae, prompted, exp.targets.attributes, every)
-    contexts = activity.contexts(every)
     best = np.abs(auc - 0.5).argmax(0)
-    rows = []
-    for axis, indices in enumerate(chosen):
-        for index in indices.tolist():
-            at = int((every == index).nonzero())
-            rows.append(
-                {
-                    "axis": axis,
-                    "index": index,
-                    "weight": float(shift.axes[index, axis]),
-                    "activation": float(activity.mean[index]),
-                    "frequency": float(activity.share[index]),
-                    "contexts": " / ".join(contexts[at]),
-                    "group": shift.groups[best[at]],
-                    "selectivity": float(auc[best[at], at]),
-                }
-            )
+    place = {latent: at for at, latent in enumerate(contexts)}
+    rows = [
+        {
+            "axis": axis,
+            "index": latent,
+            "weight": float(shift.axes[latent, axis]),
+            "activation": float(activity.mean[latent]),
+            "frequency": float(activity.share[latent]),
+            "contexts": " / ".join(contexts[latent]),
+            "group": shift.groups[best[place[latent]]],
+            "selectivity": float(auc[best[place[latent]], place[latent]]),
+        }
+        for axis, latents in enumerate(chosen)
+        for latent in latents
+    ]
     return pd.DataFrame(rows)
 
 
 def find_main_latents(exp: Experiment, shift: Shift, top: int = 5) -> list[list[dict]]:
     """For each group, the latents through which its own part acts most, and where they fire."""
-    activity = LatentActivity(exp.cache, exp.sae)
     own = shift.part
-    chosen = [_strongest(effect, top) for effect in activity.effect(own)]
-    every = torch.cat(chosen).unique()
-    contexts = activity.contexts(every)
+    _, chosen, contexts = _find_strongest(exp, own, top)
     return [
         [
-            {
-                "latent": i,
-                "weight": round(float(row[i]), 5),
-                "fires_on": list(contexts[int((every == i).nonzero())]),
-            }
-            for i in indices.tolist()
+            {"latent": i, "weight": round(float(row[i]), 5), "fires_on": list(contexts[i])}
+            for i in latents
         ]
-        for row, indices in zip(own, chosen, strict=True)
+        for row, latents in zip(own, chosen, strict=True)
     ]
 
 
