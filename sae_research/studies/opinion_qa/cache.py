@@ -218,21 +218,29 @@ class CachedPrompts:
         if positions != "all":
             return NO_COST
         tokens, content = self.texts[split], self.text_content[split]
-        real = content[:, 1:]
-        count = content.sum().item()
-        predicted = real.sum().item()
         totals = np.zeros(2)
         for docs in self.microbatches(torch.arange(len(tokens)), 4):
             base = self.text_logits(split, docs).log_softmax(-1)
             x = self.text_residual[split][docs]
             acts = basis.encode(x)
-            following = tokens[docs, 1:, None]
             for row in delta:
                 moved = compute_displacement(basis, kind, x, acts, row[None])[:, 0]
                 moved = moved * content[docs][..., None]
                 new = self.text_logits(split, docs, moved).log_softmax(-1)
-                lost = (base - new)[:, :-1].gather(-1, following)[..., 0][real[docs]]
-                away = (base.exp() * (base - new)).sum(-1)[content[docs]]
-                totals[0] += lost.double().sum().item() / predicted
-                totals[1] += away.double().sum().item() / count
+                totals += self.sum_costs(split, docs, base, new) / self.count_text(split)
         return OffTaskCost(*(totals / len(delta)).tolist())
+
+    def count_text(self, split: str) -> np.ndarray:
+        """Tokens of other text that are predicted, and all that have content."""
+        content = self.text_content[split]
+        return np.array([content[:, 1:].sum().item(), content.sum().item()])
+
+    def sum_costs(
+        self, split: str, docs: torch.Tensor, base: torch.Tensor, new: torch.Tensor
+    ) -> np.ndarray:
+        """Summed over tokens of `docs`: loss of `new` log-probabilities minus `base`'s, and KL."""
+        real = self.text_content[split][docs]
+        gaps = base - new
+        lost = gaps[:, :-1].gather(-1, self.texts[split][docs, 1:, None])[..., 0][real[:, 1:]]
+        away = (base.exp() * gaps).sum(-1)[real]
+        return np.array([lost.double().sum().item(), away.double().sum().item()])

@@ -51,9 +51,7 @@ class Experiment:
     """One model at one hook with a survey, ready for any method."""
 
     settings: Settings
-    """The study's settings."""
     cache: CachedPrompts
-    """Cached prompts and texts."""
     sae: Basis
     """The SAE's latents."""
     template: PromptTemplate

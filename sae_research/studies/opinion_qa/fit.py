@@ -69,7 +69,6 @@ class Targets:
     """Whose answers to learn, and on which questions."""
 
     groups: tuple[str, ...]
-    """Names of the groups."""
     attributes: tuple[str, ...]
     """The attribute of each group: scores have mean zero within each."""
     weights: np.ndarray
@@ -79,7 +78,6 @@ class Targets:
     overall: np.ndarray
     """The population's answers, [questions, options]."""
     train: np.ndarray
-    """Training questions."""
     validation: np.ndarray
     """Validation questions, which alone choose."""
 

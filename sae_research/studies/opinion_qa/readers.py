@@ -243,16 +243,12 @@ def read_adapted_answers(
 def measure_adapted_cost(model, cache: CachedPrompts, split: str = "test") -> OffTaskCost:
     """What the adapter does to other text, next to the frozen model."""
     tokens = cache.texts[split]
-    content = cache.text_content[split]
-    lost = away = 0.0
+    totals = np.zeros(2)
     for docs in cache.microbatches(torch.arange(len(tokens)), 4):
         new = model(input_ids=tokens[docs], use_cache=False).logits.float().log_softmax(-1)
         base = cache.text_logits(split, docs).log_softmax(-1)
-        real = content[docs]
-        change = (base - new)[:, :-1].gather(-1, tokens[docs, 1:, None])[..., 0]
-        lost += change[real[:, 1:]].double().sum().item()
-        away += (base.exp() * (base - new)).sum(-1)[real].double().sum().item()
-    return OffTaskCost(lost / content[:, 1:].sum().item(), away / content.sum().item())
+        totals += cache.sum_costs(split, docs, base, new)
+    return OffTaskCost(*(totals / cache.count_text(split)).tolist())
 
 
 def evaluate_lora(

@@ -198,22 +198,19 @@ class Shift:
         kept[size.topk(min(m, len(size))).indices] = 1
         return replace(self, axes=self.axes * kept[:, None])
 
-    def edit(
-        self, basis: Basis, group: str | int, *, last: bool | None = None, coefficient: float = 1.0
-    ) -> "Edit":
+    def edit(self, basis: Basis, group: str | int, *, coefficient: float = 1.0) -> "Edit":
         """The edit of one group for `LanguageModel.logits(tokens, {shift.hook: edit})`.
 
         Tokens must be survey prompts for a shift of `question` tokens: it acts on all but the
         start token of a row. `coefficient` scales the group part.
         """
         delta = self.delta(group, coefficient)[None]
-        last = self.positions == "answer" if last is None else last
 
         def apply(residual: torch.Tensor) -> torch.Tensor:
             x = residual.float()
             moved = compute_displacement(basis, self.kind, x, basis.encode(x), delta)[:, 0]
             place = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-            place[: -1 if last else 1] = False
+            place[: -1 if self.positions == "answer" else 1] = False
             return residual + torch.where(place[:, None], moved, 0.0).to(residual)
 
         return apply

@@ -248,10 +248,8 @@ def _evaluate_baselines(
     exp: Experiment, best: ShiftTraining, prompted: baselines.GroupPrompts, seed: int
 ) -> Iterator[MethodResult]:
     calibration = replace(best, calibration="first", sparsity_weight=0.0)
-    forms = {
-        form: prompted if form == "BIO" else baselines.run_group_prompts(exp, form)
-        for form in ("BIO", *(f for f in exp.template.contexts if f != "BIO"))
-    }
+    others = [form for form in exp.template.contexts if form != "BIO"]
+    forms = {"BIO": prompted} | {f: baselines.run_group_prompts(exp, f) for f in others}
     yield from baselines.evaluate_fixed(exp)
     yield from baselines.evaluate_calibration(exp, calibration, seed)
     yield from baselines.evaluate_prompting(exp, forms)
