@@ -15,13 +15,11 @@ from sae_research.studies.opinion_qa import (
     methods,
     readers,
 )
-from sae_research.studies.opinion_qa.evaluate import EvalSet
 from sae_research.studies.opinion_qa.fit import train_shift
 from sae_research.studies.opinion_qa.prompts import (
     ENGLISH_TEMPLATE,
     TOY_TEMPLATE,
     english_block,
-    option_log_probs,
 )
 from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining
 from sae_research.studies.opinion_qa.shift import Shift, canonicalize, residual_basis
@@ -93,14 +91,15 @@ def test_an_empty_context_gives_the_unsteered_answers(exp, cache, basis):
 
 def test_temperature_and_letter_bias_undo_what_they_model(cache):
     rows = cache.prompts.prompt_ids(range(18))
-    scores = baselines.compute_letter_scores(cache, cache.residual, cache.prompts.last)
+    states = baselines.compute_states(cache, cache.residual, cache.prompts.last)
+    scores = cache.letters.score_states(cache.tail, states)
     scores = scores - scores.mean(-1, keepdim=True)
     scores = 2 * scores / scores.std()
     bent = 0.5 * scores + torch.tensor([1.0, 0.0, -1.0, 0.5])
-    truth = option_log_probs(scores, cache.prompts.n_options, cache.prompts.reverse).exp()
-    found = baselines.fit_letter_calibration(cache, bent[rows], rows, truth[rows])
-    again = option_log_probs(found(bent), cache.prompts.n_options, cache.prompts.reverse).exp()
-    assert found.scale == pytest.approx(2, rel=0.05)
+    truth = cache.prompts.sort_scores(scores, rows).softmax(-1)
+    scale, bias = baselines.fit_letter_calibration(cache, bent[rows][None], rows, truth[rows][None])
+    again = cache.prompts.sort_scores(bent * scale + bias, rows).softmax(-1)
+    assert scale == pytest.approx(2, rel=0.05)
     assert (again - truth).abs().max() < 0.03
 
 
@@ -125,14 +124,15 @@ def test_coefficient_zero_is_chosen_when_a_direction_only_harms(exp, cache, ever
     own = replace(everyone, answers=np.repeat(unsteered, 14, 0))
     part = torch.randn(14, 32, generator=torch.Generator().manual_seed(0)) * 3
     shift = baselines.make_untrained_shift(exp, torch.zeros(32), part)
-    coefficient, best = baselines.choose_coefficient(cache, dense, shift, own, (0.0, 1.0, 2.0))
+    known = replace(exp, targets=own)
+    coefficient, best = baselines.choose_coefficient(known, dense, shift, (0.0, 1.0, 2.0))
     assert coefficient == 0.0
     assert not best.scores.any()
 
 
 def test_a_screened_space_moves_only_its_latents(cache, basis):
     keep = torch.tensor([3, 5, 60])
-    few = baselines.restrict_basis(basis, keep, "few")
+    few = baselines.restrict_basis(basis, keep)
     x = cache.residual[:2]
     from sae_research.studies.opinion_qa.shift import compute_displacement
 
@@ -179,9 +179,9 @@ def test_shuffling_keeps_every_answer_and_breaks_groups_apart(everyone):
 
 
 def test_lora_without_training_is_the_frozen_model_and_training_moves_it(
-    cache, fresh, everyone, prompted
+    exp, cache, fresh, everyone
 ):
-    questions = np.arange(12, 18)
+    questions = exp.eval_set.questions
     own = [cache.prompts] * 14
     model = readers.add_adapter(fresh(), LoRATraining(), 0).eval()
     read = readers.read_adapted_answers(model, cache, cache.prompts, questions)
@@ -192,7 +192,8 @@ def test_lora_without_training_is_the_frozen_model_and_training_moves_it(
     assert np.abs(found - cache.measure_unsteered(questions).probabilities[0]).max() < 1e-4
     assert readers.measure_adapted_cost(model, cache).divergence == pytest.approx(0, abs=1e-5)
     quick = LoRATraining(steps=3, batch_size=8, lr=0.05)
-    result = readers.train_lora(fresh, cache, own, everyone.answers, everyone, quick, 0, questions)
+    trained = replace(exp, settings=replace(exp.settings, lora=quick))
+    result = readers.train_lora(trained, "LoRA", own, everyone.answers, 0)
     assert result.answers.shape == (14, 6, 4)
     assert result.parameters == 3 * 2 * 8 * 64
     assert np.abs(result.answers[0] - found).max() > 1e-3
@@ -229,7 +230,7 @@ def test_composition_adds_scores_and_a_margin_is_one_of_them(basis, everyone):
     assert torch.allclose(generalise.compose_shifts(shift, cells, 0.0), shift.shared.expand(2, -1))
 
 
-def test_the_right_shrinkage_is_found_from_margins_alone(cache, basis, everyone):
+def test_the_right_shrinkage_is_found_from_margins_alone(exp, basis, everyone):
     shift = shift_for(everyone, basis)
     shares = {"red": 0.3, "blue": 0.7}, {"old": 0.2, "young": 0.8}
     cells = [
@@ -237,60 +238,58 @@ def test_the_right_shrinkage_is_found_from_margins_alone(cache, basis, everyone)
         for a, share in shares[0].items()
         for b, other in shares[1].items()
     ]
-    validation = np.arange(12, 18)
-    delta = generalise.compose_shifts(shift, cells, 0.7)
-    answers = cache.measure_answers(basis, shift.kind, delta, validation, "all").probabilities
-    margins = np.full((14, 6, 4), np.nan)  # whoever is no part of a cell is never prompted
+    validation = everyone.validation
+    answers = exp.answer(shift, generalise.compose_shifts(shift, cells, 0.7), validation)
+    margins = np.full((14, 18, 4), np.nan)  # whoever is no part of a cell is never prompted
     for name, own in {"red": (0, 1), "blue": (2, 3), "old": (0, 2), "young": (1, 3)}.items():
         weights = np.array([cells[i].share for i in own])
-        margins[everyone.groups.index(name)] = np.tensordot(
+        margins[everyone.groups.index(name), validation] = np.tensordot(
             weights / weights.sum(), answers[list(own)], 1
         )
-    assert generalise.choose_kappa(cache, basis, shift, cells, margins, validation) == 0.7
+    known = replace(exp, targets=replace(everyone, answers=margins))
+    assert generalise.choose_kappa(known, shift, cells) == 0.7
 
 
 def test_each_way_to_place_a_group_gets_the_ridge_that_serves_known_groups_best(
-    cache, basis, everyone, monkeypatch
+    exp, basis, everyone, monkeypatch
 ):
     shift, tried = shift_for(everyone, basis), []
     whole = generalise.fit_few_shot
 
-    def spy(*args, **settings):
-        tried.append((settings["ridge"], settings["free"]))
-        return whole(*args, **settings)
+    def spy(exp, shift, answers, questions, ridge, *, free, seed):
+        tried.append((ridge, free))
+        return whole(exp, shift, answers, questions, ridge, free=free, seed=seed)
 
     monkeypatch.setattr(generalise, "fit_few_shot", spy)
-    case = (cache, basis, shift, everyone.answers[:4], np.arange(6), np.arange(12, 18))
-    found = generalise.choose_ridge(*case, free=True, steps=10, seed=0)
+    quick = replace(exp, settings=replace(exp.settings, few_shot_steps=10))
+    case = (quick, shift, everyone.answers[:4], np.arange(6))
+    found = generalise.choose_ridge(*case, free=True, seed=0)
     assert tried == [(ridge, True) for ridge in generalise.RIDGES]
     assert found in generalise.RIDGES
 
 
 def test_a_few_answers_bring_a_new_group_closer_and_a_stiff_ridge_keeps_the_population(
-    cache, basis, everyone
+    exp, basis, everyone
 ):
     shift = shift_for(everyone, basis)
     answers = everyone.answers[:3]
+    long = replace(exp, settings=replace(exp.settings, few_shot_steps=60))
 
     def loss(delta):
-        found = cache.measure_answers(basis, shift.kind, delta, range(12), "all").probabilities
-        return divergence(answers[:, :12], found).mean()
+        return divergence(answers[:, :12], exp.answer(shift, delta, np.arange(12))).mean()
 
-    found = generalise.fit_few_shot(
-        cache, basis, shift, answers, np.arange(12), ridge=1e-4, steps=60
-    )
+    def fit(ridge, free=False):
+        return generalise.fit_few_shot(
+            long, shift, answers, np.arange(12), ridge, free=free, seed=0
+        )
+
+    found = fit(1e-4)
     assert found.shape == (3, basis.size)
     assert loss(found) < loss(shift.shared.expand(3, -1))
     inside = torch.linalg.lstsq(shift.axes, (found - shift.shared).T).residuals
     assert inside.numel() == 0 or inside.abs().max() < 1e-4  # U stays frozen
-    free = generalise.fit_few_shot(
-        cache, basis, shift, answers, np.arange(12), ridge=1e-4, steps=60, free=True
-    )
-    assert loss(free) < loss(found)
-    stiff = generalise.fit_few_shot(
-        cache, basis, shift, answers, np.arange(12), ridge=1e6, steps=60
-    )
-    assert (stiff - shift.shared).abs().max() < 0.05
+    assert loss(fit(1e-4, free=True)) < loss(found)
+    assert (fit(1e6) - shift.shared).abs().max() < 0.05
 
 
 def test_groups_can_be_left_out(everyone):
@@ -302,16 +301,16 @@ def test_groups_can_be_left_out(everyone):
 # what a shift is made of
 
 
-def test_latents_are_shown_where_they_fire_whatever_the_parts(cache, basis, prompted, everyone):
+def test_latents_are_shown_where_they_fire_whatever_the_parts(exp, basis, prompted, everyone):
     shift = shift_for(everyone, basis)
-    found = meaning.describe_latents(cache, basis, shift, prompted, everyone.attributes, top=4)
+    table = meaning.describe_latents(exp, shift, prompted, top=4)
+    found = list(table.itertuples(index=False))
     assert [latent.axis for latent in found] == [0] * 4 + [1] * 4
-    few = copy.copy(cache)
+    few = copy.copy(exp.cache)
     few.batch = 7
-    again = meaning.describe_latents(few, basis, shift, prompted, everyone.attributes, top=4)
-    assert [(x.index, x.contexts, x.group) for x in again] == [
-        (x.index, x.contexts, x.group) for x in found
-    ]
+    again = meaning.describe_latents(replace(exp, cache=few), shift, prompted, top=4)
+    same = ["index", "contexts", "group"]
+    assert again[same].equals(table[same])
     known = meaning.measure_selectivity(
         basis, prompted, everyone.attributes, torch.arange(basis.size)
     )
@@ -324,17 +323,16 @@ def test_latents_are_shown_where_they_fire_whatever_the_parts(cache, basis, prom
             abs(known[:, latent.index] - 0.5).max()
         )
         assert latent.contexts
-        assert all(c.count("[") == 1 for c in latent.contexts)
+        assert all(c.count("[") == 1 for c in latent.contexts.split(" / "))
         assert 0 < latent.frequency <= 1
 
 
-def test_all_latents_keep_the_whole_gain(cache, basis, everyone, small):
+def test_all_latents_keep_the_whole_gain(exp, basis, everyone):
     shift = shift_for(everyone, basis)
-    eval_set = EvalSet(small, np.arange(12, 18))
-    calibrated = cache.measure_answers(
-        basis, shift.kind, shift.shared[None], eval_set.questions, "all"
-    ).probabilities[0]
-    found = meaning.measure_causal_share(cache, basis, shift, eval_set, calibrated, (0, basis.size))
+    answers = exp.answer(shift, shift.deltas)
+    calibrated = exp.answer(shift, shift.shared[None])[0]
+    some = replace(exp, settings=replace(exp.settings, top_latents=(0, basis.size)))
+    found = meaning.measure_causal_share(some, shift, answers, calibrated)
     assert found[basis.size] == pytest.approx(1)
     assert found[0] == pytest.approx(0, abs=1e-6)
 
@@ -391,13 +389,13 @@ def test_a_shared_part_along_the_axes_is_learnt_with_the_groups(cache, basis, ev
         kl_weight=0.0,
         sparsity_weight=0.5,
     )
-    found = train_shift(cache, basis, training, everyone, 0).shift
+    found = train_shift(cache, basis, training, everyone, 0)
     along = found.axes @ torch.linalg.lstsq(found.axes, found.shared[:, None]).solution
     assert found.shared.abs().max() > 0
     assert torch.allclose(along[:, 0], found.shared, atol=1e-4 * float(found.shared.abs().max()))
     assert found.parameters == 2 + 2 * int(found.active.sum()) + 2 * 14
-    free = train_shift(cache, basis, replace(training, rank=None), everyone, 0).shift
-    assert free.rank == 14
+    free = train_shift(cache, basis, replace(training, rank=None), everyone, 0)
+    assert free.axes.shape[1] == 14
     assert free.shared.abs().max() > 0
     for one in (found, free):
         weights = torch.tensor(everyone.weights[:3], dtype=torch.float32)

@@ -65,12 +65,8 @@ def test_a_model_is_run_judged_saved_and_every_claim_measured(
     )
     names = [f"{q.topic} {q.verb}" for q in questions]
     exp, deeper = (
-        replace(
-            experiment.make_experiment(
-                settings, model, sae, TOY_TEMPLATE, truth, names, cache.texts, 0
-            ),
-            load_fresh=fresh,
-            intersections=(crossed,),
+        experiment.make_experiment(
+            settings, model, sae, TOY_TEMPLATE, truth, names, cache.texts, 0, fresh, [crossed]
         )
         for sae in trained_saes
     )
@@ -86,7 +82,8 @@ def test_a_model_is_run_judged_saved_and_every_claim_measured(
     edits = {f"SAE {kind}": plan.choices[f"SAE {kind}"].loss for kind in methods.ERROR_KEEPING}
     assert plan.headline == min(edits, key=edits.get)
     parts = [study.measure_seed(exp, {"block1": deeper}, plan, seed) for seed in (0, 1)]
-    results, tables, shift = parts[0]
+    results, tables = parts[0]
+    headline = next(r for r in results if r.name == plan.headline)
     names = [r.name for r in results]
     layers = tables["layers"]
     assert layers["role"].tolist() == ["primary", "block1"]
@@ -114,9 +111,8 @@ def test_a_model_is_run_judged_saved_and_every_claim_measured(
     assert silent["last token only"] == 0  # it leaves other text as it is
 
     saved = []
-    for seed, (found, own, headline) in enumerate(parts):
+    for seed, (found, own) in enumerate(parts):
         packed, tensors = study._pack(found)
-        tensors["shift.part"] = headline.scores @ headline.axes.T
         result = runner.Result({**own, "results": packed}, {}, tensors, task={"seed": seed})
         folder = tmp_path / str(seed)
         folder.mkdir()
@@ -127,8 +123,8 @@ def test_a_model_is_run_judged_saved_and_every_claim_measured(
     for one, other in zip(again, results, strict=True):
         assert np.array_equal(one.answers, other.answers)
         assert one.cost == other.cost or np.isnan(other.cost.loss)
-    cards = study.make_cards(shift, exp)
-    assert set(cards) == set(shift.groups)
+    cards = study.make_cards(exp, headline)
+    assert set(cards) == set(headline.shift.groups)
     assert all(len(card["main_latents"]) <= 5 for card in cards.values())
 
     by_seed = {r.task["seed"]: study.unpack(r) for r in saved}
@@ -221,9 +217,9 @@ def test_one_group_that_loses_is_seen(small):
     eval_set = EvalSet(small, np.arange(18))
     before = np.repeat(small.overall[None], 14, 0)
     after = eval_set.truth.copy()
-    assert evaluate.worst_change_interval(eval_set, after[None], before[None], 0).value <= 0
+    assert evaluate.worst_change_interval(eval_set, after[None], 0, before[None]).value <= 0
     after[3] = small.uniform
-    assert evaluate.worst_change_interval(eval_set, after[None], before[None], 0).value > 0.02
+    assert evaluate.worst_change_interval(eval_set, after[None], 0, before[None]).value > 0.02
 
 
 def test_slope_and_identification_with_intervals_are_those_of_the_scores(small):
@@ -242,8 +238,8 @@ def test_slope_and_identification_with_intervals_are_those_of_the_scores(small):
 def test_a_ratio_of_distances_is_exact_for_a_method_against_itself(small):
     eval_set = EvalSet(small, np.arange(18))
     uniform = np.repeat(small.uniform[None, None], 14, 1)
-    assert evaluate.wd_ratio_interval(eval_set, uniform, uniform, 0).low == pytest.approx(1)
+    assert evaluate.wd_ratio_interval(eval_set, uniform, 0, uniform).low == pytest.approx(1)
     half = (uniform + eval_set.truth[None]) / 2
-    found = evaluate.wd_ratio_interval(eval_set, half, uniform, 0)
+    found = evaluate.wd_ratio_interval(eval_set, half, 0, uniform)
     assert found.value == pytest.approx(0.5)
     assert found.high == pytest.approx(0.5)

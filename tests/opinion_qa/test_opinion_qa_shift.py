@@ -218,31 +218,27 @@ def test_a_strong_lasso_leaves_no_group_part_and_a_weak_one_is_exactly_sparse(
     cache, basis, targets
 ):
     strong = train_shift(cache, basis, replace(QUICK, sparsity_weight=1e3), targets, 0)
-    assert not strong.shift.active.any()
-    weak = train_shift(
-        cache, basis, replace(QUICK, sparsity_weight=2.0, kl_weight=0.0), targets, 0
-    ).shift
+    assert not strong.active.any()
+    weak = train_shift(cache, basis, replace(QUICK, sparsity_weight=2.0, kl_weight=0.0), targets, 0)
     assert 0 < int(weak.active.sum()) < basis.size
 
 
 def test_training_lowers_the_loss_and_scores_are_centred_within_attributes(cache, basis, targets):
     shared = train_calibration(cache, basis, replace(QUICK, kl_weight=0.0), targets, 0)
-    found = train_shift(cache, basis, replace(QUICK, kl_weight=0.0, steps=40), targets, 0, shared)
+    found = train_shift(cache, basis, replace(QUICK, kl_weight=0.0, steps=40), targets, 0)
     train = targets.train
-    after = cache.measure_answers(
-        basis, "multiplicative", found.shift.deltas, train, "all"
-    ).probabilities
+    after = cache.measure_answers(basis, "multiplicative", found.deltas, train, "all").probabilities
     before = cache.measure_unsteered(train).probabilities
     assert (
         divergence(targets.answers[:, train], after).mean()
         < divergence(targets.answers[:, train], before).mean()
     )
-    assert torch.equal(found.shift.shared, shared)
+    assert torch.equal(found.shared, shared)
     for groups in (slice(0, 2), slice(2, 5)):
         weights = torch.tensor(targets.weights[groups], dtype=torch.float32)
-        assert (weights @ found.shift.scores[groups]).abs().max() < 1e-4
-    again = train_shift(cache, basis, replace(QUICK, kl_weight=0.0, steps=40), targets, 0, shared)
-    assert torch.equal(found.shift.axes, again.shift.axes)
+        assert (weights @ found.scores[groups]).abs().max() < 1e-4
+    again = train_shift(cache, basis, replace(QUICK, kl_weight=0.0, steps=40), targets, 0)
+    assert torch.equal(found.axes, again.axes)
 
 
 def test_a_canonical_shift_moves_the_same_with_unit_ordered_axes(basis):

@@ -1,3 +1,1 @@
-"""Study 1: a sparse shift in SAE space that makes a frozen model answer a survey as a demographic
-group does.
-"""
+"""Study 1: a sparse shift in SAE space makes a frozen model answer as a demographic group does."""

@@ -1,32 +1,25 @@
-"""What a shift has to beat on the same data and splits (section 4): prompts, untrained
-directions.
-"""
+"""What a shift has to beat on the same data and splits (4): prompts, untrained directions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from sae_research.studies.opinion_qa.cache import CachedPrompts, Prompts, Writer, make_prompts
-from sae_research.studies.opinion_qa.experiment import Experiment
-from sae_research.studies.opinion_qa.fit import (
-    FitResult,
-    Targets,
-    forward_kl,
-    mean_kl,
-    train_calibration,
-    train_shift,
+from sae_research.studies.opinion_qa.cache import (
+    NO_COST,
+    CachedPrompts,
+    Prompts,
+    Writer,
+    make_prompts,
 )
-from sae_research.studies.opinion_qa.methods import NO_COST, MethodResult, evaluate_shift
+from sae_research.studies.opinion_qa.experiment import Experiment
+from sae_research.studies.opinion_qa.fit import Targets, forward_kl, mean_kl, train_calibration
+from sae_research.studies.opinion_qa.methods import MethodResult, evaluate_shift, train_method
 from sae_research.studies.opinion_qa.prompts import (
     AnswerDistribution,
     OptionLetters,
     average_orders,
-    most_options,
-    option_log_probs,
-    refusal_share,
-    sort_by_ordinal,
 )
 from sae_research.studies.opinion_qa.settings import HUMAN_OVERALL, MEANS, UNSTEERED, ShiftTraining
 from sae_research.studies.opinion_qa.shift import Basis, Shift
@@ -38,18 +31,15 @@ def evaluate_fixed(exp: Experiment) -> list[MethodResult]:
     """Uniform, no steering, and the human overall marginal (an oracle row, not a competitor)."""
     questions = exp.eval_set.questions
     found = exp.cache.measure_unsteered(questions)
-    tables = {
-        "uniform": exp.truth.uniform[questions],
-        UNSTEERED: found.probabilities[0],
-        HUMAN_OVERALL: exp.truth.overall[questions],
+    cases = {
+        "uniform": (exp.truth.uniform[questions], {}),
+        UNSTEERED: (found.probabilities[0], found.means()),
+        HUMAN_OVERALL: (exp.truth.overall[questions], {}),
     }
-    results = {
-        name: MethodResult(name, _for_every_group(exp, table[None]), NO_COST, 0)
-        for name, table in tables.items()
-    }
-    read = {"mass": float(found.mass.mean()), "order": float(found.order_sensitivity.mean())}
-    results[UNSTEERED] = replace(results[UNSTEERED], **read)
-    return list(results.values())
+    return [
+        MethodResult(name, _for_every_group(exp, answers[None]), NO_COST, 0, **read)
+        for name, (answers, read) in cases.items()
+    ]
 
 
 def _for_every_group(exp: Experiment, answers: np.ndarray) -> np.ndarray:
@@ -57,31 +47,12 @@ def _for_every_group(exp: Experiment, answers: np.ndarray) -> np.ndarray:
     return np.repeat(answers, len(exp.targets.groups), 0)
 
 
-@dataclass(frozen=True)
-class LetterCalibration:
-    """s'_k = s_k / T + b_k: one temperature and one bias per letter, the same for every question
-    and group.
-    """
-
-    scale: float
-    """1 / T."""
-    bias: torch.Tensor
-    """b, [letters]."""
-
-    @property
-    def parameters(self) -> int:
-        """K + 1."""
-        return len(self.bias) + 1
-
-    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
-        return scores * self.scale + self.bias
-
-
 def fit_letter_calibration(
     cache: CachedPrompts, scores: torch.Tensor, rows: torch.Tensor, target: torch.Tensor
-) -> LetterCalibration:
-    """Fit temperature and letter bias to `target` [prompts, options] on letter scores of the
-    prompts `rows`.
+) -> tuple[float, torch.Tensor]:
+    """1 / T and b of s'_k = s_k / T + b_k, the same for every question and group.
+
+    Fitted to `target` on letter scores [groups, rows, letters] of the prompts `rows`.
     """
     scale = torch.ones(1, device=scores.device, requires_grad=True)
     bias = torch.zeros(scores.shape[-1], device=scores.device, requires_grad=True)
@@ -89,40 +60,43 @@ def fit_letter_calibration(
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        logs = option_log_probs(
-            scores * scale + bias, cache.prompts.n_options[rows], cache.prompts.reverse[rows]
-        )
+        logs = cache.prompts.sort_scores(scores * scale + bias, rows).log_softmax(-1)
         loss = forward_kl(target, logs).mean() + 1e-6 * bias.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return LetterCalibration(float(scale.detach()), bias.detach())
+    return float(scale.detach()), bias.detach()
 
 
-def compute_letter_scores(
+def evaluate_calibrated_letters(
+    exp: Experiment, name: str, scores: torch.Tensor, answers: np.ndarray
+) -> MethodResult:
+    """Letter scores [groups, prompts, letters] calibrated on the training questions' `answers`."""
+    prompts = exp.cache.prompts
+    train = prompts.prompt_ids(exp.targets.train)
+    test = prompts.prompt_ids(exp.eval_set.questions)
+    truth = torch.tensor(answers, dtype=torch.float32, device=scores.device)
+    target = truth[:, prompts.question[train]]
+    scale, bias = fit_letter_calibration(exp.cache, scores[:, train], train, target)
+    read = read_letter_scores(exp.cache, scores[:, test] * scale + bias, test)
+    return make_result(name, read, len(bias) + 1)
+
+
+@torch.no_grad()
+def compute_states(
     cache: CachedPrompts, residual: torch.Tensor, last: torch.Tensor
 ) -> torch.Tensor:
-    """s_k at the last prompt token, [prompts, letters]."""
-    with torch.no_grad():
-        parts = zip(residual.split(cache.batch), last.split(cache.batch), strict=True)
-        return torch.cat(
-            [cache.letters.score_states(cache.tail, cache.tail.states(x, at)) for x, at in parts]
-        )
+    """Final normed states at the last prompt token, [prompts, d]."""
+    parts = zip(residual.split(cache.batch), last.split(cache.batch), strict=True)
+    return torch.cat([cache.tail.states(x, at) for x, at in parts])
 
 
 def read_letter_scores(
     cache: CachedPrompts, scores: torch.Tensor, rows: torch.Tensor
 ) -> AnswerDistribution:
-    """Answers [groups, questions, options] from letter scores [groups, prompts, letters], both
-    orders averaged.
-
-    Scores of letters say nothing of the mass of other tokens.
-    """
-    n_options, reverse = cache.prompts.n_options[rows], cache.prompts.reverse[rows]
-    found = torch.stack([sort_by_ordinal(s, n_options, reverse).softmax(-1) for s in scores])
-    halves = [half.double().cpu().numpy() for half in found.chunk(2, dim=1)]
-    return average_orders(halves, [np.full(half.shape[:2], np.nan) for half in halves])
+    """Answers [groups, questions, options] from letter scores [groups, prompts, letters]."""
+    return average_orders(cache.prompts.sort_scores(scores, rows).softmax(-1))
 
 
 def evaluate_calibration(exp: Experiment, training: ShiftTraining, seed: int) -> list[MethodResult]:
@@ -133,35 +107,26 @@ def evaluate_calibration(exp: Experiment, training: ShiftTraining, seed: int) ->
     found = cache.measure_answers(
         exp.sae, training.kind, shared[None], questions, training.positions
     )
-    cost = NO_COST
-    if training.positions == "all":
-        cost = cache.measure_cost(exp.sae, training.kind, shared[None], "test")
+    cost = cache.measure_cost(exp.sae, training.kind, shared[None], "test", training.positions)
     alone = MethodResult(
         "calibration only",
         _for_every_group(exp, found.probabilities),
         cost,
         int((shared != 0).sum()),
         moved=(shared != 0).float().mean().item(),
-        mass=float(found.mass.mean()),
-        order=float(found.order_sensitivity.mean()),
+        **found.means(),
     )
-    scores = compute_letter_scores(cache, cache.residual, cache.prompts.last)
-    train = cache.prompts.prompt_ids(exp.targets.train)
-    test = cache.prompts.prompt_ids(questions)
-    overall = torch.tensor(exp.targets.overall, dtype=torch.float32, device=scores.device)
-    letters = fit_letter_calibration(
-        cache, scores[train], train, overall[cache.prompts.question[train]]
-    )
-    read = read_letter_scores(cache, letters(scores[test])[None], test)
-    bias = make_result("temperature and letter bias", read, letters.parameters)
+    with torch.no_grad():
+        states = compute_states(cache, cache.residual, cache.prompts.last)
+        scores = cache.letters.score_states(cache.tail, states)[None]
+    overall = exp.targets.overall[None]
+    bias = evaluate_calibrated_letters(exp, "temperature and letter bias", scores, overall)
     return [alone, replace(bias, answers=_for_every_group(exp, bias.answers))]
 
 
 def make_result(name: str, read: AnswerDistribution, parameters: int) -> MethodResult:
     """A method that leaves the model as it is and reads letters otherwise, or asks otherwise."""
-    return MethodResult(
-        name, read.probabilities, NO_COST, parameters, order=float(read.order_sensitivity.mean())
-    )
+    return MethodResult(name, read.probabilities, NO_COST, parameters, **read.means())
 
 
 @torch.no_grad()
@@ -170,23 +135,18 @@ def measure_refusals(cache: CachedPrompts, write: Writer) -> np.ndarray:
 
     It is reported apart and never a part of the answer distribution.
     """
-    letters = OptionLetters(cache.model.tokenizer, most_options(cache.questions) + 1)
+    letters = OptionLetters(cache.model.tokenizer, len(cache.letters.tokens) + 1)
     offered = make_prompts(cache.model, cache.questions, write)
-    logits = torch.cat(
-        [
-            cache.tail.logits(cache.tail.states(cache.compute_residuals(tokens), last))
-            for tokens, last in zip(
-                offered.tokens.split(cache.batch), offered.last.split(cache.batch), strict=True
-            )
-        ]
-    )
+    parts = zip(offered.tokens.split(cache.batch), offered.last.split(cache.batch), strict=True)
+    states = [cache.tail.states(cache.compute_residuals(tokens), at) for tokens, at in parts]
+    logits = torch.cat([cache.tail.logits(part) for part in states])
     mass = letters.score_logits(logits).softmax(-1)
     # the last letter that is offered is the refusal's
     n_options = offered.n_options[:, None]
     beyond = torch.arange(mass.shape[1], device=mass.device) >= n_options
     answered = mass.masked_fill(beyond, 0.0).sum(1).double().cpu().numpy()
     refused = mass.gather(1, n_options)[:, 0].double().cpu().numpy()
-    return refusal_share(answered, refused).reshape(2, -1).mean(0)
+    return (refused / (answered + refused)).reshape(2, -1).mean(0)
 
 
 # group prompts
@@ -227,25 +187,21 @@ def run_group_prompts(exp: Experiment, form: str = "BIO") -> GroupPrompts:
     for group in groups:
         siblings = [g for g in groups if g.attribute == group.attribute]
         found.append(_run_group(exp, exp.template.group_prompt(form, group, siblings)))
-    stacked = {
-        name: torch.stack([one[name] for one in found])
-        for name in ("scores", "hidden", "final", "block", "acts", "fires", "spread")
-    }
+    prompts = [one.pop("prompts") for one in found]
+    stacked = {name: torch.stack([one[name] for one in found]) for name in found[0]}
     stacked["spread"] = stacked["spread"].mean(0)
     count = len(exp.cache.prompts.prompt_ids(exp.targets.train))
-    return GroupPrompts([one["prompts"] for one in found], **stacked, count=count)
+    return GroupPrompts(prompts, **stacked, count=count)
 
 
+@torch.no_grad()
 def _run_group(exp: Experiment, write: Writer) -> dict:
     """The fields of `GroupPrompts` for one group."""
     cache = exp.cache
     own = make_prompts(cache.model, cache.questions, write)
     residual = cache.compute_residuals(own.tokens)
     place = torch.arange(residual.shape[1], device=residual.device)
-    with torch.no_grad():
-        parts = zip(residual.split(cache.batch), own.last.split(cache.batch), strict=True)
-        state = torch.cat([cache.tail.states(x, last) for x, last in parts])
-        scores = cache.letters.score_states(cache.tail, state)
+    state = compute_states(cache, residual, own.last)
     start = own.last - shared_ending(own, cache.prompts)
     inside = (place <= own.last[:, None]) & (place > start[:, None])
     train = own.prompt_ids(exp.targets.train)
@@ -253,7 +209,7 @@ def _run_group(exp: Experiment, write: Writer) -> dict:
     acts, active = (torch.cat(part) for part in zip(*parts, strict=True))
     return {
         "prompts": own,
-        "scores": scores,
+        "scores": cache.letters.score_states(cache.tail, state),
         "hidden": residual[torch.arange(len(residual)), own.last],
         "final": state.float(),
         "block": residual[train][inside[train]].mean(0),
@@ -263,63 +219,49 @@ def _run_group(exp: Experiment, write: Writer) -> dict:
     }
 
 
-@torch.no_grad()
 def _over_block(
     basis: Basis, residual: torch.Tensor, inside: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean activation over the tokens `inside`, and the share of them that is active,
-    [prompts, M].
-    """
+    """Mean activation over tokens `inside`, and the share of them that is active, [prompts, M]."""
     acts = basis.encode(residual) * inside[..., None]
     count = inside.sum(1, keepdim=True)
     return acts.sum(1) / count, (acts != 0).sum(1) / count
 
 
 def shared_ending(first: Prompts, second: Prompts) -> torch.Tensor:
-    """How many tokens two ways of asking a question end alike, their start tokens left out,
-    [prompts].
-    """
-    back = torch.arange(
-        min(first.tokens.shape[1], second.tokens.shape[1]), device=first.tokens.device
-    )
-    ends = []
-    for one in (first, second):
-        place = one.last[:, None] - back
-        ends.append((one.tokens.gather(1, place.clamp(min=0)), place > 0))
-    alike = (ends[0][0] == ends[1][0]) & ends[0][1] & ends[1][1]
+    """How many tokens two ways of asking end alike, start tokens left out, [prompts]."""
+    width = min(first.tokens.shape[1], second.tokens.shape[1])
+    back = torch.arange(width, device=first.tokens.device)
+    places = [one.last[:, None] - back for one in (first, second)]
+    ends = [
+        one.tokens.gather(1, place.clamp(min=0))
+        for one, place in zip((first, second), places, strict=True)
+    ]
+    alike = (ends[0] == ends[1]) & (places[0] > 0) & (places[1] > 0)
     return alike.long().cumprod(1).sum(1)
-
-
-def choose_form(cache: CachedPrompts, forms: dict[str, GroupPrompts], targets: Targets) -> str:
-    """The form whose answers are closest to the groups' on the validation questions."""
-    rows = cache.prompts.prompt_ids(targets.validation)
-    truth = targets.answers[:, targets.validation]
-
-    def loss(form: str) -> float:
-        scores = forms[form].scores[:, rows]
-        return mean_kl(truth, read_letter_scores(cache, scores, rows).probabilities)
-
-    return min(forms, key=loss)
 
 
 def evaluate_prompting(exp: Experiment, forms: dict[str, GroupPrompts]) -> list[MethodResult]:
     """Each form of group prompt, alone and with letter bias fitted on the training questions."""
     cache = exp.cache
     test = cache.prompts.prompt_ids(exp.eval_set.questions)
-    train = cache.prompts.prompt_ids(exp.targets.train)
-    best = choose_form(cache, forms, exp.targets)
+    validation = exp.targets.validation
+    rows = cache.prompts.prompt_ids(validation)
+
+    def loss(form: str) -> float:
+        found = read_letter_scores(cache, forms[form].scores[:, rows], rows).probabilities
+        return mean_kl(exp.targets.answers[:, validation], found)
+
+    best = min(forms, key=loss)
     results = []
     for form, prompted in forms.items():
         name = f"prompt {form}" + (" (best on validation)" if form == best else "")
         read = read_letter_scores(cache, prompted.scores[:, test], test)
         results.append(make_result(name, read, 0))
-        scores = prompted.scores[:, train].flatten(0, 1)
-        answers = torch.tensor(exp.targets.answers, dtype=torch.float32, device=scores.device)
-        target = answers[:, cache.prompts.question[train]].flatten(0, 1)
-        rows = train.repeat(len(prompted.scores))
-        letters = fit_letter_calibration(cache, scores, rows, target)
-        read = read_letter_scores(cache, letters(prompted.scores[:, test]), test)
-        results.append(make_result(f"prompt {form}, calibrated letters", read, letters.parameters))
+        calibrated = f"prompt {form}, calibrated letters"
+        results.append(
+            evaluate_calibrated_letters(exp, calibrated, prompted.scores, exp.targets.answers)
+        )
     return results
 
 
@@ -340,8 +282,9 @@ def difference_of_means(prompted: GroupPrompts, targets: Targets) -> torch.Tenso
 
 
 def latent_contrasts(prompted: GroupPrompts, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each latent: mean activation of g minus that of its siblings [groups, M], and the F
-    statistic between groups [M].
+    """Of each latent: mean activation of g minus that of its siblings, F statistic between groups.
+
+    They are [groups, M] and [M].
     """
     mean, within = prompted.acts, prompted.spread
     attributes = np.array(targets.attributes)
@@ -356,21 +299,15 @@ def latent_contrasts(prompted: GroupPrompts, targets: Targets) -> tuple[torch.Te
 
 
 def select_top_latents(contrast: torch.Tensor, statistic: torch.Tensor, k: int) -> torch.Tensor:
-    """Untrained shift: the contrast of the `k` latents with the largest F statistic, nothing
-    elsewhere.
-    """
+    """Untrained shift: the contrast of the `k` latents with the largest F statistic alone."""
     chosen = torch.zeros_like(statistic)
     chosen[statistic.topk(min(k, len(statistic))).indices] = 1
     return contrast * chosen
 
 
-def restrict_basis(basis: Basis, keep: torch.Tensor, name: str) -> Basis:
-    """The latents `keep` alone, as SAE-SSV steers within a screened subspace; the rest counts as
-    unexplained.
-    """
-    return Basis(
-        name, lambda x: basis.encode(x)[..., keep], basis.decoder[keep], basis.offset, basis.signed
-    )
+def restrict_basis(basis: Basis, keep: torch.Tensor) -> Basis:
+    """The latents `keep` alone, as SAE-SSV steers within them; the rest counts as unexplained."""
+    return replace(basis, encode=lambda x: basis.encode(x)[..., keep], decoder=basis.decoder[keep])
 
 
 def make_untrained_shift(exp: Experiment, shared: torch.Tensor, part: torch.Tensor) -> Shift:
@@ -387,32 +324,29 @@ def make_untrained_shift(exp: Experiment, shared: torch.Tensor, part: torch.Tens
 
 
 def choose_coefficient(
-    cache: CachedPrompts,
-    basis: Basis,
-    shift: Shift,
-    targets: Targets,
-    coefficients: Sequence[float] = COEFFICIENTS,
+    exp: Experiment, basis: Basis, shift: Shift, coefficients: Sequence[float] = COEFFICIENTS
 ) -> tuple[float, Shift]:
     """The coefficient of the group part that is closest to the groups on validation questions."""
-    truth = targets.answers[:, targets.validation]
+    rows = exp.targets.validation
 
     def loss(coefficient: float) -> float:
         delta = shift.shared + coefficient * shift.scores @ shift.axes.T
-        found = cache.measure_answers(basis, shift.kind, delta, targets.validation, shift.positions)
-        return mean_kl(truth, found.probabilities)
+        found = exp.cache.measure_answers(basis, shift.kind, delta, rows, shift.positions)
+        return mean_kl(exp.targets.answers[:, rows], found.probabilities)
 
     best = min(coefficients, key=loss)
     return best, replace(shift, scores=best * shift.scores)
 
 
 def evaluate_untrained(
-    exp: Experiment, prompted: GroupPrompts, shared: Callable[[Basis], torch.Tensor]
+    exp: Experiment, prompted: GroupPrompts, calibration: ShiftTraining, seed: int
 ) -> list[MethodResult]:
     """Difference of means and the SAE's most selective latents, at coefficients from validation.
 
     Both start from a Delta_0 that was trained on the population's answers, so that only the group
     part is untrained.
     """
+    additive = replace(calibration, kind="additive")
     contrast, statistic = latent_contrasts(prompted, exp.targets)
     parts = {
         MEANS: (exp.basis("dense", 0), difference_of_means(prompted, exp.targets)),
@@ -420,9 +354,10 @@ def evaluate_untrained(
     }
     results = []
     for name, (basis, part) in parts.items():
-        shift = make_untrained_shift(exp, shared(basis), part)
-        coefficient, best = choose_coefficient(exp.cache, basis, shift, exp.targets)
-        judged = evaluate_shift(exp, name, basis, FitResult(best, float("nan"), ()))
+        shared = train_calibration(exp.cache, basis, additive, exp.targets, seed)
+        shift = make_untrained_shift(exp, shared, part)
+        coefficient, best = choose_coefficient(exp, basis, shift)
+        judged = evaluate_shift(exp, name, basis, best)
         results.append(replace(judged, coefficient=coefficient))
     return results
 
@@ -430,13 +365,10 @@ def evaluate_untrained(
 def evaluate_screened_latents(
     exp: Experiment, prompted: GroupPrompts, training: ShiftTraining, seed: int, k: int = 128
 ) -> MethodResult:
-    """SAE-SSV: a trained additive shift within the `k` latents that tell prompted groups apart
-    best.
-    """
+    """SAE-SSV: a trained additive shift of the `k` latents that best tell prompted groups apart."""
     _, statistic = latent_contrasts(prompted, exp.targets)
     keep = statistic.topk(min(k, exp.sae.size)).indices
-    basis = restrict_basis(exp.sae, keep, "screened latents")
     own = replace(training, kind="additive", rank=None)
-    found = train_shift(exp.cache, basis, own, exp.targets, seed)
-    result = evaluate_shift(exp, "screened SAE latents (SAE-SSV)", basis, found)
+    basis = restrict_basis(exp.sae, keep)
+    result = train_method(exp, "screened SAE latents (SAE-SSV)", own, seed, basis)
     return replace(result, moved=result.moved * len(keep) / exp.sae.size)

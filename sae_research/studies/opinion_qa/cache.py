@@ -13,17 +13,13 @@ from sae_research.studies.opinion_qa.prompts import (
     AnswerDistribution,
     OptionLetters,
     average_orders,
-    most_options,
-    option_log_probs,
     sort_by_ordinal,
 )
 from sae_research.studies.opinion_qa.shift import Basis, compute_displacement
 from sae_research.surveys.survey import Question
 
 Writer = Callable[[Question, bool], str]
-"""The prompt of a question up to its answer's letter; the second argument lists the options from
-the top.
-"""
+"""The prompt of a question up to its answer's letter; True lists the options from the top."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +38,7 @@ class Prompts:
     """Number of options, [prompts]."""
 
     def editable(self, positions: str) -> torch.Tensor:
-        """Where a shift acts, [prompts, positions]; a prompt is its survey block, as it carries no
-        group text.
-        """
+        """Where a shift acts, [prompts, positions]: no prompt here carries any group text."""
         place = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         if positions == "answer":
             return place == self.last[:, None]
@@ -52,9 +46,12 @@ class Prompts:
 
     def prompt_ids(self, questions: Sequence[int]) -> torch.Tensor:
         """Prompts of some questions, in both orders."""
-        return torch.isin(self.question, torch.as_tensor(questions).to(self.question)).nonzero()[
-            :, 0
-        ]
+        wanted = torch.as_tensor(questions).to(self.question)
+        return torch.isin(self.question, wanted).nonzero()[:, 0]
+
+    def sort_scores(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Letter scores [..., rows, letters] of the prompts `rows`, by ordinal position."""
+        return sort_by_ordinal(scores, self.n_options[rows], self.reverse[rows])
 
 
 def make_prompts(model: LanguageModel, questions: Sequence[Question], write: Writer) -> Prompts:
@@ -82,16 +79,15 @@ class OffTaskCost:
     """KL(base || steered) per token in nats."""
 
 
+NO_COST = OffTaskCost(0.0, 0.0)
 _SAMPLE = 16_384
 """Survey tokens that statistics of a basis rest on."""
 
 
 class CachedPrompts:
-    """One model, one hook, one survey: runs only the blocks above the hook on residuals that no
-    group text enters.
+    """One model, one hook, one survey: runs only the blocks above the hook.
 
-    `batch` is how many rows, prompts or documents each under one shift, go through those blocks
-    at once.
+    `batch` is how many rows, prompts or documents each under one shift, go through them at once.
     """
 
     def __init__(
@@ -108,7 +104,7 @@ class CachedPrompts:
         self.questions = tuple(questions)
         self.write = write
         self.batch = batch
-        self.letters = OptionLetters(model.tokenizer, most_options(questions))
+        self.letters = OptionLetters(model.tokenizer, max(q.n_options for q in questions))
         self.tail = ModelTail(model, hook)
         self.prompts = make_prompts(model, questions, write)
         self.texts = {split: tokens.to(model.device) for split, tokens in texts.items()}
@@ -132,8 +128,7 @@ class CachedPrompts:
 
     @cached_property
     def survey_residuals(self) -> torch.Tensor:
-        """Residuals of the survey's own tokens, start token left out, [tokens, d]: what a basis is
-        made from.
+        """Residuals of the survey's own tokens but the start token, [tokens, d], for bases.
 
         At most `_SAMPLE` of them, spread evenly over the prompts.
         """
@@ -150,21 +145,19 @@ class CachedPrompts:
         return tuple(own[:: -(-len(own) // _SAMPLE)].T)
 
     def microbatches(self, rows: torch.Tensor, copies: int) -> tuple[torch.Tensor, ...]:
-        """`rows` in parts that go through the blocks at once when each is run under `copies`
-        shifts.
-        """
+        """`rows` in parts that go through the blocks at once, each row under `copies` shifts."""
         return rows.split(max(1, self.batch // copies))
 
     # answers
 
     def log_probs(self, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """log P_theta(k | q) by ordinal position for residuals [n, positions, d] of the prompts
-        `rows`.
+        """log P_theta(k | q) for residuals [n, positions, d] of the prompts `rows`, [n, options].
+
+        Options are by ordinal position; those that a question lacks have -inf.
         """
-        scores = self.letters.score_states(
-            self.tail, self.tail.states(residual, self.prompts.last[rows])
-        )
-        return option_log_probs(scores, self.prompts.n_options[rows], self.prompts.reverse[rows])
+        states = self.tail.states(residual, self.prompts.last[rows])
+        scores = self.letters.score_states(self.tail, states)
+        return self.prompts.sort_scores(scores, rows).log_softmax(-1)
 
     def apply_shift(
         self, basis: Basis, kind: str, delta: torch.Tensor, rows: torch.Tensor, positions: str
@@ -187,7 +180,7 @@ class CachedPrompts:
             read, letters = self.read_answers(x.flatten(0, 1), part.repeat_interleave(len(delta)))
             found.append(read.unflatten(0, (len(part), -1)))
             mass.append(letters.unflatten(0, (len(part), -1)))
-        return self._average_orders(torch.cat(found), torch.cat(mass))
+        return average_orders(torch.cat(found).transpose(0, 1), torch.cat(mass).T)
 
     @torch.no_grad()
     def read_answers(
@@ -195,26 +188,15 @@ class CachedPrompts:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities by ordinal position and the letters' share of all next-token mass."""
         logits = self.tail.logits(self.tail.states(residual, self.prompts.last[rows]))
-        scores = sort_by_ordinal(
-            self.letters.score_logits(logits),
-            self.prompts.n_options[rows],
-            self.prompts.reverse[rows],
-        )
+        scores = self.prompts.sort_scores(self.letters.score_logits(logits), rows)
         return scores.softmax(-1), (scores.logsumexp(-1) - logits.logsumexp(-1)).exp()
 
     def measure_unsteered(self, questions: Sequence[int]) -> AnswerDistribution:
         """What the frozen model answers, [1, questions, options]."""
         rows = self.prompts.prompt_ids(questions)
         found = [self.read_answers(self.residual[part], part) for part in rows.split(self.batch)]
-        return self._average_orders(
-            *(torch.cat(part)[:, None] for part in zip(*found, strict=True))
-        )
-
-    @staticmethod
-    def _average_orders(found: torch.Tensor, mass: torch.Tensor) -> AnswerDistribution:
-        """[both orders of the questions, shifts, ...] to a reading of [shifts, questions, ...]."""
-        by_order = [half.transpose(0, 1).double().cpu().numpy() for half in found.chunk(2)]
-        return average_orders(by_order, [half.T.double().cpu().numpy() for half in mass.chunk(2)])
+        probabilities, mass = (torch.cat(part)[None] for part in zip(*found, strict=True))
+        return average_orders(probabilities, mass)
 
     # other text
 
@@ -226,26 +208,39 @@ class CachedPrompts:
         return self.tail.logits(self.tail.states(x if moved is None else x + moved))
 
     @torch.no_grad()
-    def measure_cost(self, basis: Basis, kind: str, delta: torch.Tensor, split: str) -> OffTaskCost:
-        """Mean cost over shifts of leaving each always on, on the other text of `split`."""
+    def measure_cost(
+        self, basis: Basis, kind: str, delta: torch.Tensor, split: str, positions: str = "all"
+    ) -> OffTaskCost:
+        """Mean cost over shifts of leaving each always on, on the other text of `split`.
+
+        A shift of the survey block leaves other text as it is.
+        """
+        if positions != "all":
+            return NO_COST
         tokens, content = self.texts[split], self.text_content[split]
-        real = content[:, 1:]
-        count, predicted, totals = content.sum().item(), real.sum().item(), np.zeros(2)
+        totals = np.zeros(2)
         for docs in self.microbatches(torch.arange(len(tokens)), 4):
             base = self.text_logits(split, docs).log_softmax(-1)
             x = self.text_residual[split][docs]
             acts = basis.encode(x)
-            following = tokens[docs, 1:, None]
             for row in delta:
-                moved = (
-                    compute_displacement(basis, kind, x, acts, row[None])[:, 0]
-                    * content[docs][..., None]
-                )
+                moved = compute_displacement(basis, kind, x, acts, row[None])[:, 0]
+                moved = moved * content[docs][..., None]
                 new = self.text_logits(split, docs, moved).log_softmax(-1)
-                lost = (base - new)[:, :-1].gather(-1, following)[..., 0][real[docs]]
-                away = (base.exp() * (base - new)).sum(-1)[content[docs]]
-                totals += (
-                    lost.double().sum().item() / predicted,
-                    away.double().sum().item() / count,
-                )
+                totals += self.sum_costs(split, docs, base, new) / self.count_text(split)
         return OffTaskCost(*(totals / len(delta)).tolist())
+
+    def count_text(self, split: str) -> np.ndarray:
+        """Tokens of other text that are predicted, and all that have content."""
+        content = self.text_content[split]
+        return np.array([content[:, 1:].sum().item(), content.sum().item()])
+
+    def sum_costs(
+        self, split: str, docs: torch.Tensor, base: torch.Tensor, new: torch.Tensor
+    ) -> np.ndarray:
+        """Summed over tokens of `docs`: loss of `new` log-probabilities minus `base`'s, and KL."""
+        real = self.text_content[split][docs]
+        gaps = base - new
+        lost = gaps[:, :-1].gather(-1, self.texts[split][docs, 1:, None])[..., 0][real[:, 1:]]
+        away = (base.exp() * gaps).sum(-1)[real]
+        return np.array([lost.double().sum().item(), away.double().sum().item()])

@@ -4,7 +4,7 @@ Distributions are arrays [groups, questions, options]; several seeds add a leadi
 resample clusters of questions and training seeds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +25,7 @@ class EvalSet:
     reliability: float = 1.0
     """Split-half reliability of the groups' deviations; 1 for exact distributions."""
     noise: float = 0.0
-    """WD that sampling alone leaves between a group's poll and a second one; 0 for exact
-    distributions.
-    """
+    """WD that sampling alone leaves between a group's poll and a second one; 0 if exact."""
     families: tuple[str, ...] = ()
     """Family of near-duplicates of every question of the survey; empty where each stands alone."""
 
@@ -76,17 +74,11 @@ class Scores:
     population: float
     """WD(Pbar, pibar): the population part of the error."""
     rho_dev: float
-    """Correlation of predicted with true deviations from the population, free of noise; 0 if none
-    is predicted.
-    """
+    """Correlation of predicted with true deviations, free of noise; 0 if none is predicted."""
     slope: float
-    """Slope of predicted on true deviations: 1 is calibrated, above caricature, below
-    flattening.
-    """
+    """Slope of predicted on true deviations: 1 is calibrated, above caricature, below flat."""
     swap: float
-    """Mean WD(P_sibling, pi_g) - WD(P_g, pi_g): positive where shifts are specific to their
-    group.
-    """
+    """Mean WD(P_sibling, pi_g) - WD(P_g, pi_g): positive where shifts are specific to groups."""
     swapped_groups: float
     """Share of groups with a positive swap test, among those that differ from their siblings."""
     identification: float
@@ -106,9 +98,8 @@ def compute_scores(eval_set: EvalSet, predicted: np.ndarray, unsteered: np.ndarr
     truth, weights = eval_set.truth, eval_set.survey.weights
     wd, before = eval_set.distance(predicted, truth), eval_set.distance(unsteered, truth)
     part = score_groups(predicted, truth, weights, eval_set.mask)
-    swap = compute_swap_test(eval_set, predicted)
-    differs = find_distinct_groups(eval_set)
-    accuracy, chance = identification(eval_set, predicted)
+    swap, differs = compute_swap_test(eval_set, predicted)
+    hits, clear, chance = identify_groups(eval_set, predicted).sum(0)
     middle = (predicted + truth) / 2
     return Scores(
         wd=float(wd.mean()),
@@ -124,61 +115,56 @@ def compute_scores(eval_set: EvalSet, predicted: np.ndarray, unsteered: np.ndarr
         slope=part.slope,
         swap=float(swap.mean()),
         swapped_groups=float((swap[differs] > 1e-9).mean()) if differs.any() else float("nan"),
-        identification=accuracy,
-        chance=chance,
+        identification=float(hits / clear) if clear else float("nan"),
+        chance=float(chance / clear) if clear else float("nan"),
         variance_ratio=float(_between(predicted, weights) / _between(truth, weights)),
         entropy_ratio=float(_entropy(predicted).mean() / _entropy(truth).mean()),
         skill=float(1 - (wd.mean() - eval_set.noise) / (before.mean() - eval_set.noise)),
     )
 
 
-def compute_swap_test(eval_set: EvalSet, predicted: np.ndarray) -> np.ndarray:
-    """S_g = mean over questions and siblings g' of WD(P_g', pi_g) - WD(P_g, pi_g), one number a
-    group.
+def _compare_siblings(
+    eval_set: EvalSet, predicted: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each attribute: its groups, WD(P_g, pi_h) and WD(pi_g, pi_h), both [g, h, questions].
+
+    The latter is infinite from a group to itself.
     """
-    found = np.zeros(len(predicted))
     for group in eval_set.siblings():
-        cross = eval_set.distance(predicted[group][:, None], eval_set.truth[group][None]).mean(-1)
-        own = np.diag(cross)
-        found[group] = (cross.sum(0) - own) / (len(group) - 1) - own
-    return found
+        truth = eval_set.truth[group]
+        cross = eval_set.distance(predicted[group][:, None], truth[None])
+        apart = eval_set.distance(truth[:, None], truth[None])
+        apart[np.arange(len(group)), np.arange(len(group))] = np.inf
+        yield group, cross, apart
 
 
-def find_distinct_groups(eval_set: EvalSet, least: float = 0.005) -> np.ndarray:
-    """Which groups lie at least `least` from their nearest sibling; a negative control has nothing
+def compute_swap_test(
+    eval_set: EvalSet, predicted: np.ndarray, least: float = 0.005
+) -> tuple[np.ndarray, np.ndarray]:
+    """S_g = mean over questions and siblings h of WD(P_h, pi_g) - WD(P_g, pi_g), one a group.
+
+    And which groups lie at least `least` from their nearest sibling: a negative control has nothing
     to swap.
     """
-    found = np.zeros(len(eval_set.survey.groups), dtype=bool)
-    for group in eval_set.siblings():
-        apart = eval_set.distance(eval_set.truth[group][:, None], eval_set.truth[group][None]).mean(
-            -1
-        )
-        np.fill_diagonal(apart, np.inf)
-        found[group] = apart.min(1) >= least
-    return found
+    swap = np.zeros(len(predicted))
+    differs = np.zeros(len(predicted), dtype=bool)
+    for group, cross, apart in _compare_siblings(eval_set, predicted):
+        mean = cross.mean(-1)
+        own = np.diag(mean)
+        swap[group] = (mean.sum(0) - own) / (len(group) - 1) - own
+        differs[group] = apart.mean(-1).min(1) >= least
+    return swap, differs
 
 
-def identification(eval_set: EvalSet, predicted: np.ndarray) -> tuple[float, float]:
-    """Share of cells in which the nearest sibling is the group itself, and chance; only cells that
-    are well apart.
-    """
-    hits, clear, chance = identified(eval_set, predicted).sum(0)
-    return (float(hits / clear), float(chance / clear)) if clear else (float("nan"), float("nan"))
+def identify_groups(eval_set: EvalSet, predicted: np.ndarray, least: float = 0.02) -> np.ndarray:
+    """Groups that are their own nearest sibling, at least `least` apart, and found by chance.
 
-
-def identified(eval_set: EvalSet, predicted: np.ndarray, least: float = 0.02) -> np.ndarray:
-    """By question: groups that are their own nearest sibling, groups at least `least` apart from
-    theirs, and chance.
+    They are counted by question, [questions, 3].
     """
     found = np.zeros((predicted.shape[1], 3))
-    for group in eval_set.siblings():
-        apart = eval_set.distance(eval_set.truth[group][:, None], eval_set.truth[group][None])
-        apart[np.arange(len(group)), np.arange(len(group))] = np.inf
+    for group, cross, apart in _compare_siblings(eval_set, predicted):
         clear = apart.min(1) >= least
-        nearest = eval_set.distance(predicted[group][:, None], eval_set.truth[group][None]).argmin(
-            1
-        )
-        own = nearest == np.arange(len(group))[:, None]
+        own = cross.argmin(1) == np.arange(len(group))[:, None]
         found += np.stack([(own & clear).sum(0), clear.sum(0), clear.sum(0) / len(group)], -1)
     return found
 
@@ -194,38 +180,32 @@ def _entropy(p: np.ndarray) -> np.ndarray:
 def off_target(
     eval_set: EvalSet, predicted: np.ndarray, calibrated: np.ndarray, share: float = 1 / 3
 ) -> np.ndarray:
-    """O[g, h]: change in WD to group h when g's shift replaces calibration, on the questions where
-    g least differs.
-    """
-    truth, found = eval_set.truth, np.zeros((len(predicted), len(predicted)))
+    """O[g, h]: change in WD to h when g's shift replaces calibration, where g least differs."""
+    truth = eval_set.truth
+    found = np.zeros((len(predicted), len(predicted)))
     mean = np.tensordot(eval_set.survey.weights, truth, 1)
+    before = eval_set.distance(calibrated[None], truth)
     for g, steered in enumerate(predicted):
         away = eval_set.distance(truth[g], mean)
         calm = np.argsort(away)[: max(1, round(share * len(away)))]
-        change = eval_set.distance(steered[None], truth) - eval_set.distance(
-            calibrated[None], truth
-        )
+        change = eval_set.distance(steered[None], truth) - before
         found[g] = change[:, calm].mean(1)
     return found
 
 
 def on_target(eval_set: EvalSet, predicted: np.ndarray, calibrated: np.ndarray) -> np.ndarray:
-    """Change in WD to its own group when each shift replaces calibration, on all questions."""
-    return (
-        eval_set.distance(predicted, eval_set.truth)
-        - eval_set.distance(calibrated[None], eval_set.truth)
-    ).mean(1)
+    """Change in WD to its own group when each shift replaces calibration, [groups, questions]."""
+    before = eval_set.distance(calibrated[None], eval_set.truth)
+    return eval_set.distance(predicted, eval_set.truth) - before
 
 
 def canonical_correlations(
-    scores_: np.ndarray, traits: np.ndarray, weights: np.ndarray
+    scores: np.ndarray, traits: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """Canonical correlations of the groups' scores c_g with their planted mean traits, largest
-    first.
-    """
+    """Canonical correlations of the scores c_g with planted mean traits, largest first."""
     root = np.sqrt(weights / weights.sum())[:, None]
     bases = []
-    for table in (scores_, traits):
+    for table in (scores, traits):
         centred = root * (table - np.average(table, axis=0, weights=weights))
         left, values, _ = np.linalg.svd(centred, full_matrices=False)
         bases.append(left[:, values > 1e-8 * max(values[0], 1e-12)])
@@ -233,24 +213,20 @@ def canonical_correlations(
 
 
 def chance_correlations(
-    scores_: np.ndarray, traits: np.ndarray, weights: np.ndarray, seed: int, draws: int = 500
+    scores: np.ndarray, traits: np.ndarray, weights: np.ndarray, seed: int, draws: int = 500
 ) -> np.ndarray:
-    """Mean canonical correlations when traits go to random groups: few groups make even chance
-    look large.
-    """
+    """Their mean when traits go to random groups: few groups make even chance look large."""
     order = np.random.default_rng(seed)
     found = [
-        canonical_correlations(scores_, traits[order.permutation(len(traits))], weights)
+        canonical_correlations(scores, traits[order.permutation(len(traits))], weights)
         for _ in range(draws)
     ]
     return np.mean(found, axis=0)
 
 
 def consistency(eval_set: EvalSet, answers: np.ndarray, topics: Sequence[str]) -> float:
-    """C_m of OpinionQA: share of topics whose best-aligned group is the overall best-aligned one,
-    mean over attributes.
-
-    `answers` is one distribution a question, [questions, options].
+    """C_m of OpinionQA for `answers` [questions, options]: mean over attributes of the share of
+    topics whose best-aligned group is the overall best-aligned one.
     """
     wd, topics = eval_set.distance(answers[None], eval_set.truth), np.asarray(topics)
     found = []
@@ -262,22 +238,25 @@ def consistency(eval_set: EvalSet, answers: np.ndarray, topics: Sequence[str]) -
     return float(np.mean(found))
 
 
-def jaccard(first: np.ndarray, second: np.ndarray) -> float:
-    """Shared over united members of two sets given as masks."""
-    union = (first | second).sum()
-    return float((first & second).sum() / union) if union else 1.0
-
-
-# intervals
+# intervals; predicted answers are [seeds, groups, questions, options]
 
 _DRAWS = 2000
+
+
+def _draw_counts(draws: np.random.Generator, n: int) -> np.ndarray:
+    """How often each of `n` units is in each bootstrap sample, [draws, n]."""
+    return draws.multinomial(n, np.full(n, 1 / n), _DRAWS)
+
+
+def _percentile_interval(value: float, drawn: np.ndarray, n: int) -> Interval:
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(value, min(value, float(low)), max(value, float(high)), n)
 
 
 def resample_clusters(
     statistic: Callable[[np.ndarray], np.ndarray], sums: np.ndarray, clusters: np.ndarray, seed: int
 ) -> Interval:
-    """Percentile interval of `statistic` of sums over questions, resampling question clusters and
-    training seeds.
+    """Percentile interval that resamples clusters of questions and training seeds.
 
     `sums` is [seeds, questions, columns]; `statistic` takes [..., columns] of totals.
     """
@@ -286,58 +265,54 @@ def resample_clusters(
         raise ResearchError("an interval over questions needs at least two clusters of questions.")
     table = np.stack([sums[:, clusters == name].sum(1) for name in names], 1)
     draws = np.random.default_rng(seed)
-    runs = draws.multinomial(len(table), np.full(len(table), 1 / len(table)), _DRAWS)
-    picks = draws.multinomial(len(names), np.full(len(names), 1 / len(names)), _DRAWS)
+    runs = _draw_counts(draws, len(table))
+    picks = _draw_counts(draws, len(names))
     drawn = statistic(np.einsum("ds,dc,sck->dk", runs, picks, table, optimize=True))
-    low, high = np.quantile(drawn[np.isfinite(drawn)], [0.025, 0.975])
     value = float(statistic(table.sum((0, 1))))
-    return Interval(value, min(value, float(low)), max(value, float(high)), len(names))
+    return _percentile_interval(value, drawn[np.isfinite(drawn)], len(names))
 
 
-def wd_interval(
-    eval_set: EvalSet, predicted: np.ndarray, seed: int, minus: np.ndarray | None = None
+def resample_groups_and_clusters(gaps: np.ndarray, seed: int) -> Interval:
+    """Mean of [seeds, groups, clusters] with a percentile interval that resamples all three."""
+    draws = np.random.default_rng(seed)
+    weights = [_draw_counts(draws, n) / n for n in gaps.shape]
+    drawn = np.einsum("ds,dg,dc,sgc->d", *weights, gaps, optimize=True)
+    return _percentile_interval(float(gaps.mean()), drawn, gaps.shape[1])
+
+
+def _ratio(s: np.ndarray) -> np.ndarray:
+    return s[..., 0] / np.maximum(s[..., 1], 1e-12)
+
+
+def distance_interval(
+    eval_set: EvalSet,
+    predicted: np.ndarray,
+    seed: int,
+    minus: np.ndarray | None = None,
+    metric: str = "wd",
 ) -> Interval:
-    """Mean WD of [seeds, groups, questions, options]; with `minus`, the paired difference to
-    another method's.
-    """
-    gap = eval_set.distance(predicted, eval_set.truth).mean(1)
-    if minus is not None:
-        gap = gap - eval_set.distance(minus, eval_set.truth).mean(1)
+    """Mean WD, or KL(pi || P); with `minus`, the paired difference to another method's."""
+
+    def measure(p: np.ndarray) -> np.ndarray:
+        found = (
+            eval_set.distance(p, eval_set.truth)
+            if metric == "wd"
+            else divergence(eval_set.truth, p)
+        )
+        return found.mean(1)
+
+    gap = measure(predicted) if minus is None else measure(predicted) - measure(minus)
     return resample_clusters(
-        lambda s: s[..., 0] / s[..., 1],
-        np.stack([gap, np.ones_like(gap)], -1),
-        eval_set.clusters,
-        seed,
+        _ratio, np.stack([gap, np.ones_like(gap)], -1), eval_set.clusters, seed
     )
 
 
 def wd_ratio_interval(
-    eval_set: EvalSet, predicted: np.ndarray, other: np.ndarray, seed: int
+    eval_set: EvalSet, predicted: np.ndarray, seed: int, other: np.ndarray
 ) -> Interval:
-    """Mean WD of one method over that of another, both [seeds, groups, questions, options], on the
-    same questions.
-    """
+    """Mean WD of one method over that of another on the same questions."""
     table = np.stack([eval_set.distance(p, eval_set.truth).mean(1) for p in (predicted, other)], -1)
-    return resample_clusters(
-        lambda s: s[..., 0] / np.maximum(s[..., 1], 1e-12), table, eval_set.clusters, seed
-    )
-
-
-def kl_interval(
-    eval_set: EvalSet, predicted: np.ndarray, seed: int, minus: np.ndarray | None = None
-) -> Interval:
-    """Mean KL(pi || P) of [seeds, groups, questions, options]; with `minus`, the paired difference
-    to another one's.
-    """
-    gap = divergence(eval_set.truth, predicted).mean(1)
-    if minus is not None:
-        gap = gap - divergence(eval_set.truth, minus).mean(1)
-    return resample_clusters(
-        lambda s: s[..., 0] / s[..., 1],
-        np.stack([gap, np.ones_like(gap)], -1),
-        eval_set.clusters,
-        seed,
-    )
+    return resample_clusters(_ratio, table, eval_set.clusters, seed)
 
 
 def slope_interval(eval_set: EvalSet, predicted: np.ndarray, seed: int) -> Interval:
@@ -352,19 +327,16 @@ def slope_interval(eval_set: EvalSet, predicted: np.ndarray, seed: int) -> Inter
 
 def identification_interval(eval_set: EvalSet, predicted: np.ndarray, seed: int) -> Interval:
     """Share of cells in which the nearest sibling is the group itself."""
-    table = np.stack([identified(eval_set, p) for p in predicted])
-    return resample_clusters(
-        lambda s: s[..., 0] / np.maximum(s[..., 1], 1e-12), table, eval_set.clusters, seed
-    )
+    table = np.stack([identify_groups(eval_set, p) for p in predicted])
+    return resample_clusters(_ratio, table, eval_set.clusters, seed)
 
 
 def worst_change_interval(
-    eval_set: EvalSet, predicted: np.ndarray, before: np.ndarray, seed: int
+    eval_set: EvalSet, predicted: np.ndarray, seed: int, before: np.ndarray
 ) -> Interval:
     """The largest change of any group's mean WD, so that below 0 every group has gained."""
-    change = eval_set.distance(predicted, eval_set.truth) - eval_set.distance(
-        before, eval_set.truth
-    )
+    truth = eval_set.truth
+    change = eval_set.distance(predicted, truth) - eval_set.distance(before, truth)
     table = np.concatenate([change.transpose(0, 2, 1), np.ones((*change.shape[::2], 1))], -1)
     return resample_clusters(
         lambda s: (s[..., :-1] / s[..., -1:]).max(-1), table, eval_set.clusters, seed
@@ -372,74 +344,40 @@ def worst_change_interval(
 
 
 def quietest_share_interval(eval_set: EvalSet, predicted: np.ndarray, seed: int) -> Interval:
-    """Root mean square deviation predicted for the attribute that truly deviates least, over that
-    of the others.
-    """
-    weights, names = (
-        eval_set.survey.weights,
-        np.array([g.attribute for g in eval_set.survey.groups]),
-    )
+    """RMS deviation predicted for the attribute that truly deviates least over that of the rest."""
+    weights = eval_set.survey.weights
+    names = np.array([g.attribute for g in eval_set.survey.groups])
     true = deviations(eval_set.truth, weights) ** 2 * eval_set.mask
-    quiet = min(dict.fromkeys(names), key=lambda a: true[names == a].mean())
-    own = names == quiet
+    own = names == min(dict.fromkeys(names), key=lambda a: true[names == a].mean())
     table = []
     for one in predicted:
         ours = deviations(one, weights) ** 2 * eval_set.mask
         table.append(np.stack([ours[own].mean(0).sum(-1), ours[~own].mean(0).sum(-1)], -1))
-    return resample_clusters(
-        lambda s: np.sqrt(s[..., 0] / np.maximum(s[..., 1], 1e-12)),
-        np.stack(table),
-        eval_set.clusters,
-        seed,
-    )
-
-
-def resample_groups_and_clusters(gaps: np.ndarray, seed: int) -> Interval:
-    """Mean of [seeds, groups, clusters] with a percentile interval that resamples all three."""
-    draws, weights = np.random.default_rng(seed), []
-    for n in gaps.shape:
-        weights.append(draws.multinomial(n, np.full(n, 1 / n), _DRAWS) / n)
-    drawn = np.einsum("ds,dg,dc,sgc->d", *weights, gaps, optimize=True)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    value = float(gaps.mean())
-    return Interval(value, min(value, float(low)), max(value, float(high)), gaps.shape[1])
+    return resample_clusters(lambda s: np.sqrt(_ratio(s)), np.stack(table), eval_set.clusters, seed)
 
 
 def rho_dev_interval(
     eval_set: EvalSet, predicted: np.ndarray, seed: int, minus: np.ndarray | None = None
 ) -> Interval:
-    """rho_dev of [seeds, groups, questions, options]; with `minus`, the paired difference to
-    another method's.
-    """
-    first = _products(eval_set, predicted)
-    if minus is None:
-        return resample_clusters(
-            lambda s: _rho(s) / eval_set.reliability**0.5, first, eval_set.clusters, seed
-        )
-    second = _products(eval_set, minus)
-    width = first.shape[-1]
-    return resample_clusters(
-        lambda s: (_rho(s[..., :width]) - _rho(s[..., width:])) / eval_set.reliability**0.5,
-        np.concatenate([first, second], -1),
-        eval_set.clusters,
-        seed,
-    )
+    """rho_dev; with `minus`, the paired difference to another method's."""
+    tables = [_products(eval_set, p) for p in (predicted, minus) if p is not None]
+
+    def correlate(s: np.ndarray) -> np.ndarray:
+        rho = [_rho(part) for part in np.split(s, len(tables), axis=-1)]
+        return (rho[0] if minus is None else rho[0] - rho[1]) / eval_set.reliability**0.5
+
+    return resample_clusters(correlate, np.concatenate(tables, -1), eval_set.clusters, seed)
 
 
 def _products(eval_set: EvalSet, predicted: np.ndarray) -> np.ndarray:
-    """What a correlation of deviations needs, summed over groups and options, [seeds, questions,
-    6].
-    """
+    """Sums over groups and options of n, a, b, aa, bb and ab, [seeds, questions, 6]."""
     weights, mask = eval_set.survey.weights, eval_set.mask
     b = deviations(eval_set.truth, weights) * mask
     found = []
     for one in predicted:
         a = deviations(one, weights) * mask
-        found.append(
-            np.stack(
-                [(x * mask).sum((0, 2)) for x in (np.ones_like(a), a, b, a * a, b * b, a * b)], -1
-            )
-        )
+        columns = (np.ones_like(a), a, b, a * a, b * b, a * b)
+        found.append(np.stack([(x * mask).sum((0, 2)) for x in columns], -1))
     return np.stack(found)
 
 

@@ -26,6 +26,7 @@ from sae_research.studies.opinion_qa.prompts import (
 from sae_research.studies.opinion_qa.settings import Settings
 from sae_research.studies.opinion_qa.shift import (
     Basis,
+    Shift,
     pca_basis,
     random_basis,
     residual_basis,
@@ -51,9 +52,7 @@ class Experiment:
     """One model at one hook with a survey, ready for any method."""
 
     settings: Settings
-    """The study's settings."""
     cache: CachedPrompts
-    """Cached prompts and texts."""
     sae: Basis
     """The SAE's latents."""
     template: PromptTemplate
@@ -88,6 +87,18 @@ class Experiment:
             acts = self.sae.encode(self.cache.survey_residuals)
         return float((acts != 0).float().sum(-1).mean())
 
+    def answer(
+        self, shift: Shift, deltas: torch.Tensor, questions: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Answers to the test, or other, questions under `deltas` of latents, applied as `shift`.
+
+        They are [deltas, questions, options].
+        """
+        asked = self.eval_set.questions if questions is None else questions
+        return self.cache.measure_answers(
+            self.sae, shift.kind, deltas, asked, shift.positions
+        ).probabilities
+
     def basis(self, space: str, seed: int) -> Basis:
         """A space to shift in: the SAE, or what takes its place in a control."""
         residuals = self.cache.survey_residuals
@@ -116,30 +127,12 @@ def load_experiment(profile: Profile, name: str, seed: int, role: str | None = N
     about = [asdict(profile.opinion_qa), runtime.device, runtime.dtype, name, seed, role]
     key = store.fingerprint([*about, opinion_qa_folder()])
     if key not in _last:
-        loaded = _load_anew(profile, name, seed, role)
+        embedded = catalogue.get(name).embedded
+        load = load_toy_experiment if embedded else load_opinion_qa_experiment
+        loaded = load(profile, name, role, seed)
         _last.clear()
         _last[key] = loaded
     return _last[key]
-
-
-def _load_anew(profile: Profile, name: str, seed: int, role: str) -> Experiment:
-    if catalogue.get(name).embedded:
-        return load_toy_experiment(profile, name, role, seed)
-    folder = opinion_qa_folder()
-    try:
-        passages = (folder / "passages.txt").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ResearchError(
-            f"{name} is asked OpinionQA, which may not be redistributed: put your own copy "
-            f"(human_resp/ as on CodaLab) into {paths.relative(folder)} with passages.txt "
-            "beside it, other text with one passage per line."
-        ) from error
-    return load_opinion_qa_experiment(profile, name, role, folder, passages, seed)
-
-
-def load_shift_sae(profile: Profile, name: str, role: str | None = None) -> "SAE":
-    """The SAE of a model whose latents are shifted."""
-    return catalogue.get(name).sae(role or profile.opinion_qa.sae, device=profile.runtime.device)
 
 
 def load_toy_experiment(profile: Profile, name: str, role: str, seed: int) -> Experiment:
@@ -163,31 +156,24 @@ def load_toy_experiment(profile: Profile, name: str, role: str, seed: int) -> Ex
     }
     survey = population.survey()
     clusters = tuple(f"{q.topic} {q.verb}" for q in survey.questions)
-    rows = thin_questions(survey.questions, clusters, settings.every_nth_cluster)
-    exp = make_experiment(
-        settings,
-        model,
-        load_shift_sae(profile, name, role),
-        TOY_TEMPLATE,
-        select_questions(survey, rows),
-        [clusters[i] for i in rows],
-        texts,
-        seed,
-    )
     pairs = (("party", "age"), ("party", "education"), ("age", "region"), ("education", "region"))
     folder = build.model_folder(spec.model)
-    return replace(
-        exp,
+    return make_experiment(
+        settings,
+        model,
+        spec.sae(role, device=profile.runtime.device),
+        TOY_TEMPLATE,
+        survey,
+        clusters,
+        texts,
+        seed,
         load_fresh=lambda: AutoModelForCausalLM.from_pretrained(folder).eval(),
-        intersections=tuple(select_questions(population.survey(*pair), rows) for pair in pairs),
+        intersections=[population.survey(*pair) for pair in pairs],
     )
 
 
-def load_opinion_qa_experiment(
-    profile: Profile, name: str, role: str, folder: Path, passages: list[str], seed: int
-) -> Experiment:
-    """A real model on the reader's own copy of OpinionQA; `passages` are other text, a third a
-    split.
+def load_opinion_qa_experiment(profile: Profile, name: str, role: str, seed: int) -> Experiment:
+    """A real model on the reader's own copy of OpinionQA, with other text beside it.
 
     `seed` draws what is learned from. The split of the questions is the same for every seed, so
     that they share their test questions.
@@ -197,32 +183,39 @@ def load_opinion_qa_experiment(
     from sae_research.surveys.published import load_opinion_qa
     from sae_research.surveys.splits import find_families, split_by_wave
 
+    folder = opinion_qa_folder()
+    try:
+        passages = (folder / "passages.txt").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ResearchError(
+            f"{name} is asked OpinionQA, which may not be redistributed: put your own copy "
+            f"(human_resp/ as on CodaLab) into {paths.relative(folder)} with passages.txt "
+            "beside it, other text with one passage per line."
+        ) from error
     settings = profile.opinion_qa
     runtime = profile.runtime
     spec = catalogue.get(name)
     survey = drop_small_groups(load_opinion_qa(folder, settings.waves), settings.min_responses)
     clusters = find_families(survey.questions, settings.similarity)
     survey = split_by_wave(survey, settings.unseen_waves, clusters, 0)
-    rows = thin_questions(survey.questions, clusters, settings.every_nth_cluster)
     model = spec.load(device=runtime.device, dtype=runtime.dtype)
-    exp = make_experiment(
-        settings,
-        model,
-        load_shift_sae(profile, name, role),
-        use_chat_template(ENGLISH_TEMPLATE, model.tokenizer) if spec.chat else ENGLISH_TEMPLATE,
-        select_questions(survey, rows),
-        [clusters[i] for i in rows],
-        split_passages(model, passages, settings.n_documents),
-        seed,
-    )
 
     def load_fresh() -> "PreTrainedModel":
-        fresh = AutoModelForCausalLM.from_pretrained(
-            download(spec.model), dtype=getattr(torch, runtime.dtype)
-        )
+        dtype = getattr(torch, runtime.dtype)
+        fresh = AutoModelForCausalLM.from_pretrained(download(spec.model), dtype=dtype)
         return fresh.to(runtime.device).eval()
 
-    return replace(exp, load_fresh=load_fresh)
+    return make_experiment(
+        settings,
+        model,
+        spec.sae(role, device=runtime.device),
+        use_chat_template(ENGLISH_TEMPLATE, model.tokenizer) if spec.chat else ENGLISH_TEMPLATE,
+        survey,
+        clusters,
+        split_passages(model, passages, settings.n_documents),
+        seed,
+        load_fresh,
+    )
 
 
 def split_passages(
@@ -253,13 +246,14 @@ def thin_questions(
 
 def select_questions(survey: Survey, rows: np.ndarray) -> Survey:
     """The survey of some of its questions."""
-    known = {name: getattr(survey, name) for name in ("overall", "web", "distributions", "counts")}
-    cut = {
-        name: table[rows] if name in ("overall", "web") else table[:, rows]
-        for name, table in known.items()
-        if table is not None
-    }
-    return replace(survey, questions=tuple(survey.questions[i] for i in rows), **cut)
+    return replace(
+        survey,
+        questions=tuple(survey.questions[i] for i in rows),
+        distributions=survey.distributions[:, rows],
+        overall=survey.overall[rows],
+        counts=None if survey.counts is None else survey.counts[:, rows],
+        web=None if survey.web is None else survey.web[rows],
+    )
 
 
 def make_targets(poll: Survey, shrinkage: float) -> Targets:
@@ -321,24 +315,28 @@ def make_experiment(
     clusters: Sequence[str],
     texts: dict[str, torch.Tensor],
     seed: int,
+    load_fresh: "Callable[[], PreTrainedModel] | None" = None,
+    intersections: Sequence[Survey] = (),
 ) -> Experiment:
-    """Put model, SAE and survey together; exact answers are polled first, as none are ever
-    known.
-    """
+    """Put model, SAE and survey together; exact answers are polled first: none are ever known."""
     from sae_research.saes import check_fit
 
+    rows = thin_questions(truth.questions, clusters, settings.every_nth_cluster)
+    truth = select_questions(truth, rows)
+    clusters = tuple(clusters[i] for i in rows)
     poll = truth if truth.counts is not None else truth.sampled(settings.respondents, seed)
+    batch = settings.max_rows_per_forward
     hook = check_fit(model, sae)
     return Experiment(
         settings,
-        CachedPrompts(
-            model, hook, truth.questions, template.plain, texts, settings.max_rows_per_forward
-        ),
+        CachedPrompts(model, hook, truth.questions, template.plain, texts, batch),
         sae_basis(sae),
         template,
         poll,
         truth,
         make_targets(poll, settings.shrinkage),
         make_eval_set(truth, clusters),
-        tuple(clusters),
+        clusters,
+        load_fresh,
+        tuple(select_questions(survey, rows) for survey in intersections),
     )

@@ -41,9 +41,8 @@ def measure(t: Tables, method: str, metric: str) -> Interval:
 
 def compare(t: Tables, first: str, second: str, metric: str = "wd") -> Interval:
     """First minus second method, or their ratio, on the same questions."""
-    return read_interval(
-        t["paired"].query("first == @first and second == @second and metric == @metric")
-    )
+    rows = t["paired"].query("first == @first and second == @second and metric == @metric")
+    return read_interval(rows)
 
 
 def over_seeds(values: pd.Series) -> Interval:
@@ -92,34 +91,29 @@ def deepest_layer(t: Tables) -> pd.Series:
     return t["layers"].sort_values("blocks").iloc[-1]
 
 
+_Found = dict[str, Interval | float | tuple[Interval, Interval] | None]
+"""What was measured for a claim, alone or with its control; None where the run lacks it."""
+
+
 def measure_claims(t: Tables, facts: dict) -> dict[str, Measurement | None]:
     """A measurement for every claim of the study; None where the run lacks what it needs."""
-    best = facts["headline"]
-    planted = not t["axes"].empty
-    found = {
-        **_measure_shift(t, facts),
-        **_measure_baselines(t, facts),
-        **_measure_hypotheses(t, facts),
-    }
-    judged = {name: _as_measurement(m) for name, m in found.items()}
-    judged["shift.sensitivity"] = Measurement.of(
-        measure(t, best, "rho_dev"), measure(t, SHUFFLED, "rho_dev")
-    )
-    judged["shift.second_axis"] = None
-    if planted:
-        judged["shift.second_axis"] = Measurement.of(
-            measure_axis(t, 2), measure_axis(t, 2, "chance")
-        )
-    return {f"opinion_qa.{name}": m for name, m in judged.items()}
+    found = _measure_shift(t, facts) | _measure_baselines(t, facts) | _measure_hypotheses(t, facts)
+    return {f"opinion_qa.{name}": _as_measurement(m) for name, m in found.items()}
 
 
-_Found = dict[str, Interval | float | None]
+def _as_measurement(found: Interval | float | tuple | None) -> Measurement | None:
+    if isinstance(found, tuple):
+        return Measurement.of(*found)
+    if isinstance(found, Interval):
+        return Measurement.of(found)
+    return None if found is None else Measurement(found)
 
 
 def _measure_shift(t: Tables, facts: dict) -> _Found:
     best = facts["headline"]
     worst = column(t, best, "worst") - column(t, UNSTEERED, "worst").iloc[0]
     planted = not t["axes"].empty
+    axis = (measure_axis(t, 2), measure_axis(t, 2, "chance")) if planted else None
     is_gemma = facts["model"] == "gemma-2-2b"
     return {
         "shift.noop": facts["noop"],
@@ -130,10 +124,12 @@ def _measure_shift(t: Tables, facts: dict) -> _Found:
         "shift.worst_group": over_seeds(worst),
         "shift.every_group": compare(t, best, UNSTEERED, "worst_group"),
         "shift.sparse": float(column(t, SPARSEST, "moved").mean()),
+        "shift.sensitivity": (measure(t, best, "rho_dev"), measure(t, SHUFFLED, "rho_dev")),
         "shift.sensitivity_stretch": measure(t, best, "rho_dev"),
         "shift.slope": measure(t, best, "slope"),
         "shift.identification": measure(t, best, "identification"),
         "shift.negative_control": measure(t, best, "quietest") if planted else None,
+        "shift.second_axis": axis,
         "real.gemma": compare(t, best, UNSTEERED, "wd_ratio") if is_gemma else None,
     }
 
@@ -178,12 +174,6 @@ def _measure_hypotheses(t: Tables, facts: dict) -> _Found:
 
 def _has(t: Tables, method: str) -> bool:
     return bool((t["scores"]["method"] == method).any())
-
-
-def _as_measurement(found: Interval | float | None) -> Measurement | None:
-    if found is None or isinstance(found, Interval):
-        return None if found is None else Measurement.of(found)
-    return Measurement(found)
 
 
 # the answer in words

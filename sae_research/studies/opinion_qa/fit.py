@@ -18,37 +18,20 @@ from sae_research.studies.opinion_qa.shift import Basis, Shift, canonicalize, co
 
 
 def shrink_targets(counts: torch.Tensor, overall: torch.Tensor, weight: float) -> torch.Tensor:
-    """pi~ = (counts + a overall) / (n + a): small groups lean on the population, so that noise is
-    not learnt.
-    """
+    """pi~ = (counts + a overall) / (n + a): small groups lean on the population, not on noise."""
     return (counts + weight * overall) / (counts.sum(-1, keepdim=True) + weight)
 
 
 def forward_kl(target: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
     """KL(pi || P_theta) in nats; one number a row."""
-    logs = torch.where(
-        target > 0, target.clamp(min=1e-30).log() - log_probs.masked_fill(target == 0, 0.0), 0.0
-    )
-    return (target * logs).sum(-1)
+    gaps = target.clamp(min=1e-30).log() - log_probs.masked_fill(target == 0, 0.0)
+    return (target * torch.where(target > 0, gaps, 0.0)).sum(-1)
 
 
 def mean_kl(truth: np.ndarray, answers: np.ndarray) -> float:
     """Mean KL(pi || P) of answers, by which every grid search on validation questions chooses."""
     logs = torch.tensor(np.log(np.maximum(answers, 1e-12)))
     return forward_kl(torch.tensor(truth), logs).mean().item()
-
-
-def relative_movement(moved: torch.Tensor, variance: torch.Tensor, count: int) -> torch.Tensor:
-    """L_rec = E ||x' - x||^2 / E ||x - mean x||^2 over `count` edited tokens: `reconstruction` if
-    errors stay.
-    """
-    return moved.square().sum() / count / variance
-
-
-def off_task_kl(base: torch.Tensor, new: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
-    """KL(P_base || P_steered) per token of other text, from logits."""
-    base, new = base.log_softmax(-1), new.log_softmax(-1)
-    return (base.exp() * (base - new)).sum(-1)[content].mean()
 
 
 def lasso_weights(basis: Basis, kind: str, block: torch.Tensor, cap: float = 10.0) -> torch.Tensor:
@@ -73,9 +56,7 @@ def lasso_weights(basis: Basis, kind: str, block: torch.Tensor, cap: float = 10.
 
 
 def shrink_decoder_rows(table: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
-    """Proximal step of sum_j amount_j ||row_j||: a row loses `amount` of its length, down to
-    exactly zero.
-    """
+    """Proximal step of sum_j amount_j ||row_j||: a row loses `amount`, down to exactly zero."""
     size = table.norm(dim=-1, keepdim=True)
     return table * (1 - amount[:, None] / size.clamp(min=1e-12)).clamp(min=0)
 
@@ -84,23 +65,10 @@ def shrink_decoder_rows(table: torch.Tensor, amount: torch.Tensor) -> torch.Tens
 
 
 @dataclass(frozen=True)
-class FitResult:
-    """A trained shift and how the training went."""
-
-    shift: Shift
-    """The shift at its best evaluation."""
-    validation: float
-    """Objective on validation questions and documents there: KL + weighted KL of other text."""
-    evaluations: tuple[float, ...]
-    """The objective at each evaluation of the second stage."""
-
-
-@dataclass(frozen=True)
 class Targets:
     """Whose answers to learn, and on which questions."""
 
     groups: tuple[str, ...]
-    """Names of the groups."""
     attributes: tuple[str, ...]
     """The attribute of each group: scores have mean zero within each."""
     weights: np.ndarray
@@ -110,7 +78,6 @@ class Targets:
     overall: np.ndarray
     """The population's answers, [questions, options]."""
     train: np.ndarray
-    """Training questions."""
     validation: np.ndarray
     """Validation questions, which alone choose."""
 
@@ -118,9 +85,8 @@ class Targets:
         """The matrix that takes the weighted mean of each attribute out of the groups' scores."""
         attributes = np.array(self.attributes)
         same = (attributes[:, None] == attributes) * self.weights
-        return torch.tensor(
-            np.eye(len(attributes)) - same / same.sum(1, keepdims=True), dtype=torch.float32
-        )
+        centring = np.eye(len(attributes)) - same / same.sum(1, keepdims=True)
+        return torch.tensor(centring, dtype=torch.float32)
 
 
 class _Training:
@@ -153,7 +119,8 @@ class _Training:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean forward KL over prompts and groups, and the relative movement of the residual.
 
-        `deltas` are the shifts of all groups, or of the groups `who`.
+        `deltas` are the shifts of all groups, or of the groups `who`. The movement is
+        E ||x' - x||^2 / E ||x - mean x||^2 over edited tokens.
         """
         t = self.training
         x, moved = self.cache.apply_shift(self.basis, t.kind, deltas, rows, t.positions)
@@ -161,33 +128,29 @@ class _Training:
         answers = self.answers if who is None else self.answers[who]
         target = answers[:, self.cache.prompts.question[rows]].transpose(0, 1).flatten(0, 1)
         count = int(self.cache.prompts.editable(t.positions)[rows].sum()) * len(deltas)
-        return (
-            forward_kl(target, logs).mean(),
-            relative_movement(moved, self.variance, count),
-        )
+        return forward_kl(target, logs).mean(), moved.square().sum() / count / self.variance
 
     def text_kl(self, deltas: torch.Tensor, split: str, docs: torch.Tensor) -> torch.Tensor:
-        """KL(base || steered) on documents under each shift."""
+        """KL(base || steered) per token of documents under each shift."""
         x = self.cache.text_residual[split][docs]
         content = self.cache.text_content[split][docs]
-        moved = compute_displacement(
-            self.basis, self.training.kind, x, self.basis.encode(x), deltas
-        )
+        acts = self.basis.encode(x)
+        moved = compute_displacement(self.basis, self.training.kind, x, acts, deltas)
         moved = moved * content[:, None, :, None]
-        with torch.no_grad():
-            base = self.cache.text_logits(split, docs)
-        tail = self.cache.tail
-        steered = tail.logits(tail.states((x[:, None] + moved).flatten(0, 1)))
         n = len(deltas)
-        return off_task_kl(base.repeat_interleave(n, 0), steered, content.repeat_interleave(n, 0))
+        with torch.no_grad():
+            base = self.cache.text_logits(split, docs).repeat_interleave(n, 0).log_softmax(-1)
+        tail = self.cache.tail
+        steered = tail.logits(tail.states((x[:, None] + moved).flatten(0, 1))).log_softmax(-1)
+        return (base.exp() * (base - steered)).sum(-1)[content.repeat_interleave(n, 0)].mean()
 
     def survey_terms(
-        self, deltas: torch.Tensor, rows: torch.Tensor, who: torch.Tensor | None = None
+        self, deltas: torch.Tensor, rows: torch.Tensor, who: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        """KL and movement in microbatches of `rows`; their sum is the loss of all."""
+        """KL and movement of the groups `who` in microbatches of `rows`, which add up."""
         tokens = self.cache.prompts.editable(self.training.positions).sum(1)
-        for part in self.cache.microbatches(rows, len(deltas) if who is None else len(who)):
-            loss, movement = self.loss(deltas if who is None else deltas[who], part, who)
+        for part in self.cache.microbatches(rows, len(who)):
+            loss, movement = self.loss(deltas[who], part, who)
             share = tokens[part].sum() / tokens[rows].sum()
             yield loss * len(part) / len(rows) + self.training.movement_weight * movement * share
 
@@ -225,7 +188,7 @@ class _Training:
         """Gradients of one step, microbatch by microbatch; they meet in a leaf of all deltas."""
         t = self.training
         leaf = deltas.detach().requires_grad_()
-        who = None
+        who = torch.arange(len(deltas))
         if t.n_groups < len(deltas):
             who = torch.randperm(len(deltas), generator=self.random)[: t.n_groups]
         total = 0.0
@@ -261,12 +224,10 @@ class _Training:
         make_deltas: Callable[[], torch.Tensor],
         steps: int,
         sparse: torch.Tensor,
-        lasso: torch.Tensor,
-    ) -> list[float]:
+    ) -> None:
         """Proximal Adam with a cosine to zero; keeps the tables of the best evaluation.
 
-        `sparse` is the table whose rows the group lasso shrinks, by `lasso`. Returns all
-        evaluations.
+        `sparse` is the table whose rows the group lasso shrinks.
         """
         t = self.training
         optimizer = torch.optim.Adam(tables)
@@ -274,8 +235,8 @@ class _Training:
             optimizer, lambda s: 0.5 * (1 + np.cos(np.pi * s / steps))
         )
         parameters = [p for table in tables for p in table["params"]]
-        evaluations: list[float] = []
-        best = None
+        lasso = lasso_weights(self.basis, t.kind, self.cache.survey_residuals)
+        lowest, best = np.inf, None
         for step, rows in enumerate(self.batches(steps)):
             optimizer.zero_grad()
             self.backward(make_deltas(), rows, step)
@@ -286,36 +247,65 @@ class _Training:
                     sparse.copy_(shrink_decoder_rows(sparse, amount))
             schedule.step()
             if (step + 1) % t.eval_every == 0 or step + 1 == steps:
-                evaluations.append(self.evaluate(make_deltas().detach()))
-                if evaluations[-1] <= min(evaluations):
+                found = self.evaluate(make_deltas().detach())
+                if found <= lowest:
+                    lowest = found
                     best = [p.detach().clone() for p in parameters]
         with torch.no_grad():
             for parameter, value in zip(parameters, best, strict=True):
                 parameter.copy_(value)
-        return evaluations
+
+    def find_start(
+        self, shared: torch.Tensor, centring: torch.Tensor, rank: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """U and c at the leading directions of the groups' first gradient.
+
+        There the loss falls fastest from Delta_0.
+        """
+        n_groups = len(centring)
+        batch_size = self.training.batch_size
+        free = torch.zeros(n_groups, len(shared), device=self.device, requires_grad=True)
+        order = torch.randperm(len(self.train_ids), generator=self.random)
+        for rows in self.train_ids[order[: 4 * batch_size]].split(batch_size):
+            for part in self.cache.microbatches(rows, n_groups):
+                (self.loss(shared + centring @ free, part)[0] * len(part)).backward()
+        left, values, right = torch.linalg.svd(-centring @ free.grad, full_matrices=False)
+        if rank > len(values):
+            raise ResearchError(
+                f"rank {rank} exceeds what {n_groups} groups and {len(shared)} coordinates allow; "
+                "lower it."
+            )
+        size = values[:rank] / values[0].clamp(min=1e-12)
+        scores = left[:, :rank] * n_groups**0.5 * size
+        return (right[:rank].T * 0.3).requires_grad_(), scores.requires_grad_()
 
 
-@dataclass
 class _Tables:
-    """The tables that training moves, and the shifts that they make up.
+    """The tables that training moves, and the shifts Delta_0 + U (c_0 + c_g) that they make up.
 
-    With `joint` calibration, Delta_0 is U c_0 (or a free column of its own) and trained with U.
+    Without a rank every group has a column of U for itself, and c stays fixed. With joint
+    calibration Delta_0 is U c_0 (or a free column of its own, the first one) and trained with U.
     """
 
-    shared: torch.Tensor
-    """Delta_0 where it was trained before, else zero, [M]."""
-    axes: torch.Tensor
-    """U, [M, r]; of free vectors one column per group, led by the shared one if that is joint."""
-    scores: torch.Tensor
-    """c before centring, [groups, r]."""
-    middle: torch.Tensor
-    """c_0, [1, r]."""
-    centring: torch.Tensor
-    """Takes the mean of each attribute out of the scores, [groups, groups]."""
-    free: bool
-    """Whether every group has a vector of its own."""
-    joint: bool
-    """Whether Delta_0 is trained with the rest."""
+    def __init__(self, run: _Training, shared: torch.Tensor, targets: Targets):
+        device = run.device
+        n = len(targets.groups)
+        rank = run.training.rank
+        self.free = rank is None
+        self.joint = run.training.calibration == "axes"
+        self.shared = shared.to(device)  # Delta_0 where it was trained before, else zero, [M]
+        self.centring = targets.centring().to(device)
+        self.scores = torch.eye(n, device=device)  # c before centring, [groups, r]
+        self.middle = torch.zeros(1, rank or n, device=device)  # c_0
+        if self.free:
+            self.axes = torch.zeros(len(shared), n + self.joint, device=device, requires_grad=True)
+            return
+        centring = self.scores if self.joint else self.centring
+        self.axes, self.scores = run.find_start(self.shared, centring, rank)
+        if self.joint:
+            weights = torch.tensor(targets.weights, dtype=torch.float32, device=device)
+            middle = weights @ self.scores.detach() / weights.sum()
+            self.middle = middle[None].requires_grad_()
 
     def mixture(self) -> torch.Tensor:
         """What each group takes of each column of U: c_0 + c_g."""
@@ -350,69 +340,17 @@ class _Tables:
 
 
 def train_shift(
-    cache: CachedPrompts,
-    basis: Basis,
-    training: ShiftTraining,
-    targets: Targets,
-    seed: int,
-    shared: torch.Tensor | None = None,
-) -> FitResult:
-    """Train a shift; `shared` is a Delta_0 that was trained before (it depends on no group)."""
-    if shared is None:
-        shared = torch.zeros(basis.size)
-        if training.calibration == "first":
-            shared = train_calibration(cache, basis, training, targets, seed)
+    cache: CachedPrompts, basis: Basis, training: ShiftTraining, targets: Targets, seed: int
+) -> Shift:
+    """Train a shift for every group of `targets`."""
+    shared = torch.zeros(basis.size)
+    if training.calibration == "first":
+        shared = train_calibration(cache, basis, training, targets, seed)
     run = _Training(cache, basis, training, targets, targets.answers, seed)
-    lasso = lasso_weights(basis, training.kind, cache.survey_residuals)
-    tables = _make_tables(run, shared.to(run.device), targets)
-    evaluations = run.run(
-        tables.parameters(training), tables.deltas, training.steps, tables.axes, lasso
-    )
+    tables = _Tables(run, shared, targets)
+    run.run(tables.parameters(training), tables.deltas, training.steps, tables.axes)
     found = Shift(training.kind, cache.hook, training.positions, targets.groups, *tables.finish())
-    found = canonicalize(found, torch.tensor(targets.weights))
-    return FitResult(found, min(evaluations), tuple(evaluations))
-
-
-def _make_tables(run: _Training, shared: torch.Tensor, targets: Targets) -> _Tables:
-    training = run.training
-    device = run.device
-    n = len(targets.groups)
-    joint = training.calibration == "axes"
-    centring = targets.centring().to(device)
-    everyone = torch.eye(n, device=device)
-    middle = torch.zeros(1, training.rank or n, device=device)
-    if training.rank is None:
-        axes = torch.zeros(len(shared), n + joint, device=device, requires_grad=True)
-        return _Tables(shared, axes, everyone, middle, centring, True, joint)
-    axes, scores = _start(run, shared, everyone if joint else centring, training.rank, n)
-    if joint:
-        weights = torch.tensor(targets.weights, dtype=torch.float32, device=device)
-        middle = (weights @ scores.detach() / weights.sum())[None].requires_grad_()
-    return _Tables(shared, axes, scores, middle, centring, False, joint)
-
-
-def _start(
-    run: _Training, shared: torch.Tensor, centring: torch.Tensor, rank: int, n_groups: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """U and c at the leading directions of the groups' first gradient.
-
-    There the loss falls fastest from Delta_0.
-    """
-    batch_size = run.training.batch_size
-    free = torch.zeros(n_groups, len(shared), device=run.device, requires_grad=True)
-    order = torch.randperm(len(run.train_ids), generator=run.random)
-    for rows in run.train_ids[order[: 4 * batch_size]].split(batch_size):
-        for part in run.cache.microbatches(rows, n_groups):
-            (run.loss(shared + centring @ free, part)[0] * len(part)).backward()
-    left, values, right = torch.linalg.svd(-centring @ free.grad, full_matrices=False)
-    if rank > len(values):
-        raise ResearchError(
-            f"rank {rank} exceeds what {n_groups} groups and {len(shared)} coordinates allow; "
-            "lower it."
-        )
-    size = values[:rank] / values[0].clamp(min=1e-12)
-    scores = left[:, :rank] * n_groups**0.5 * size
-    return (right[:rank].T * 0.3).requires_grad_(), scores.requires_grad_()
+    return canonicalize(found, torch.tensor(targets.weights))
 
 
 def train_calibration(
@@ -422,7 +360,6 @@ def train_calibration(
     larger = replace(training, batch_size=4 * training.batch_size)
     run = _Training(cache, basis, larger, targets, targets.overall[None], seed)
     shared = torch.zeros(basis.size, 1, device=run.device, requires_grad=True)
-    lasso = lasso_weights(basis, training.kind, cache.survey_residuals)
     tables = [{"params": [shared], "lr": training.lr}]
-    run.run(tables, lambda: shared.T, training.calibration_steps, shared, lasso)
+    run.run(tables, lambda: shared.T, training.calibration_steps, shared)
     return shared.detach()[:, 0].cpu()

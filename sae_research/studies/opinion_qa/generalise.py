@@ -8,11 +8,10 @@ import pandas as pd
 import torch
 
 from sae_research.studies.opinion_qa.baselines import GroupPrompts
-from sae_research.studies.opinion_qa.cache import CachedPrompts
 from sae_research.studies.opinion_qa.experiment import Experiment, make_targets
 from sae_research.studies.opinion_qa.fit import Targets, forward_kl, mean_kl, train_shift
 from sae_research.studies.opinion_qa.settings import ShiftTraining
-from sae_research.studies.opinion_qa.shift import Basis, Shift
+from sae_research.studies.opinion_qa.shift import Shift
 from sae_research.surveys import crossings
 from sae_research.surveys.survey import Group, Survey
 
@@ -20,9 +19,7 @@ from sae_research.surveys.survey import Group, Survey
 
 
 def compose_shifts(shift: Shift, groups: Sequence[Group], kappa: float = 1.0) -> torch.Tensor:
-    """Delta = Delta_0 + kappa U (c_g1 + c_g2 + ...) of every intersection g1|g2|...,
-    [intersections, M].
-    """
+    """Delta_0 + kappa U (c_g1 + c_g2 + ...) of intersections g1|g2|..., [intersections, M]."""
     parts = [
         sum(shift.scores[shift.groups.index(name)] for name in group.name.split("|"))
         for group in groups
@@ -31,46 +28,34 @@ def compose_shifts(shift: Shift, groups: Sequence[Group], kappa: float = 1.0) ->
 
 
 def margin_deltas(shift: Shift, groups: Sequence[Group], place: int) -> torch.Tensor:
-    """The shift of one margin of every intersection: the `place`-th part of its name,
-    [intersections, M].
-    """
+    """The shift of the `place`-th margin of every intersection, [intersections, M]."""
     return torch.stack([shift.delta(group.name.split("|")[place]) for group in groups])
 
 
 def choose_kappa(
-    cache: CachedPrompts,
-    basis: Basis,
+    exp: Experiment,
     shift: Shift,
     groups: Sequence[Group],
-    answers: np.ndarray,
-    questions: np.ndarray,
     kappas: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2),
 ) -> float:
-    """The shrinkage with which compositions, mixed by their shares, give their margins' answers
-    back.
+    """The shrinkage with which compositions, mixed by shares, give their margins' answers back.
 
-    `answers` are those of the shift's own groups: of an intersection only its share is known.
+    On validation questions; of an intersection itself only its share is known.
     """
-    mixture = _margins(shift, groups)
+    validation = exp.targets.validation
+    answers = exp.targets.answers[:, validation]
+    # share of each intersection within each of the shift's groups, zero where it is none
+    mixture = np.array(
+        [[g.share if name in g.name.split("|") else 0.0 for g in groups] for name in shift.groups]
+    )
+    mixture = mixture / np.maximum(mixture.sum(1, keepdims=True), 1e-12)
     known = mixture.sum(1) > 0
 
     def loss(kappa: float) -> float:
-        delta = compose_shifts(shift, groups, kappa)
-        found = cache.measure_answers(basis, shift.kind, delta, questions, shift.positions)
-        mixed = np.einsum("gi,iqk->gqk", mixture[known], found.probabilities)
-        return mean_kl(answers[known], mixed)
+        found = exp.answer(shift, compose_shifts(shift, groups, kappa), validation)
+        return mean_kl(answers[known], np.einsum("gi,iqk->gqk", mixture[known], found))
 
     return min(kappas, key=loss)
-
-
-def _margins(shift: Shift, groups: Sequence[Group]) -> np.ndarray:
-    """Share of each intersection within each of the shift's groups, [groups, intersections]; zero
-    where it is none.
-    """
-    found = np.array(
-        [[g.share if name in g.name.split("|") else 0.0 for g in groups] for name in shift.groups]
-    )
-    return found / np.maximum(found.sum(1, keepdims=True), 1e-12)
 
 
 def measure_composition(
@@ -100,9 +85,7 @@ def _answer_intersections(
 ) -> tuple[dict[str, np.ndarray], float]:
     """Answers of every way to the intersections of `survey`, and the kappa that was chosen."""
     groups = survey.groups
-    validation = exp.targets.validation
-    known = exp.targets.answers[:, validation]
-    kappa = choose_kappa(exp.cache, exp.sae, shift, groups, known, validation)
+    kappa = choose_kappa(exp, shift, groups)
     deltas = {
         "composed": compose_shifts(shift, groups),
         "composed, shrunk": compose_shifts(shift, groups, kappa),
@@ -113,30 +96,20 @@ def _answer_intersections(
     if seed == 0:
         poll = survey.sampled(exp.settings.respondents, seed)
         targets = make_targets(poll, exp.settings.shrinkage)
-        trained = train_shift(exp.cache, exp.sae, best, targets, seed).shift
-        deltas["trained on them"] = trained.deltas
-    answers = {name: answer_test(exp, shift, delta) for name, delta in deltas.items()}
+        deltas["trained on them"] = train_shift(exp.cache, exp.sae, best, targets, seed).deltas
+    answers = {name: exp.answer(shift, delta) for name, delta in deltas.items()}
     answers["mean of margins"] = (answers["margin 1"] + answers["margin 2"]) / 2
-    answers["population"] = exp.truth.overall[exp.eval_set.questions][None]
-    answers["people's margins, added"] = _add_margins(exp, groups)
-    return answers, kappa
-
-
-def answer_test(exp: Experiment, shift: Shift, deltas: torch.Tensor) -> np.ndarray:
-    """Answers to the test questions under `deltas`, applied as `shift` is."""
-    return exp.cache.measure_answers(
-        exp.sae, shift.kind, deltas, exp.eval_set.questions, shift.positions
-    ).probabilities
-
-
-def _add_margins(exp: Experiment, groups: Sequence[Group]) -> np.ndarray:
-    """What people of both groups would answer if log-probabilities of margins added up."""
+    # what people of both groups would answer if log-probabilities of margins added up
     names = [g.name for g in exp.truth.groups]
-    first, second = (
+    margins = [
         exp.eval_set.truth[[names.index(g.name.split("|")[i]) for g in groups]] for i in (0, 1)
-    )
+    ]
     overall = exp.truth.overall[exp.eval_set.questions]
-    return crossings.add_log_probabilities(first, second, overall, exp.eval_set.mask)
+    answers["population"] = overall[None]
+    answers["people's margins, added"] = crossings.add_log_probabilities(
+        *margins, overall, exp.eval_set.mask
+    )
+    return answers, kappa
 
 
 # groups left out of training
@@ -144,7 +117,7 @@ def _add_margins(exp: Experiment, groups: Sequence[Group]) -> np.ndarray:
 
 def drop_groups(targets: Targets, left_out: Sequence[int]) -> Targets:
     """The targets without some groups."""
-    keep = [g for g in range(len(targets.groups)) if g not in set(left_out)]
+    keep = np.delete(np.arange(len(targets.groups)), left_out)
     return replace(
         targets,
         groups=tuple(targets.groups[g] for g in keep),
@@ -155,44 +128,42 @@ def drop_groups(targets: Targets, left_out: Sequence[int]) -> Targets:
 
 
 def fit_few_shot(
-    cache: CachedPrompts,
-    basis: Basis,
+    exp: Experiment,
     shift: Shift,
     answers: np.ndarray,
     questions: np.ndarray,
+    ridge: float,
     *,
-    ridge: float = 0.01,
-    free: bool = False,
-    steps: int,
-    lr: float = 0.1,
-    batch_size: int = 24,
-    seed: int = 0,
+    free: bool,
+    seed: int,
 ) -> torch.Tensor:
-    """Shifts [groups, M] of new groups from `answers` [groups, questions, options] to few
-    questions.
+    """Shifts [groups, M] of new groups from their answers to few questions.
 
-    U stays frozen and only the r numbers c_new are fitted, with a ridge towards the population
-    in units of the known groups' scores; `free` fits a whole vector instead.
+    `answers` are [groups, questions of the survey, options]. U stays frozen and only the r numbers
+    c_new are fitted, with a ridge towards the population in units of the known groups' scores;
+    `free` fits a whole vector instead.
     """
+    cache = exp.cache
+    steps = exp.settings.few_shot_steps
     rows = cache.prompts.prompt_ids(questions)
     device = cache.residual.device
     truth = torch.tensor(answers, dtype=torch.float32, device=device)
     axes = shift.axes * shift.scores.std(0)
     if free:
-        axes = torch.eye(basis.size) * shift.axes.abs().max()
+        axes = torch.eye(exp.sae.size) * shift.axes.abs().max()
     axes = axes.to(device)
     shared = shift.shared.to(device)
     scores = torch.zeros(len(answers), axes.shape[1], device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([scores], lr=lr)
+    optimizer = torch.optim.Adam([scores], lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     random = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        drawn = rows[torch.randperm(len(rows), generator=random)[:batch_size]]
+        drawn = rows[torch.randperm(len(rows), generator=random)[:24]]
         optimizer.zero_grad()
         (ridge * scores.square().sum() / len(questions) / len(answers)).backward()
         for part in cache.microbatches(drawn, len(answers)):
             deltas = shared + scores @ axes.T
-            x, _ = cache.apply_shift(basis, shift.kind, deltas, part, shift.positions)
+            x, _ = cache.apply_shift(exp.sae, shift.kind, deltas, part, shift.positions)
             logs = cache.log_probs(x.flatten(0, 1), part.repeat_interleave(len(answers)))
             target = truth[:, cache.prompts.question[part]].transpose(0, 1).flatten(0, 1)
             (forward_kl(target, logs).mean() * len(part) / len(drawn)).backward()
@@ -205,23 +176,17 @@ RIDGES = (0.0, 1e-3, 1e-2, 1e-1)
 
 
 def choose_ridge(
-    cache: CachedPrompts,
-    basis: Basis,
-    shift: Shift,
-    answers: np.ndarray,
-    questions: np.ndarray,
-    validation: np.ndarray,
-    **fitting: object,
+    exp: Experiment, shift: Shift, answers: np.ndarray, questions: np.ndarray, **fitting: object
 ) -> float:
-    """The ridge with which known groups, placed anew from `questions`, answer `validation` best.
+    """The ridge with which known groups, placed anew from `questions`, answer validation best.
 
     So a way is tuned without another answer of the new group, and each way has a ridge of its own.
     """
+    validation = exp.targets.validation
 
     def loss(ridge: float) -> float:
-        delta = fit_few_shot(cache, basis, shift, answers, questions, ridge=ridge, **fitting)
-        found = cache.measure_answers(basis, shift.kind, delta, validation, shift.positions)
-        return mean_kl(answers[:, validation], found.probabilities)
+        deltas = fit_few_shot(exp, shift, answers, questions, ridge, **fitting)
+        return mean_kl(answers[:, validation], exp.answer(shift, deltas, validation))
 
     return min(RIDGES, key=loss)
 
@@ -276,7 +241,7 @@ def measure_new_groups(
             continue
         shift, ways = _place_groups(exp, best, prompted, left_out, order, ridges, seed)
         for (way, n_questions), deltas in ways.items():
-            table = _distances(exp, answer_test(exp, shift, deltas), left_out)
+            table = _distances(exp, exp.answer(shift, deltas), left_out)
             ridge = ridges.get((way, n_questions), np.nan)
             rows.append(table.assign(way=way + suffix, n_questions=n_questions, ridge=ridge))
     return pd.concat(rows, ignore_index=True)
@@ -291,28 +256,24 @@ def _place_groups(
     ridges: dict[tuple[str, int], float],
     seed: int,
 ) -> tuple[Shift, dict[tuple[str, int], torch.Tensor]]:
-    """A shift trained without some groups, and their deltas in every way; fills `ridges` on the
-    way.
-    """
+    """A shift trained without some groups, and their deltas in every way; fills `ridges`."""
     targets = exp.targets
     # groups that the first turn knows stand in for new ones, so that its ridges serve all turns
     stand_ins = held_out_groups(targets, 1)
-    shift = train_shift(exp.cache, exp.sae, best, drop_groups(targets, left_out), seed).shift
+    shift = train_shift(exp.cache, exp.sae, best, drop_groups(targets, left_out), seed)
     ways = {("population", 0): shift.shared.expand(len(left_out), -1)}
     if prompted is not None:
-        known = [g for g in range(len(targets.groups)) if g not in set(left_out)]
+        known = [targets.groups.index(name) for name in shift.groups]
         states = prompted.block
         ways["from the prompt", 0] = predict_from_states(shift, states[known], states[left_out])
     for n in (n for n in exp.settings.few_shot_sizes if n <= len(order)):
         for way, free in (("scores, U frozen", False), ("whole vector", True)):
-            fitting = {"free": free, "steps": exp.settings.few_shot_steps, "seed": seed}
-            case = (exp.cache, exp.sae, shift)
+            fitting = {"free": free, "seed": seed}
             if (way, n) not in ridges:
-                ridges[way, n] = choose_ridge(
-                    *case, targets.answers[stand_ins], order[:n], targets.validation, **fitting
-                )
+                answers = targets.answers[stand_ins]
+                ridges[way, n] = choose_ridge(exp, shift, answers, order[:n], **fitting)
             ways[way, n] = fit_few_shot(
-                *case, targets.answers[left_out], order[:n], ridge=ridges[way, n], **fitting
+                exp, shift, targets.answers[left_out], order[:n], ridges[way, n], **fitting
             )
     return shift, ways
 

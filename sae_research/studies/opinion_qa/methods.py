@@ -1,8 +1,7 @@
-"""Trained shifts: their spaces, settings chosen on validation questions, judgement on test
-questions.
-"""
+"""Trained shifts: their spaces, settings chosen by validation, judgement on test questions."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,16 +9,17 @@ import torch
 from sae_research.stats import cluster_means
 from sae_research.studies.opinion_qa.cache import OffTaskCost
 from sae_research.studies.opinion_qa.experiment import Experiment
-from sae_research.studies.opinion_qa.fit import FitResult, Targets, train_shift
+from sae_research.studies.opinion_qa.fit import Targets, train_shift
 from sae_research.studies.opinion_qa.settings import (
     DENSE,
+    EDIT_KINDS,
     FREE,
     MOVEMENT,
     NO_KL,
     PER_GROUP,
     PER_TOKEN,
     RAW,
-    SHUFFLED,
+    SPACES,
     TWO_STAGES,
     ShiftTraining,
 )
@@ -30,15 +30,7 @@ ERROR_KEEPING = ("gated", "multiplicative", "additive")
 """Edits that leave what the SAE does not explain as it is."""
 
 METHODS: dict[str, tuple[str, dict]] = {
-    "SAE multiplicative": ("SAE", {"kind": "multiplicative"}),
-    "SAE gated": ("SAE", {"kind": "gated"}),
-    "SAE additive": ("SAE", {"kind": "additive"}),
-    "random multiplicative": ("random", {"kind": "multiplicative"}),
-    "random gated": ("random", {"kind": "gated"}),
-    "random additive": ("random", {"kind": "additive"}),
-    "PCA multiplicative": ("PCA", {"kind": "multiplicative"}),
-    "PCA gated": ("PCA", {"kind": "gated"}),
-    "PCA additive": ("PCA", {"kind": "additive"}),
+    **{f"{space} {kind}": (space, {"kind": kind}) for space in SPACES for kind in EDIT_KINDS},
     RAW: ("dense", {"kind": "multiplicative"}),
     DENSE: ("dense", {"kind": "additive"}),
     FREE: ("dense", {"kind": "additive", "rank": None}),
@@ -69,7 +61,6 @@ class MethodResult:
     """What one method achieves."""
 
     name: str
-    """The method."""
     answers: np.ndarray
     """Answers of every group to the test questions, [groups, questions, options]."""
     cost: OffTaskCost
@@ -85,51 +76,41 @@ class MethodResult:
     coordinates: float = NOT_MEASURED
     """Coordinates that any group moves."""
     silent: float = NOT_MEASURED
-    """Those of them that never fire on the survey: moving one adds the same vector to every text
-    (section 10)."""
+    """Those that never fire on the survey: moving one adds one vector to all text (section 10)."""
     size: float = NOT_MEASURED
     """Mean length of what the shift adds, as a share of the residual's, on tokens of the survey."""
     coefficient: float = NOT_MEASURED
     """The multiple of an untrained direction that validation chose."""
-    fit: FitResult | None = None
+    shift: Shift | None = None
     """The trained shift."""
 
 
-NO_COST = OffTaskCost(0.0, 0.0)
 UNKNOWN_COST = OffTaskCost(NOT_MEASURED, NOT_MEASURED)
 
 
 # judging a shift
 
 
-def evaluate_shift(exp: Experiment, name: str, basis: Basis, fit: FitResult) -> MethodResult:
-    """Judge a trained shift on the test questions and test documents."""
-    shift = fit.shift
+def evaluate_shift(exp: Experiment, name: str, basis: Basis, shift: Shift) -> MethodResult:
+    """Judge a shift on the test questions and test documents."""
     found = exp.cache.measure_answers(
         basis, shift.kind, shift.deltas, exp.eval_set.questions, shift.positions
     )
-    cost = NO_COST
-    if shift.positions == "all":
-        cost = exp.cache.measure_cost(basis, shift.kind, shift.deltas, "test")
+    cost = exp.cache.measure_cost(basis, shift.kind, shift.deltas, "test", shift.positions)
+    with torch.no_grad():
+        fires = (basis.encode(exp.cache.survey_residuals) != 0).any(0).cpu()
     return MethodResult(
         name,
         found.probabilities,
         cost,
         shift.parameters,
         moved=float(shift.active.float().mean()),
-        mass=float(found.mass.mean()),
-        order=float(found.order_sensitivity.mean()),
+        **found.means(),
         coordinates=int(shift.active.sum()),
-        silent=int((shift.active & ~find_active(exp, basis)).sum()),
+        silent=int((shift.active & ~fires).sum()),
         size=measure_size(exp, basis, shift),
-        fit=fit,
+        shift=shift,
     )
-
-
-@torch.no_grad()
-def find_active(exp: Experiment, basis: Basis) -> torch.Tensor:
-    """Which coordinates are ever active on the survey, [M]."""
-    return (basis.encode(exp.cache.survey_residuals) != 0).any(0).cpu()
 
 
 @torch.no_grad()
@@ -148,9 +129,7 @@ def measure_size(exp: Experiment, basis: Basis, shift: Shift, n_prompts: int = 3
 
 @torch.no_grad()
 def measure_noop(exp: Experiment, n_prompts: int = 32) -> float:
-    """Largest change of any logit under a shift of zero, over the edits that keep the error
-    term.
-    """
+    """Largest change of any logit under a shift of zero, over the edits that keep the error."""
     cache = exp.cache
     zero = torch.zeros(1, exp.sae.size)
     rows = cache.prompts.prompt_ids(exp.eval_set.questions)[:n_prompts]
@@ -167,21 +146,17 @@ def measure_noop(exp: Experiment, n_prompts: int = 32) -> float:
 
 
 def train_method(
-    exp: Experiment, name: str, training: ShiftTraining, seed: int, space: str = "SAE"
+    exp: Experiment,
+    name: str,
+    training: ShiftTraining,
+    seed: int,
+    basis: Basis | None = None,
+    targets: Targets | None = None,
 ) -> MethodResult:
-    """Train a shift with settings that were chosen before, and judge it."""
-    basis = exp.basis(space, seed)
-    return evaluate_shift(
-        exp, name, basis, train_shift(exp.cache, basis, training, exp.targets, seed)
-    )
-
-
-def train_shuffled(exp: Experiment, training: ShiftTraining, seed: int) -> MethodResult:
-    """The headline shift trained on groups that were permuted within each cluster of questions."""
-    targets = shuffle_groups(exp.targets, exp.clusters, seed)
-    return evaluate_shift(
-        exp, SHUFFLED, exp.sae, train_shift(exp.cache, exp.sae, training, targets, seed)
-    )
+    """Train a shift, by default of the SAE's latents and on the poll's answers, and judge it."""
+    basis = basis or exp.sae
+    shift = train_shift(exp.cache, basis, training, targets or exp.targets, seed)
+    return evaluate_shift(exp, name, basis, shift)
 
 
 def shuffle_groups(targets: Targets, clusters: tuple[str, ...], seed: int) -> Targets:
@@ -210,8 +185,7 @@ class Choice:
     best: ShiftTraining
     """The harmless setting with the lowest KL."""
     sparse: ShiftTraining
-    """The sparsest one whose KL is within one standard error of that, paired over clusters of
-    questions (section 3.5)."""
+    """The sparsest one whose KL is within one paired standard error of that (section 3.5)."""
     loss: float
     """That lowest KL."""
     harm: float
@@ -239,16 +213,6 @@ def make_plan(choices: dict[str, Choice]) -> Plan:
     return Plan(min(edits, key=lambda name: choices[name].loss), choices)
 
 
-@dataclass(frozen=True)
-class _Tried:
-    """One setting that was tried."""
-
-    training: ShiftTraining
-    harm: float
-    loss: np.ndarray
-    moved: int
-
-
 def choose_settings(exp: Experiment, name: str, seed: int) -> Choice:
     """KL and sparsity weight of a method from validation questions and documents alone."""
     space, changes = METHODS[name]
@@ -258,7 +222,12 @@ def choose_settings(exp: Experiment, name: str, seed: int) -> Choice:
         for sparsity_weight in exp.settings.sparsity_weights:
             weights = {"kl_weight": kl_weight, "sparsity_weight": sparsity_weight}
             training = replace(exp.settings.training, **weights, **changes)
-            tried.append(_try(exp, basis, training, seed))
+            shift = train_shift(exp.cache, basis, training, exp.targets, seed)
+            cost = exp.cache.measure_cost(
+                basis, shift.kind, shift.deltas, "validation", shift.positions
+            )
+            loss = measure_validation_loss(exp, basis, shift)
+            tried.append(_Tried(training, cost.loss, loss, int(shift.active.sum())))
     harmless = [t for t in tried if t.harm <= exp.settings.max_off_task_loss]
     harmless = harmless or [min(tried, key=lambda t: t.harm)]
     best = min(harmless, key=lambda t: t.loss.mean())
@@ -267,13 +236,11 @@ def choose_settings(exp: Experiment, name: str, seed: int) -> Choice:
     return Choice(best.training, sparse.training, float(best.loss.mean()), float(best.harm))
 
 
-def _try(exp: Experiment, basis: Basis, training: ShiftTraining, seed: int) -> _Tried:
-    shift = train_shift(exp.cache, basis, training, exp.targets, seed).shift
-    harm = 0.0
-    if training.positions == "all":
-        harm = exp.cache.measure_cost(basis, shift.kind, shift.deltas, "validation").loss
-    loss = measure_validation_loss(exp, basis, shift)
-    return _Tried(training, harm, loss, int(shift.active.sum()))
+class _Tried(NamedTuple):
+    training: ShiftTraining
+    harm: float
+    loss: np.ndarray
+    moved: int
 
 
 def within_one_error(gaps: np.ndarray) -> bool:

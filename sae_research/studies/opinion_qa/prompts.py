@@ -13,7 +13,6 @@ from sae_research.surveys.survey import Group, Question
 if TYPE_CHECKING:
     from sae_research.models import Edit, LanguageModel
 
-FORMS = ("QA", "BIO", "PORTRAY")
 REFUSAL = "Prefer not to say"
 
 
@@ -22,13 +21,9 @@ class PromptTemplate:
     """The words of a model's survey: plain English, or those of the toy model."""
 
     block: Callable[[Question, bool], str]
-    """A question's prompt up to the answer's letter; the second argument lists the options from
-    the top.
-    """
+    """A question's prompt up to the answer's letter; True lists the options from the top."""
     contexts: dict[str, Callable[[Group, Sequence[Group]], str]]
-    """Text before the block that says who answers, by form; takes the group and all groups of its
-    attribute.
-    """
+    """Text that says who answers, by form; takes the group and all groups of its attribute."""
     separator: str
     """What stands between context and block."""
     refusing: Callable[[Question, bool], str] | None = None
@@ -102,13 +97,12 @@ def _words(attribute: str) -> str:
 
 
 ENGLISH_TEMPLATE = PromptTemplate(
-    lambda question, reverse: english_block(question, reverse),
+    english_block,
     {
         "QA": _english_question,
         "BIO": lambda group, siblings: (
-            "First comes a short note on the person who answers, then a question.\nNote: "
-            f"{_words(group.attribute)}: "
-            f"{group.name}."
+            "First comes a short note on the person who answers, then a question.\n"
+            f"Note: {_words(group.attribute)}: {group.name}."
         ),
         "PORTRAY": lambda group, siblings: (
             f"Answer as a person would whose {_words(group.attribute)} is: {group.name}."
@@ -125,11 +119,9 @@ TEMPLATES = {"english": ENGLISH_TEMPLATE, "english chat": ENGLISH_TEMPLATE, "toy
 
 
 def use_chat_template(template: PromptTemplate, tokenizer) -> PromptTemplate:
-    """The dialect for a model tuned on dialogues: a prompt is the user's turn, its last line opens
-    the model's answer.
+    """A prompt for a model tuned on dialogues is the user's turn, its last line opens the answer.
 
-    So the letter follows the same words as for a base model, and the same tokens can stand for
-    it.
+    So the letter follows the same words as for a base model, and the same tokens can stand for it.
     """
     if not tokenizer.chat_template:
         raise ResearchError(
@@ -140,9 +132,8 @@ def use_chat_template(template: PromptTemplate, tokenizer) -> PromptTemplate:
         asked, _, opening = text.rpartition("\n")
         turns = [{"role": "user", "content": asked.strip()}]
         framed = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return (
-            framed.removeprefix(tokenizer.bos_token or "") + opening
-        )  # the start token comes with every row
+        # the start token comes with every row
+        return framed.removeprefix(tokenizer.bos_token or "") + opening
 
     return replace(template, frame=frame)
 
@@ -153,9 +144,7 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class OptionLetters:
-    """The tokens that stand for each option letter, and what the model's logits say about the
-    options.
-    """
+    """The tokens that stand for each option letter, and what logits say about the options."""
 
     def __init__(self, tokenizer, count: int):
         self.variants = [find_letter_tokens(tokenizer, letter) for letter in ALPHABET[:count]]
@@ -164,16 +153,15 @@ class OptionLetters:
         self.real = torch.tensor([[i < len(t) for i in range(width)] for t in self.variants])
 
     def score_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """s_k = log sum over variants of exp(logit), from logits [..., vocabulary] to [...,
-        letters].
-        """
-        found = logits[..., self.tokens.to(logits.device)]
-        return found.masked_fill(~self.real.to(logits.device), -torch.inf).logsumexp(-1)
+        """s_k = log sum over variants of exp(logit), [..., vocabulary] to [..., letters]."""
+        return self._join_variants(logits[..., self.tokens.to(logits.device)])
 
     def score_states(self, tail, states: torch.Tensor) -> torch.Tensor:
         """s_k from final states, without the rest of the vocabulary."""
         logits = tail.logits(states, self.tokens.flatten().to(states.device))
-        logits = logits.unflatten(-1, self.tokens.shape)
+        return self._join_variants(logits.unflatten(-1, self.tokens.shape))
+
+    def _join_variants(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.masked_fill(~self.real.to(logits.device), -torch.inf).logsumexp(-1)
 
 
@@ -201,25 +189,14 @@ def find_letter_tokens(tokenizer, letter: str) -> list[int]:
     return ids
 
 
-def option_log_probs(
-    scores: torch.Tensor, n_options: torch.Tensor, reverse: torch.Tensor
-) -> torch.Tensor:
-    """log P_theta(k | q) by ordinal position from letter scores [rows, letters]; -inf beyond a
-    question's options.
-    """
-    return sort_by_ordinal(scores, n_options, reverse).log_softmax(-1)
-
-
 def sort_by_ordinal(
     scores: torch.Tensor, n_options: torch.Tensor, reverse: torch.Tensor
 ) -> torch.Tensor:
-    """Letter scores in the order of the options' ordinal values; -inf beyond a question's last
-    option.
-    """
+    """Letter scores [..., rows, letters] by ordinal value; -inf beyond the last option."""
     places = torch.arange(scores.shape[-1], device=scores.device)
     n_options, reverse = n_options[:, None], reverse[:, None]
     source = torch.where(reverse & (places < n_options), n_options - 1 - places, places)
-    return scores.gather(-1, source).masked_fill(places >= n_options, -torch.inf)
+    return scores.gather(-1, source.expand_as(scores)).masked_fill(places >= n_options, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -233,26 +210,22 @@ class AnswerDistribution:
     order_sensitivity: np.ndarray
     """Total variation between the two orders, [..., questions]."""
 
-
-def average_orders(
-    by_order: Sequence[np.ndarray], mass: Sequence[np.ndarray]
-) -> AnswerDistribution:
-    """Join the readings of the two option orders: probabilities are averaged, not logits."""
-    first, second = by_order
-    sensitivity = np.abs(first - second).sum(-1) / 2
-    return AnswerDistribution((first + second) / 2, np.mean(mass, axis=0), sensitivity)
+    def means(self) -> dict[str, float]:
+        """Mean mass and order sensitivity, as tables call them."""
+        return {"mass": float(self.mass.mean()), "order": float(self.order_sensitivity.mean())}
 
 
-def refusal_share(question_mass: np.ndarray, refusal_mass: np.ndarray) -> np.ndarray:
-    """R_M = mass of the refusal option among all options offered; refusals never enter the
-    distribution itself.
+def average_orders(found: torch.Tensor, mass: torch.Tensor | None = None) -> AnswerDistribution:
+    """Join the two option orders: probabilities are averaged, not logits.
+
+    `found` is [..., prompts, options] with the prompts of all questions in one order, then in the
+    other, and `mass` is [..., prompts], or unknown where only scores of letters are.
     """
-    return refusal_mass / (question_mass + refusal_mass)
-
-
-def most_options(questions: Sequence[Question]) -> int:
-    """Letters that a survey needs."""
-    return max(q.n_options for q in questions)
+    first, second = (half.double().cpu().numpy() for half in found.chunk(2, -2))
+    letters = np.full(first.shape[:-1], np.nan)
+    if mass is not None:
+        letters = np.mean([half.double().cpu().numpy() for half in mass.chunk(2, -1)], axis=0)
+    return AnswerDistribution((first + second) / 2, letters, np.abs(first - second).sum(-1) / 2)
 
 
 # questions from outside
@@ -287,6 +260,6 @@ def answer_question(
         with torch.no_grad():
             scores = letters.score_logits(model.logits(tokens, edits)[:, -1])
         order = torch.tensor([reverse], device=model.device)
-        found.append(option_log_probs(scores, n_options, order)[0].exp())
+        found.append(sort_by_ordinal(scores, n_options, order)[0].softmax(-1))
     mean = (found[0] + found[1]) / 2
     return dict(zip(question.options, mean.tolist(), strict=False))

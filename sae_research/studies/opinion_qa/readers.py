@@ -3,7 +3,7 @@
 LoRA is the strongest published baseline (SubPOP): the same loss and data, but weights change.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,7 @@ from sae_research.studies.opinion_qa.cache import CachedPrompts, OffTaskCost, Pr
 from sae_research.studies.opinion_qa.experiment import Experiment
 from sae_research.studies.opinion_qa.fit import Targets, forward_kl
 from sae_research.studies.opinion_qa.methods import UNKNOWN_COST, MethodResult
-from sae_research.studies.opinion_qa.prompts import (
-    AnswerDistribution,
-    average_orders,
-    option_log_probs,
-    sort_by_ordinal,
-)
+from sae_research.studies.opinion_qa.prompts import AnswerDistribution, average_orders
 from sae_research.studies.opinion_qa.settings import LORA_PER_GROUP, LoRATraining
 
 if TYPE_CHECKING:
@@ -63,16 +58,37 @@ def fit_probe(
 
     The ridge is chosen on validation questions; the second value is the loss there.
     """
-    center = start
-    if center is None:
-        center = torch.zeros(len(cache.letters.tokens), states.shape[-1], device=states.device)
-    train = cache.prompts.prompt_ids(targets.train)
-    validation = cache.prompts.prompt_ids(targets.validation)
-    tried = []
-    for ridge in ridges:
-        probe = _fit_with_ridge(cache, states, targets, center, by_group, ridge, train)
-        with torch.no_grad():
-            tried.append((_probe_loss(cache, probe, states, targets, validation).item(), probe))
+    n_letters = len(cache.letters.tokens)
+    width = states.shape[-1]
+    device = states.device
+    center = torch.zeros(n_letters, width, device=device) if start is None else start
+    answers = torch.tensor(targets.answers, dtype=torch.float32, device=device)
+    # standardized, so that one ridge means the same for every dimension
+    scale = states.flatten(0, 1).std(0).clamp(min=1e-6)
+
+    def compute_loss(probe: LinearProbe, questions: np.ndarray) -> torch.Tensor:
+        rows = cache.prompts.prompt_ids(questions)
+        logs = cache.prompts.sort_scores(probe(states[:, rows]), rows).log_softmax(-1)
+        target = answers[:, cache.prompts.question[rows]]
+        return forward_kl(target.flatten(0, 1), logs.flatten(0, 1)).mean()
+
+    def fit(ridge: float) -> LinearProbe:
+        shape = (len(states),) if by_group else ()
+        change = torch.zeros(*shape, n_letters, width, device=device, requires_grad=True)
+        bias = torch.zeros(*shape, n_letters, device=device, requires_grad=True)
+        optimizer = torch.optim.LBFGS([change, bias], max_iter=60, line_search_fn="strong_wolfe")
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = compute_loss(LinearProbe(center + change / scale, bias), targets.train)
+            loss = loss + ridge * n_letters * change.square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return LinearProbe((center + change / scale).detach(), bias.detach())
+
+    tried = [(compute_loss(probe, targets.validation).item(), probe) for probe in map(fit, ridges)]
     finite = [found for found in tried if np.isfinite(found[0])]
     if not finite:
         raise ResearchError(
@@ -80,52 +96,6 @@ def fit_probe(
         )
     loss, best = min(finite, key=lambda found: found[0])
     return best, loss
-
-
-def _probe_loss(
-    cache: CachedPrompts,
-    probe: LinearProbe,
-    states: torch.Tensor,
-    targets: Targets,
-    rows: torch.Tensor,
-) -> torch.Tensor:
-    """Mean forward KL of the probe's answers to the groups' on the prompts `rows`."""
-    answers = torch.tensor(targets.answers, dtype=torch.float32, device=states.device)
-    n_options = cache.prompts.n_options[rows].repeat(len(states))
-    reverse = cache.prompts.reverse[rows].repeat(len(states))
-    logs = option_log_probs(probe(states[:, rows]).flatten(0, 1), n_options, reverse)
-    return forward_kl(answers[:, cache.prompts.question[rows]].flatten(0, 1), logs).mean()
-
-
-def _fit_with_ridge(
-    cache: CachedPrompts,
-    states: torch.Tensor,
-    targets: Targets,
-    center: torch.Tensor,
-    by_group: bool,
-    ridge: float,
-    rows: torch.Tensor,
-) -> LinearProbe:
-    letters = len(cache.letters.tokens)
-    shape = (len(states),) if by_group else ()
-    # standardized, so that one ridge means the same for every dimension
-    scale = states.flatten(0, 1).std(0).clamp(min=1e-6)
-    change = torch.zeros(
-        *shape, letters, states.shape[-1], device=states.device, requires_grad=True
-    )
-    bias = torch.zeros(*shape, letters, device=states.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([change, bias], max_iter=60, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        probe = LinearProbe(center + change / scale, bias)
-        loss = _probe_loss(cache, probe, states, targets, rows)
-        loss = loss + ridge * letters * change.square().mean()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return LinearProbe((center + change / scale).detach(), bias.detach())
 
 
 def unembed_letters(cache: CachedPrompts) -> torch.Tensor:
@@ -143,11 +113,7 @@ def evaluate_unembeddings(exp: Experiment, prompted: baselines.GroupPrompts) -> 
     cache = exp.cache
     test = cache.prompts.prompt_ids(exp.eval_set.questions)
     start = unembed_letters(cache)
-    with torch.no_grad():
-        parts = zip(
-            cache.residual.split(cache.batch), cache.prompts.last.split(cache.batch), strict=True
-        )
-        plain = torch.cat([cache.tail.states(x, last).float() for x, last in parts])
+    plain = baselines.compute_states(cache, cache.residual, cache.prompts.last).float()
     cases = {
         "letter unembedding, per group": (plain.expand(len(exp.targets.groups), -1, -1), True),
         "letter unembedding, group prompt": (prompted.final, False),
@@ -177,20 +143,6 @@ def evaluate_probe(exp: Experiment, prompted: baselines.GroupPrompts) -> tuple[f
 _PROJECTIONS = (("q_proj", "v_proj"), ("c_attn",), ("query_key_value",))
 
 
-@dataclass(frozen=True)
-class AdaptedModel:
-    """What an adapted model answers and what it costs."""
-
-    answers: np.ndarray
-    """[groups, questions, options] on the questions prompts."""
-    cost: OffTaskCost
-    """Cost on other text."""
-    parameters: int
-    """Numbers trained."""
-    order: float
-    """Mean total variation between the two option orders."""
-
-
 def add_adapter(model: "PreTrainedModel", training: LoRATraining, seed: int):
     """The model with fresh adapters on its query and value projections."""
     from peft import LoraConfig, get_peft_model
@@ -208,22 +160,24 @@ def add_adapter(model: "PreTrainedModel", training: LoRATraining, seed: int):
 
 
 def train_lora(
-    load: "Callable[[], PreTrainedModel]",
-    cache: CachedPrompts,
-    prompts: list[Prompts],
-    answers: np.ndarray,
-    targets: Targets,
-    training: LoRATraining,
-    seed: int,
-    questions: np.ndarray,
-) -> AdaptedModel:
-    """Train one adapter on the prompts of every group and read its answers to `questions`."""
-    model = add_adapter(load(), training, seed)
+    exp: Experiment, name: str, prompts: list[Prompts], answers: np.ndarray, seed: int
+) -> MethodResult:
+    """Train one adapter on the prompts of every group, and judge it on the test questions.
+
+    `answers` are those of the groups that `prompts` ask, [groups, questions, options].
+    """
+    if exp.load_fresh is None:
+        raise ResearchError(
+            "LoRA changes weights: give the experiment `load_fresh`, which loads the model anew."
+        )
+    cache = exp.cache
+    training = exp.settings.lora
+    model = add_adapter(exp.load_fresh(), training, seed)
     random = torch.Generator().manual_seed(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
-    rows = cache.prompts.prompt_ids(targets.train)
+    rows = cache.prompts.prompt_ids(exp.targets.train)
     truth = torch.tensor(answers, dtype=torch.float32, device=cache.residual.device)
     model.train()
     for _ in range(training.steps):
@@ -234,19 +188,18 @@ def train_lora(
             group = groups[part].to(rows.device)
             which = drawn[part]
             scores = _scores(model, cache, *_gather(prompts, group, which))
-            logs = option_log_probs(
-                scores, cache.prompts.n_options[which], cache.prompts.reverse[which]
-            )
+            logs = cache.prompts.sort_scores(scores, which).log_softmax(-1)
             loss = forward_kl(truth[group, cache.prompts.question[which]], logs)
             (loss.sum() / training.batch_size).backward()
         optimizer.step()
         schedule.step()
     model.eval()
-    read = [read_adapted_answers(model, cache, one, questions) for one in prompts]
-    return AdaptedModel(
-        answers=np.stack([r.probabilities for r in read]),
-        cost=measure_adapted_cost(model, cache),
-        parameters=sum(p.numel() for p in trained),
+    read = [read_adapted_answers(model, cache, one, exp.eval_set.questions) for one in prompts]
+    return MethodResult(
+        name,
+        np.stack([r.probabilities for r in read]),
+        measure_adapted_cost(model, cache),
+        sum(p.numel() for p in trained),
         order=float(np.mean([r.order_sensitivity.mean() for r in read])),
     )
 
@@ -280,73 +233,44 @@ def read_adapted_answers(
     """Answers [questions, options], both orders averaged."""
     rows = prompts.prompt_ids(questions)
     found = [
-        sort_by_ordinal(
-            _scores(model, cache, prompts.tokens[part], prompts.last[part]),
-            prompts.n_options[part],
-            prompts.reverse[part],
-        )
+        prompts.sort_scores(_scores(model, cache, prompts.tokens[part], prompts.last[part]), part)
         for part in rows.split(cache.batch)
     ]
-    halves = [half.softmax(-1).double().cpu().numpy() for half in torch.cat(found).chunk(2)]
-    return average_orders(halves, [np.full(len(half), np.nan) for half in halves])
+    return average_orders(torch.cat(found).softmax(-1))
 
 
 @torch.no_grad()
 def measure_adapted_cost(model, cache: CachedPrompts, split: str = "test") -> OffTaskCost:
     """What the adapter does to other text, next to the frozen model."""
     tokens = cache.texts[split]
-    content = cache.text_content[split]
-    lost = away = 0.0
+    totals = np.zeros(2)
     for docs in cache.microbatches(torch.arange(len(tokens)), 4):
         new = model(input_ids=tokens[docs], use_cache=False).logits.float().log_softmax(-1)
         base = cache.text_logits(split, docs).log_softmax(-1)
-        real = content[docs]
-        change = (base - new)[:, :-1].gather(-1, tokens[docs, 1:, None])[..., 0]
-        lost += change[real[:, 1:]].double().sum().item()
-        away += (base.exp() * (base - new)).sum(-1)[real].double().sum().item()
-    return OffTaskCost(lost / content[:, 1:].sum().item(), away / content.sum().item())
+        totals += cache.sum_costs(split, docs, base, new)
+    return OffTaskCost(*(totals / cache.count_text(split)).tolist())
 
 
 def evaluate_lora(
     exp: Experiment, prompted: baselines.GroupPrompts, seed: int
 ) -> list[MethodResult]:
-    """SubPOP's adapters: one for all groups, told apart by prompts, and one per group
-    without any.
-    """
-    if exp.load_fresh is None:
-        raise ResearchError(
-            "LoRA changes weights: give the experiment `load_fresh`, which loads the model anew."
-        )
-
-    def train(prompts: list[Prompts], answers: np.ndarray) -> AdaptedModel:
-        return train_lora(
-            exp.load_fresh,
-            exp.cache,
-            prompts,
-            answers,
-            exp.targets,
-            exp.settings.lora,
-            seed,
-            exp.eval_set.questions,
-        )
-
-    one = train(prompted.prompts, exp.targets.answers)
-    results = [
-        MethodResult("LoRA, group prompt", one.answers, one.cost, one.parameters, order=one.order)
-    ]
+    """SubPOP's adapters: one for all groups, told apart by prompts, and one per group without."""
+    answers = exp.targets.answers
+    results = [train_lora(exp, "LoRA, group prompt", prompted.prompts, answers, seed)]
     if exp.settings.lora_per_group:
         own = [
-            train([exp.cache.prompts], exp.targets.answers[[g]])
-            for g in range(len(exp.targets.groups))
+            train_lora(exp, LORA_PER_GROUP, [exp.cache.prompts], answers[[g]], seed)
+            for g in range(len(answers))
         ]
+        cost = OffTaskCost(
+            float(np.mean([o.cost.loss for o in own])),
+            float(np.mean([o.cost.divergence for o in own])),
+        )
         results.append(
             MethodResult(
                 LORA_PER_GROUP,
                 np.concatenate([o.answers for o in own]),
-                OffTaskCost(
-                    float(np.mean([o.cost.loss for o in own])),
-                    float(np.mean([o.cost.divergence for o in own])),
-                ),
+                cost,
                 sum(o.parameters for o in own),
                 order=float(np.mean([o.order for o in own])),
             )

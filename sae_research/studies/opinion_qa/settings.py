@@ -22,7 +22,8 @@ HUMAN_OVERALL = "human overall marginal"
 MEANS = "difference of means, calibrated"
 LORA_PER_GROUP = "LoRA, per group"
 
-_KINDS = ("multiplicative", "gated", "additive")
+SPACES = ("SAE", "random", "PCA")
+EDIT_KINDS = ("multiplicative", "gated", "additive")
 
 
 @settings
@@ -146,8 +147,8 @@ class Settings:
         TWO_STAGES,
         MOVEMENT,
         LAST_TOKEN,
-        *(f"{space} {kind}" for space in ("random", "PCA") for kind in _KINDS),
-        *(f"SAE {kind}, {NO_KL}" for kind in _KINDS),
+        *(f"{space} {kind}" for space in SPACES[1:] for kind in EDIT_KINDS),
+        *(f"SAE {kind}, {NO_KL}" for kind in EDIT_KINDS),
         *(
             f"at layer_{n}{what}"
             for n in (6, 9, 15, 18, 20, 24)

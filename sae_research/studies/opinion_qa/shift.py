@@ -23,16 +23,14 @@ if TYPE_CHECKING:
     from sae_research.surveys.survey import Question, Survey
 
 EDITS = ("additive", "multiplicative", "gated", "literal")
-POSITIONS = ("answer", "question", "all")
-_WEIGHTS, _CARDS = "shifts.safetensors", "cards.json"
+_WEIGHTS = "shifts.safetensors"
+_CARDS = "cards.json"
 
 
 @dataclass(frozen=True)
 class Basis:
     """Coordinates of the residual stream and the row of residual space that each of them writes."""
 
-    name: str
-    """What to call it: the SAE, or the control that takes its place."""
     encode: Callable[[torch.Tensor], torch.Tensor]
     """f = enc(x), [..., d] to [..., M]."""
     decoder: torch.Tensor
@@ -53,27 +51,24 @@ class Basis:
         return found if self.offset is None else found + self.offset
 
 
-def sae_basis(sae: "SAE", name: str = "SAE") -> Basis:
+def sae_basis(sae: "SAE") -> Basis:
     """The latents of an SAE, with rows as `decode` applies them to its codes."""
     from sae_research.steering import directions
 
     with torch.no_grad():
         rows = directions(sae).float()
-        offset = sae.decode(torch.zeros(1, len(rows), device=rows.device, dtype=sae.dtype))[
-            0
-        ].float()
+        nothing = torch.zeros(1, len(rows), device=rows.device, dtype=sae.dtype)
+        offset = sae.decode(nothing)[0].float()
 
     @torch.no_grad()
     def encode(x: torch.Tensor) -> torch.Tensor:
         return sae.encode(x.to(sae.dtype)).float()
 
-    return Basis(name, encode, rows, offset)
+    return Basis(encode, rows, offset)
 
 
 def random_basis(residuals: torch.Tensor, size: int, l0: float, seed: int) -> Basis:
-    """As many random unit rows as the SAE has latents; as many of the largest as its L0 are active
-    on every token.
-    """
+    """As many random unit rows as the SAE has latents; on every token as many active as its L0."""
     random = torch.Generator().manual_seed(seed)
     rows = torch.randn(size, residuals.shape[-1], generator=random).to(residuals)
     rows = rows / rows.norm(dim=-1, keepdim=True)
@@ -84,54 +79,48 @@ def random_basis(residuals: torch.Tensor, size: int, l0: float, seed: int) -> Ba
         largest = found.topk(k, dim=-1)
         return torch.zeros_like(found).scatter(-1, largest.indices, largest.values.clamp(min=0))
 
-    return Basis("random dictionary", encode, rows, mean)
+    return Basis(encode, rows, mean)
 
 
 def pca_basis(residuals: torch.Tensor) -> Basis:
-    """Principal components, each split by sign into two non-negative codes as an SAE's latents
-    are: error-free.
-    """
+    """Principal components, each split by sign into two non-negative codes: error-free."""
     mean = residuals.mean(0)
     components = torch.linalg.svd(residuals - mean, full_matrices=False).Vh
     rows = torch.cat([components, -components])
-    return Basis("PCA", lambda x: torch.relu((x - mean) @ rows.T), rows, mean)
+    return Basis(lambda x: torch.relu((x - mean) @ rows.T), rows, mean)
 
 
 def token_basis(residuals: torch.Tensor, tokens: torch.Tensor) -> Basis:
-    """A vector of its own for every token of the survey: all that gating by token can do, without
-    an SAE.
+    """A vector for every token of the survey: all that gating by token can do without an SAE.
 
     Which token a residual belongs to is read off it: the nearest of the tokens' means.
     """
     names, which = tokens.unique(return_inverse=True)
-    sums = (
-        torch.zeros(len(names), residuals.shape[-1]).to(residuals).index_add_(0, which, residuals)
-    )
-    means = sums / which.bincount()[:, None]
     width = residuals.shape[-1]
+    sums = torch.zeros(len(names), width).to(residuals).index_add_(0, which, residuals)
+    means = sums / which.bincount()[:, None]
 
     def encode(x: torch.Tensor) -> torch.Tensor:
         near = torch.cdist(x.flatten(0, -2), means).argmin(-1)
         hot = torch.nn.functional.one_hot(near, len(names)).to(x)
         return hot.repeat_interleave(width, -1).unflatten(0, x.shape[:-1])
 
-    return Basis("per-token vector", encode, torch.eye(width).to(residuals).repeat(len(names), 1))
+    return Basis(encode, torch.eye(width).to(residuals).repeat(len(names), 1))
 
 
 def residual_basis(width: int, device: str = "cpu") -> Basis:
     """The residual's own coordinates: an additive shift here is a dense steering vector."""
-    return Basis("dense", lambda x: x, torch.eye(width, device=device), None, signed=True)
+    return Basis(lambda x: x, torch.eye(width, device=device), signed=True)
 
 
 def compute_displacement(
     basis: Basis, kind: str, x: torch.Tensor, acts: torch.Tensor, delta: torch.Tensor
 ) -> torch.Tensor:
-    """x' - x for residuals [rows, positions, d] under every shift of [shifts, M], as [rows,
-    shifts, positions, d].
+    """x' - x, [rows, shifts, positions, d], of residuals [rows, positions, d] under shifts.
 
     additive f' = relu(f + Delta), multiplicative f' = f exp(Delta), gated f' = f + 1[f > 0]
     Delta, and literal x' = W_dec^T (f + Delta) + b. The second and third are linear in f, so
-    each shift becomes one matrix [M, d].
+    each shift of [shifts, M] becomes one matrix [M, d].
     """
     delta = delta.to(basis.decoder.device)
     if kind == "multiplicative":
@@ -170,23 +159,24 @@ class Shift:
     @property
     def deltas(self) -> torch.Tensor:
         """Delta_g of every group, [groups, M]."""
-        return self.shared + self.scores @ self.axes.T
+        return self.shared + self.part
 
     @property
-    def rank(self) -> int:
-        """r."""
-        return self.axes.shape[1]
+    def part(self) -> torch.Tensor:
+        """U c_g: what tells every group from the others, [groups, M]."""
+        return self.scores @ self.axes.T
 
     @property
     def parameters(self) -> int:
         """Numbers that were trained and are not zero."""
         rows = int((self.axes != 0).any(1).sum())
         shared = int((self.shared != 0).sum())
-        if shared and self.rank < len(self.groups):
+        rank = self.axes.shape[1]
+        if shared and rank < len(self.groups):
             along = self.axes @ torch.linalg.lstsq(self.axes, self.shared[:, None]).solution
             if torch.allclose(along[:, 0], self.shared, atol=1e-4 * float(self.shared.abs().max())):
-                shared = self.rank  # Delta_0 = U c_0
-        return shared + rows * self.rank + self.scores.numel()
+                shared = rank  # Delta_0 = U c_0
+        return shared + rows * rank + self.scores.numel()
 
     @property
     def active(self) -> torch.Tensor:
@@ -202,40 +192,32 @@ class Shift:
         return self.shared + coefficient * self.scores[group] @ self.axes.T
 
     def only(self, m: int) -> "Shift":
-        """The same with the group part of all but the `m` coordinates where it is largest set to
-        zero.
-        """
-        size = (self.scores @ self.axes.T).norm(dim=0)
+        """The same with a group part on the `m` coordinates alone where it is largest."""
+        size = self.part.norm(dim=0)
         kept = torch.zeros_like(size)
         kept[size.topk(min(m, len(size))).indices] = 1
         return replace(self, axes=self.axes * kept[:, None])
 
-    def edit(
-        self, basis: Basis, group: str | int, *, last: bool | None = None, coefficient: float = 1.0
-    ) -> "Edit":
-        """The edit of one group for `LanguageModel.logits(tokens, {shift.hook: edit})`;
-        `coefficient` scales the group part.
+    def edit(self, basis: Basis, group: str | int, *, coefficient: float = 1.0) -> "Edit":
+        """The edit of one group for `LanguageModel.logits(tokens, {shift.hook: edit})`.
 
         Tokens must be survey prompts for a shift of `question` tokens: it acts on all but the
-        start token of a row.
+        start token of a row. `coefficient` scales the group part.
         """
         delta = self.delta(group, coefficient)[None]
-        last = self.positions == "answer" if last is None else last
 
         def apply(residual: torch.Tensor) -> torch.Tensor:
             x = residual.float()
             moved = compute_displacement(basis, self.kind, x, basis.encode(x), delta)[:, 0]
             place = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-            place[: -1 if last else 1] = False
+            place[: -1 if self.positions == "answer" else 1] = False
             return residual + torch.where(place[:, None], moved, 0.0).to(residual)
 
         return apply
 
 
 def canonicalize(shift: Shift, weights: torch.Tensor) -> Shift:
-    """The same deltas with unit columns of U, orthogonal, in order of the variance that they
-    explain between groups.
-    """
+    """The same deltas with orthonormal columns of U, by the variance that each explains."""
     scale = weights.to(shift.scores).sqrt()[:, None]
     basis, triangle = torch.linalg.qr(shift.axes)
     _, _, turned = torch.linalg.svd(scale * (shift.scores @ triangle.T), full_matrices=False)
@@ -319,9 +301,7 @@ def read_shift(folder: Path) -> tuple[Shift, dict]:
 
 
 def load_shift(folder: "Path | str", model: "LanguageModel", sae: "SAE") -> FittedShift:
-    """A saved shift for a model and an SAE, both recognised by their weights, not by their
-    names.
-    """
+    """A saved shift for a model and an SAE, both recognised by their weights, not by names."""
     shift, fits = read_shift(Path(folder).expanduser())
     if model.fingerprint != fits["model_weights"]:
         raise ResearchError(
@@ -386,10 +366,9 @@ def fit_shift(
         parts = dict(zip(("train", "validation", "test"), model.sample.split(third), strict=False))
     else:
         parts = split_passages(model, texts, 64)
-    training = training or ShiftTraining()
     write = find_template(template, model.tokenizer).plain
     hook = check_fit(model, sae)
     cache = CachedPrompts(model, hook, survey.questions, write, parts, max_rows_per_forward)
     targets = make_targets(survey, shrinkage)
-    found = train_shift(cache, sae_basis(sae), training, targets, seed)
-    return FittedShift(found.shift, model, sae, template)
+    shift = train_shift(cache, sae_basis(sae), training or ShiftTraining(), targets, seed)
+    return FittedShift(shift, model, sae, template)

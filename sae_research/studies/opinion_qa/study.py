@@ -3,6 +3,7 @@
 What no seed changes, and looks at one shift, belong to the first seed.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -26,19 +27,19 @@ from sae_research.studies.opinion_qa.cache import OffTaskCost
 from sae_research.studies.opinion_qa.experiment import (
     Experiment,
     load_experiment,
-    load_shift_sae,
     opinion_qa_folder,
 )
-from sae_research.studies.opinion_qa.fit import train_calibration, train_shift
 from sae_research.studies.opinion_qa.methods import Choice, MethodResult, Plan
 from sae_research.studies.opinion_qa.settings import (
     DENSE,
     LAST_TOKEN,
     NO_KL,
+    SHUFFLED,
     SPARSEST,
+    UNSTEERED,
     ShiftTraining,
 )
-from sae_research.studies.opinion_qa.shift import Basis, FittedShift, Shift, save_shift
+from sae_research.studies.opinion_qa.shift import FittedShift, save_shift
 from sae_research.studies.runner import Result, Task
 from sae_research.surveys.published import writable
 
@@ -55,21 +56,60 @@ def data_files(task: Task, profile: Profile) -> list[Path]:
 
 
 def choice_tasks(profile: Profile) -> list[Task]:
-    """One task per model and method; the first one per model describes it too."""
-    found = []
-    for name in profile.opinion_qa.models:
-        names = methods.method_names(load_experiment(profile, name, 0))
-        found += [{"model": name, "method": method} for method in names]
-    return found
+    """One task per model and method."""
+    return [
+        {"model": name, "method": method}
+        for name in profile.opinion_qa.models
+        for method in methods.method_names(load_experiment(profile, name, 0))
+    ]
 
 
 def choose(task: Task, profile: Profile) -> Result:
     """KL and sparsity weight of one method."""
     exp = load_experiment(profile, task["model"], 0)
-    facts = asdict(methods.choose_settings(exp, task["method"], 0))
-    if task["method"] == next(iter(methods.METHODS)):
-        facts["about"] = describe(exp, task["model"])
-    return Result(facts=facts)
+    return Result(facts=asdict(methods.choose_settings(exp, task["method"], 0)))
+
+
+# phase 2: everything about one model and seed
+
+
+def seed_tasks(profile: Profile, choices: list[Result]) -> list[Task]:
+    """One task per model and seed, with the settings chosen for the model."""
+    by_model: dict[str, dict] = defaultdict(dict)
+    for result in choices:
+        by_model[result.task["model"]][result.task["method"]] = result.facts
+    return [
+        {"model": name, "seed": seed, "choices": found}
+        for name, found in by_model.items()
+        for seed in range(profile.runtime.seeds)
+    ]
+
+
+def read_plan(task: Task) -> Plan:
+    """What phase 1 decided for the model of a task."""
+    choices = {}
+    for name, facts in task["choices"].items():
+        trainings = {key: ShiftTraining(**facts[key]) for key in ("best", "sparse")}
+        choices[name] = Choice(**facts | trainings)
+    return methods.make_plan(choices)
+
+
+def run(task: Task, profile: Profile) -> Result:
+    """Train and judge every method of one model with one seed."""
+    name = task["model"]
+    seed = task["seed"]
+    plan = read_plan(task)
+    exp = load_experiment(profile, name, seed)
+    layers = [role for role in exp.settings.layers if role in catalogue.get(name).roles()]
+    deeper = {role: load_experiment(profile, name, seed, role) for role in layers}
+    results, made = measure_seed(exp, deeper, plan, seed)
+    headline = next(r for r in results if r.name == plan.headline)
+    made["results"], tensors = _pack(results)
+    found = Result(made, tensors={**tensors, "shift.part": headline.shift.part})
+    if seed == 0:
+        found.facts = describe(exp, name)
+        found.files = _read_saved(exp, name, headline, profile.runtime.device)
+    return found
 
 
 def describe(exp: Experiment, name: str) -> dict:
@@ -100,90 +140,38 @@ def describe(exp: Experiment, name: str) -> dict:
     }
 
 
-def read_plans(choices: list[Result]) -> dict[str, Plan]:
-    """The plan of each model from the results of phase 1."""
-    by_model: dict[str, dict[str, Choice]] = {}
-    for result in choices:
-        facts = dict(result.facts)
-        facts.pop("about", None)
-        best = ShiftTraining(**facts.pop("best"))
-        sparse = ShiftTraining(**facts.pop("sparse"))
-        own = by_model.setdefault(result.task["model"], {})
-        own[result.task["method"]] = Choice(best, sparse, **facts)
-    return {name: methods.make_plan(found) for name, found in by_model.items()}
-
-
-# phase 2: everything about one model and seed
-
-
-def seed_tasks(profile: Profile, choices: list[Result]) -> list[Task]:
-    """One task per model and seed, with the plan of the model."""
-    about = {r.task["model"]: r.facts["about"] for r in choices if "about" in r.facts}
-    return [
-        {"model": name, "seed": seed, "about": about[name], "plan": asdict(plan)}
-        for name, plan in read_plans(choices).items()
-        for seed in range(profile.runtime.seeds)
-    ]
-
-
-def _plan(task: Task) -> Plan:
-    choices = {
-        name: Choice(ShiftTraining(**c["best"]), ShiftTraining(**c["sparse"]), c["loss"], c["harm"])
-        for name, c in task["plan"]["choices"].items()
-    }
-    return Plan(task["plan"]["headline"], choices)
-
-
-def run(task: Task, profile: Profile) -> Result:
-    """Train and judge every method of one model with one seed."""
-    name = task["model"]
-    seed = task["seed"]
-    plan = _plan(task)
-    exp = load_experiment(profile, name, seed)
-    layers = [role for role in exp.settings.layers if role in catalogue.get(name).roles()]
-    deeper = {role: load_experiment(profile, name, seed, role) for role in layers}
-    results, own, shift = measure_seed(exp, deeper, plan, seed)
-    own["results"], tensors = _pack(results)
-    template = "toy"
-    if not catalogue.get(name).embedded:
-        template = "english chat" if catalogue.get(name).chat else "english"
-    fitted = FittedShift(shift, exp.cache.model, load_shift_sae(profile, name), template)
-    saved = _read_saved(fitted, make_cards(shift, exp))
-    return Result(
-        own, {}, {**tensors, "shift.deltas": shift.deltas, "shift.part": _part(shift)}, saved
-    )
-
-
 def measure_seed(
     exp: Experiment, deeper: dict[str, Experiment], plan: Plan, seed: int
-) -> tuple[list[MethodResult], dict[str, pd.DataFrame], Shift]:
-    """Results of every method, what follows from the headline shift, and that shift.
+) -> tuple[list[MethodResult], dict[str, pd.DataFrame]]:
+    """Results of every method, and tables of what follows from the headline shift.
 
     `deeper` are experiments at the SAEs of other layers.
     """
     first = seed == 0
     best = plan.best
     results = [*_evaluate_methods(exp, plan, seed)]
-    shift = {r.name: r for r in results}[plan.headline].fit.shift
+    headline = next(r for r in results if r.name == plan.headline)
+    shift = headline.shift
     prompted = baselines.run_group_prompts(exp) if first else None
     by_layer, layers = _evaluate_layers(exp, deeper, plan, prompted, seed)
-    results += [methods.train_shuffled(exp, best, seed), *by_layer]
-    own = {
+    shuffled = methods.shuffle_groups(exp.targets, exp.clusters, seed)
+    results += [methods.train_method(exp, SHUFFLED, best, seed, targets=shuffled), *by_layer]
+    made = {
         "composition": generalise.measure_composition(exp, shift, best, seed),
         "axes": meaning.measure_axes(exp, shift, seed),
         "new_groups": generalise.measure_new_groups(exp, best, prompted, seed),
     }
     if first:
         results += [*_evaluate_baselines(exp, best, prompted, seed)]
-        results += [*_evaluate_ranks(exp, best, seed)]
-        own |= {
+        for rank in exp.settings.ranks:
+            training = replace(best, rank=rank)
+            results.append(methods.train_method(exp, f"rank {rank}", training, seed))
+        made |= {
             "layers": layers,
             "dose": _measure_doses(exp, {r.name: r for r in results}),
-            "off_target": _measure_off_target(exp, shift),
-            "off_topic": _measure_off_topic(exp, shift),
-            **meaning.describe_shift(exp, shift, prompted),
+            **meaning.describe_shift(exp, shift, headline.answers, prompted),
         }
-    return results, own, shift
+    return results, made
 
 
 def _skipped(exp: Experiment, name: str, seed: int) -> bool:
@@ -195,8 +183,8 @@ def _evaluate_methods(exp: Experiment, plan: Plan, seed: int) -> Iterator[Method
     """Every method with its chosen settings, and how the headline changes with one of them."""
     for name, choice in plan.choices.items():
         if not _skipped(exp, name, seed):
-            space, _ = methods.METHODS[name]
-            yield methods.train_method(exp, name, choice.best, seed, space)
+            basis = exp.basis(methods.METHODS[name][0], seed)
+            yield methods.train_method(exp, name, choice.best, seed, basis)
     variants = {SPARSEST: plan.choices[plan.headline].sparse}
     variants |= {name: replace(plan.best, **changes) for name, changes in methods.VARIANTS.items()}
     for kind in methods.ERROR_KEEPING:
@@ -244,8 +232,7 @@ def _evaluate_layers(
             continue
         for place in wanted:
             basis = here.basis("dense" if place == "dense" else "SAE", seed)
-            fit = train_shift(here.cache, basis, trainings[place], here.targets, seed)
-            results.append(methods.evaluate_shift(here, names[place], basis, fit))
+            results.append(methods.train_method(here, names[place], trainings[place], seed, basis))
         if prompted is not None:
             own = prompted if at_sae else baselines.run_group_prompts(here)
             probes.append(readers.evaluate_probe(here, own))
@@ -261,37 +248,24 @@ def _evaluate_baselines(
     exp: Experiment, best: ShiftTraining, prompted: baselines.GroupPrompts, seed: int
 ) -> Iterator[MethodResult]:
     calibration = replace(best, calibration="first", sparsity_weight=0.0)
-    forms = {
-        form: prompted if form == "BIO" else baselines.run_group_prompts(exp, form)
-        for form in ("BIO", *(f for f in exp.template.contexts if f != "BIO"))
-    }
+    others = [form for form in exp.template.contexts if form != "BIO"]
+    forms = {"BIO": prompted} | {f: baselines.run_group_prompts(exp, f) for f in others}
     yield from baselines.evaluate_fixed(exp)
     yield from baselines.evaluate_calibration(exp, calibration, seed)
     yield from baselines.evaluate_prompting(exp, forms)
     yield from readers.evaluate_unembeddings(exp, prompted)
-
-    def train_shared(basis: Basis) -> torch.Tensor:
-        additive = replace(calibration, kind="additive")
-        return train_calibration(exp.cache, basis, additive, exp.targets, seed)
-
-    yield from baselines.evaluate_untrained(exp, prompted, train_shared)
+    yield from baselines.evaluate_untrained(exp, prompted, calibration, seed)
     yield baselines.evaluate_screened_latents(exp, prompted, best, seed)
-    if exp.load_fresh is not None:
-        yield from readers.evaluate_lora(exp, prompted, seed)
-
-
-def _evaluate_ranks(exp: Experiment, best: ShiftTraining, seed: int) -> Iterator[MethodResult]:
-    for rank in exp.settings.ranks:
-        yield methods.train_method(exp, f"rank {rank}", replace(best, rank=rank), seed)
+    yield from readers.evaluate_lora(exp, prompted, seed)
 
 
 def _measure_doses(exp: Experiment, results: dict[str, MethodResult]) -> pd.DataFrame:
     """WD, rho_dev and off-task cost of every trained shift, the whole of it scaled."""
-    unsteered = results["no steering"].answers
+    unsteered = results[UNSTEERED].answers
     rows = []
     for name in [name for name in methods.METHODS if name in results]:
         basis = exp.basis(methods.METHODS[name][0], 0)
-        shift = results[name].fit.shift
+        shift = results[name].shift
         for coefficient in exp.settings.coefficients:
             deltas = coefficient * shift.deltas
             found = exp.cache.measure_answers(
@@ -299,46 +273,15 @@ def _measure_doses(exp: Experiment, results: dict[str, MethodResult]) -> pd.Data
             )
             score = evaluate.compute_scores(exp.eval_set, found.probabilities, unsteered)
             cost = exp.cache.measure_cost(basis, shift.kind, deltas, "test").loss
-            rows.append(
-                {
-                    "method": name,
-                    "coefficient": coefficient,
-                    "wd": score.wd,
-                    "rho_dev": score.rho_dev,
-                    "cost": cost,
-                }
-            )
+            about = {"method": name, "coefficient": coefficient}
+            rows.append(about | {"wd": score.wd, "rho_dev": score.rho_dev, "cost": cost})
     return pd.DataFrame(rows)
-
-
-def _measure_off_target(exp: Experiment, shift: Shift) -> pd.DataFrame:
-    """Change in WD to every group when each group's shift replaces calibration."""
-    answers = generalise.answer_test(exp, shift, shift.deltas)
-    calibrated = generalise.answer_test(exp, shift, shift.shared[None])[0]
-    names = list(shift.groups)
-    table = pd.DataFrame(
-        evaluate.off_target(exp.eval_set, answers, calibrated), index=names, columns=names
-    )
-    own = evaluate.on_target(exp.eval_set, answers, calibrated)
-    return table.assign(on_target=own).rename_axis("shift").reset_index()
-
-
-def _measure_off_topic(exp: Experiment, shift: Shift) -> pd.DataFrame:
-    """Change in WD to its own group when a shift replaces calibration, by topic."""
-    eval_set = exp.eval_set
-    answers = generalise.answer_test(exp, shift, shift.deltas)
-    calibrated = generalise.answer_test(exp, shift, shift.shared[None])
-    before = eval_set.distance(calibrated, eval_set.truth)
-    change = eval_set.distance(answers, eval_set.truth) - before
-    topics = [eval_set.survey.questions[i].topic for i in eval_set.questions]
-    table = pd.DataFrame(change.T, columns=list(shift.groups))
-    return table.groupby(topics, sort=False).mean().rename_axis("topic").reset_index()
 
 
 # results on disk
 
 
-_PLAIN = [f.name for f in fields(MethodResult) if f.name not in ("answers", "cost", "fit")]
+_PLAIN = [f.name for f in fields(MethodResult) if f.name not in ("answers", "cost", "shift")]
 
 
 def _pack(results: list[MethodResult]) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
@@ -363,34 +306,35 @@ def unpack(result: Result) -> list[MethodResult]:
     ]
 
 
-def _part(shift: Shift) -> torch.Tensor:
-    """The group part of a shift, [groups, M]."""
-    return shift.scores @ shift.axes.T
-
-
-def _read_saved(fitted: FittedShift, cards: dict[str, dict]) -> dict[str, bytes]:
-    """The files of a saved shift."""
+def _read_saved(
+    exp: Experiment, name: str, headline: MethodResult, device: str
+) -> dict[str, bytes]:
+    """The files of the saved headline shift."""
+    spec = catalogue.get(name)
+    template = "toy"
+    if not spec.embedded:
+        template = "english chat" if spec.chat else "english"
+    sae = spec.sae(exp.settings.sae, device=device)
+    fitted = FittedShift(headline.shift, exp.cache.model, sae, template)
     with TemporaryDirectory() as folder:
-        save_shift(fitted, Path(folder) / "shift", cards)
+        save_shift(fitted, Path(folder) / "shift", make_cards(exp, headline))
         files = sorted((Path(folder) / "shift").iterdir())
         return {f"shift/{path.name}": path.read_bytes() for path in files}
 
 
-def make_cards(shift: Shift, exp: Experiment, top: int = 5) -> dict[str, dict]:
+def make_cards(exp: Experiment, headline: MethodResult, top: int = 5) -> dict[str, dict]:
     """What to know of each group's shift: scores, distance before and after, main latents."""
-    eval_set = exp.eval_set
-    before = exp.cache.measure_unsteered(eval_set.questions)
-    after = exp.cache.measure_answers(
-        exp.sae, shift.kind, shift.deltas, eval_set.questions, shift.positions
-    )
-    wd = [eval_set.distance(p.probabilities, eval_set.truth).mean(1) for p in (before, after)]
-    latents = meaning.find_main_latents(exp.cache, exp.sae, shift, top)
+    shift = headline.shift
+    truth = exp.eval_set.truth
+    unsteered = exp.cache.measure_unsteered(exp.eval_set.questions).probabilities
+    before, after = (exp.eval_set.distance(p, truth).mean(1) for p in (unsteered, headline.answers))
+    latents = meaning.find_main_latents(exp, shift, top)
     return {
         name: {
             "scores": [round(x, 6) for x in shift.scores[g].tolist()],
             "latents_moved": int((shift.deltas[g] != 0).sum()),
-            "wd_before": round(float(wd[0][g]), 5),
-            "wd_after": round(float(wd[1][g]), 5),
+            "wd_before": round(float(before[g]), 5),
+            "wd_after": round(float(after[g]), 5),
             "main_latents": latents[g],
         }
         for g, name in enumerate(shift.groups)
@@ -407,16 +351,10 @@ def summarise(results: list[Result], profile: Profile) -> dict[str, Result]:
         own = [r for r in results if r.task["model"] == name]
         exp = load_experiment(profile, name, 0)
         seeds = {r.task["seed"]: unpack(r) for r in own}
-        plan = _plan(own[0].task)
+        plan = read_plan(own[0].task)
         made = tables.make_tables(exp.eval_set, seeds, plan) | tables.join_seeds(own)
-        parts = [r.tensors["shift.part"] for r in own]
-        overlap, cosine = meaning.measure_stability(parts)
+        overlap, cosine = meaning.measure_stability([r.tensors["shift.part"] for r in own])
         prompt = next(r.name for r in seeds[0] if r.name.endswith("(best on validation)"))
-        facts = own[0].task["about"] | {
-            "headline": plan.headline,
-            "prompt": prompt,
-            "jaccard": overlap,
-            "cosine": cosine,
-        }
-        published[name] = Result(made, facts, files=own[0].files)
+        facts = {"headline": plan.headline, "prompt": prompt, "jaccard": overlap, "cosine": cosine}
+        published[name] = Result(made, own[0].facts | facts, files=own[0].files)
     return published

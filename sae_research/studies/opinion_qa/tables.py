@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -88,13 +89,19 @@ def tabulate_choices(plan: Plan) -> pd.DataFrame:
 
 
 _METRICS = {
-    "wd": evaluate.wd_interval,
-    "kl": evaluate.kl_interval,
+    "wd": evaluate.distance_interval,
+    "kl": partial(evaluate.distance_interval, metric="kl"),
     "rho_dev": evaluate.rho_dev_interval,
     "slope": evaluate.slope_interval,
     "identification": evaluate.identification_interval,
     "quietest": evaluate.quietest_share_interval,
 }
+_PAIRED = {
+    **{metric: _METRICS[metric] for metric in ("wd", "kl", "rho_dev")},
+    "wd_ratio": evaluate.wd_ratio_interval,
+    "worst_group": evaluate.worst_change_interval,
+}
+"""`wd_ratio` is the ratio of distances, `worst_group` the largest change of any group."""
 
 
 def tabulate_intervals(
@@ -122,43 +129,34 @@ def list_pairs(headline: str, names: Sequence[str]) -> Iterator[tuple[str, str]]
 def tabulate_pairs(
     eval_set: EvalSet, answers: dict[str, np.ndarray], headline: str, seed: int = 0
 ) -> pd.DataFrame:
-    """First minus second method on the same questions, for every pair and metric.
-
-    `wd_ratio` is the ratio of distances, `worst_group` the largest change of any group.
-    """
+    """First minus second method on the same questions, for every pair and metric."""
     rows = []
     for first, second in list_pairs(headline, list(answers)):
-        a, b = _of_equal_seeds(answers[first], answers[second])
-        found = {
-            "wd": evaluate.wd_interval(eval_set, a, seed, b),
-            "kl": evaluate.kl_interval(eval_set, a, seed, b),
-            "rho_dev": evaluate.rho_dev_interval(eval_set, a, seed, b),
-            "wd_ratio": evaluate.wd_ratio_interval(eval_set, a, b, seed),
-            "worst_group": evaluate.worst_change_interval(eval_set, a, b, seed),
-        }
+        seeds = max(len(answers[first]), len(answers[second]))
+        # a method that no seed changes has one row: it is set against every seed of the other
+        a, b = (
+            x if len(x) == seeds else np.repeat(x[:1], seeds, 0)
+            for x in (answers[first], answers[second])
+        )
         rows += [
-            {"first": first, "second": second, "metric": metric} | asdict(interval)
-            for metric, interval in found.items()
+            {"first": first, "second": second, "metric": metric}
+            | asdict(interval(eval_set, a, seed, b))
+            for metric, interval in _PAIRED.items()
         ]
     return pd.DataFrame(rows)
-
-
-def _of_equal_seeds(a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
-    """A method that no seed changes has one row: it is set against every seed of the other."""
-    seeds = max(len(a), len(b))
-    return [x if len(x) == seeds else np.repeat(x[:1], seeds, 0) for x in (a, b)]
 
 
 def tabulate_groups(eval_set: EvalSet, answers: dict[str, np.ndarray]) -> pd.DataFrame:
     """WD of every method and group, mean over seeds."""
-    rows = []
-    for name, found in answers.items():
-        wd = eval_set.distance(found, eval_set.truth).mean((0, 2))
-        rows += [
-            {"method": name, "group": g.name, "attribute": g.attribute, "wd": w}
-            for g, w in zip(eval_set.survey.groups, wd, strict=True)
-        ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {"method": name, "group": g.name, "attribute": g.attribute, "wd": wd}
+        for name, found in answers.items()
+        for g, wd in zip(
+            eval_set.survey.groups,
+            eval_set.distance(found, eval_set.truth).mean((0, 2)),
+            strict=True,
+        )
+    )
 
 
 def tabulate_topics(eval_set: EvalSet, answers: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -193,9 +191,7 @@ def tabulate_attributes(
             for attribute in dict.fromkeys(names.tolist()):
                 own = names == attribute
                 about = {"method": method, "seed": seed, "attribute": attribute}
-                sizes = {
-                    name: float(np.sqrt((x[own] ** 2).mean()))
-                    for name, x in (("predicted", predicted), ("true", true))
-                }
-                rows.append(about | sizes)
+                for name, x in (("predicted", predicted), ("true", true)):
+                    about[name] = float(np.sqrt((x[own] ** 2).mean()))
+                rows.append(about)
     return pd.DataFrame(rows)
