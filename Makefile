@@ -53,7 +53,7 @@ reproduce: setup  ## the whole chain of PROFILE (cpu), then verdicts, comparison
 	@$(RUN) -m sae_research reproduce --profile $(PROFILE)
 
 test: setup  ## all tests: unit, notebooks, the smoke chain through DVC, nbval on its notebooks
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 validate: setup  ## nbval: run the committed notebooks of PROFILE (cpu) again and compare every output
 	@$(RUN) -m sae_research validate --profile $(PROFILE)

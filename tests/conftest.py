@@ -1,7 +1,15 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and the order of the files."""
 
 import pytest
 import replicas
+
+LONGEST = ("test_smoke_chain.py", "test_opinion_qa_real.py", "test_world.py", "test_pipeline.py")
+"""They run first, so that no worker sits idle beside one that came last."""
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,7 @@ def test_steering_a_concept_beats_a_random_direction_and_no_dose_does_nothing(en
     found = demo.find_label_detectors(text)["concept_next"]
     best = found.f1.nan_to_num(-1.0).argsort(descending=True, stable=True)[:6].tolist()
     none, strong = demo.steer(
-        toy, sae, saes.hook_of(sae), {c: int(found.latent[c]) for c in best}, [0.0, 0.8], 16
+        toy, sae, saes.hook_of(sae), {c: int(found.latent[c]) for c in best}, [0.0, 0.8]
     )
     assert np.array_equal(none.mass, none.control)
     assert stats.mean_interval(strong.mass - strong.control).low > 0

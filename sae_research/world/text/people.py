@@ -47,9 +47,9 @@ def make_biographies(
         (opening.slots == grammar.slot(s)).any(1).astype(int) for s in ("TITLE", "PROFESSION")
     )
     # The title shows at once, the stated profession only in the word after the surname.
-    log_titled, log_stated = np.log(shares)
-    opening.floor[:, 0] += log_titled[titled] - np.log(odds[2 * titled + stated])
-    opening.floor[np.arange(n), 1 + titled] += log_stated[stated]
+    of_title, of_statement = np.array(shares)
+    opening.floor[:, 0] += np.log(of_title[titled]) - np.log(odds[2 * titled + stated])
+    opening.floor[np.arange(n), 1 + titled] += np.log(of_statement[stated])
     pieces, shown = [opening], np.zeros(n, bool)
     for sentence in range(3):
         cue = ("CUE", np.array([corpus.cue, corpus.cue if sentence == 1 else 1.0]))
