@@ -181,9 +181,11 @@ def _explain(error: Any, name: str) -> ResearchError:
     path = [str(key) for key in error["loc"]]
     for level, inner in (("rule", Rule), ("control", Control)):
         if path[:1] == [level]:
-            where, cls = f"the {level} of {name}", inner
+            where = f"the {level} of {name}"
+            cls = inner
             path.pop(0)
-    kind, place = error["type"], f"{where} in claims.yaml"
+    kind = error["type"]
+    place = f"{where} in claims.yaml"
     if kind == "unexpected_keyword_argument":
         return unknown("field", path[-1], [f.name for f in fields(cls)], place)
     if kind == "literal_error":

@@ -114,7 +114,8 @@ def build(cls: type[T], overrides: object, where: str) -> T:
 def _explain(cls: type, error: Any, where: str) -> ResearchError:
     """One sentence for the first mistake, with the nearest valid name."""
     current: Any = cls
-    path, rest = [], list(error["loc"])
+    path = []
+    rest = list(error["loc"])
     while rest and is_dataclass(current) and rest[0] in {f.name for f in fields(current)}:
         name = rest.pop(0)
         path.append(name)
@@ -174,7 +175,8 @@ def load(profile: str | None = None) -> Profile:
     name = str(profile or params.get("profile"))
     if name not in params["profiles"]:
         raise unknown("profile", name, params["profiles"], "params.yaml")
-    given, classes = params["profiles"][name] or {}, block_classes()
+    given = params["profiles"][name] or {}
+    classes = block_classes()
     for key in given:
         if key not in classes:
             raise unknown("setting", str(key), classes, f"profiles.{name}")

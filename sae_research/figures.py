@@ -1,6 +1,7 @@
 """One style for every figure, and files whose bytes are the same on every run."""
 
 import io
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ VERDICTS = {
 }
 """Colour and marker of each verdict: never colour alone."""
 
+_COORDINATE = re.compile(rb"(?<!scale\()-?\d+\.\d{3,}")
+"""A number of an svg with digits that no eye sees; glyphs are scaled by numbers that count."""
 FULL, HALF = 7.2, 3.6
 """Inches: every figure is one column or half a column wide, so that type has one size."""
 STYLE = {
@@ -108,11 +111,20 @@ def _wrap(text: str, inches: float) -> str:
 
 @style()
 def save(figure: "Figure", folder: Path, name: str) -> Path:
-    """Write `name`.png and `name`.svg, the same bytes for the same figure; it stays open."""
+    """Write `name`.png and `name`.svg, the same bytes for the same figure; it stays open.
+
+    Coordinates in the svg are rounded to hundredths of a point: another processor's last digits
+    must not change the file.
+    """
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata=metadata)
-        store.write_bytes(Path(folder) / f"{name}.{kind}", buffer.getvalue())
+        content = buffer.getvalue()
+        if kind == "svg":
+            content = _COORDINATE.sub(
+                lambda found: b"%.2f" % (round(float(found[0]), 2) + 0.0), content
+            )
+        store.write_bytes(Path(folder) / f"{name}.{kind}", content)
     return Path(folder) / f"{name}.png"
 
 

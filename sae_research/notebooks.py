@@ -136,7 +136,8 @@ def cleared(notebook: "NotebookNode") -> "NotebookNode":
     """A notebook source as it is committed: no outputs, no counts, steady ids."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+            cell.outputs = []
+            cell.execution_count = None
     return _steady(notebook)
 
 

@@ -78,7 +78,8 @@ def _restore(state: dict) -> None:
     if stages:  # a kill may have cut it short
         store.write_bytes(_profile_lock(state["running"]), LOCK.read_bytes())
     kept = STATE / "dvc.lock"
-    before, world = _read_lock(kept) or {}, stages.get(WORLD)
+    before = _read_lock(kept) or {}
+    world = stages.get(WORLD)
     if kept.exists() and world in (None, before.get(WORLD)):
         store.write_bytes(LOCK, kept.read_bytes())
     else:

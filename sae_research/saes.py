@@ -78,7 +78,8 @@ def _from_release(release: str, sae_id: str, device: str, dtype: str) -> "SAE":
         raise unknown("SAE release", release, known, "SAELens")
     if sae_id not in known[release].saes_map:
         raise unknown("SAE id", sae_id, known[release].saes_map, release)
-    repository, folder = known[release].repo_id, known[release].saes_map[sae_id]
+    repository = known[release].repo_id
+    folder = known[release].saes_map[sae_id]
     if not (download(repository, (f"{folder}/*",)) / folder).is_dir():
         raise unreachable(f"the SAE {release}/{sae_id}")
     return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
@@ -301,7 +302,9 @@ def quality(
     """
     hook = hook or check_fit(model, sae)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
-    seen, count, error = [], 0, 0.0
+    seen = []
+    count = 0
+    error = 0.0
     losses = {"ce_clean": 0.0, "ce_spliced": 0.0, "ce_zero": 0.0}
     predicted = 0
     with torch.no_grad():

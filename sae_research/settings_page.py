@@ -52,7 +52,8 @@ def _table(profiles: tuple[str, ...]) -> list[list[str]]:
     """Block, setting, meaning, default and one value per profile; `=` is the default."""
     rows = []
     for row in config.departures(profiles):
-        default, given = row["default"], [row["profiles"][profile] for profile in profiles]
+        default = row["default"]
+        given = [row["profiles"][profile] for profile in profiles]
         values = ["=" if value == default else show(value) for value in given]
         rows.append([row["block"], row["setting"], row["meaning"], show(default), *values])
     return rows

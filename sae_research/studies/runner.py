@@ -48,9 +48,11 @@ class Result:
 
     def save(self, folder: Path, digits: int | None = None) -> None:
         """Write into an existing folder; `digits` rounds tables and facts to significant digits."""
-        facts, form = self.facts, None
+        facts = self.facts
+        form = None
         if digits is not None:
-            facts, form = store.rounded(facts, digits), f"%.{digits}g"
+            facts = store.rounded(facts, digits)
+            form = f"%.{digits}g"
         for name, table in self.tables.items():
             table = table if digits is None else _without_noise(table)
             store.write_text(folder / f"{name}.csv", table.to_csv(index=False, float_format=form))

@@ -198,7 +198,8 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def reliability(survey: Survey, seed: int) -> float:
     """Split-half reliability of the deviations: rho_dev / sqrt of it is free of noise."""
-    draws, counts = np.random.default_rng(seed), _require_counts(survey)
+    draws = np.random.default_rng(seed)
+    counts = _require_counts(survey)
     half = draws.multivariate_hypergeometric
     first = np.array([[half(cell, cell.sum() // 2) for cell in group] for group in counts])
     halves = [c / c.sum(-1, keepdims=True) for c in (first, counts - first)]

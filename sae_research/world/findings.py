@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_research import paths, stats
+from sae_research import paths, stats, store
 from sae_research.claims import Measurement
 from sae_research.world import build
 from sae_research.world.checks import Check
@@ -127,7 +127,8 @@ def tabulate_checks(by_seed: Mapping[int, ChecksByModel], model: str) -> "DataFr
         sign = "≤" if first.at_most else "≥"
         desired = first.desired is not None and all(c.meets(c.desired) for c in same)
         row = {"check": first.name}
-        row |= {f"seed {seed}": f"{c.value:.3g}" for seed, c in zip(by_seed, same, strict=True)}
+        values = store.rounded([c.value for c in same])
+        row |= {f"seed {seed}": f"{x:.3g}" for seed, x in zip(by_seed, values, strict=True)}
         row["required"] = f"{sign} {first.required:g}"
         row["desired"] = "" if first.desired is None else f"{sign} {first.desired:g}"
         row["met"] = "desired" if desired else "required" if all(c.passed for c in same) else "no"
@@ -183,7 +184,8 @@ def make_band_intervals(
     """
 
     def measure(truth: dict) -> stats.Interval:
-        n, share = truth["n"], truth["F1 at least .7"]
+        n = truth["n"]
+        share = truth["F1 at least .7"]
         return stats.wilson(round(share * n), n) if n else stats.Interval(0.0, 0.0, 0.0, 0)
 
     return {

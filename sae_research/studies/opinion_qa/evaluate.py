@@ -228,7 +228,8 @@ def consistency(eval_set: EvalSet, answers: np.ndarray, topics: Sequence[str]) -
     """C_m of OpinionQA for `answers` [questions, options]: mean over attributes of the share of
     topics whose best-aligned group is the overall best-aligned one.
     """
-    wd, topics = eval_set.distance(answers[None], eval_set.truth), np.asarray(topics)
+    wd = eval_set.distance(answers[None], eval_set.truth)
+    topics = np.asarray(topics)
     found = []
     for group in eval_set.siblings():
         best = wd[group].mean(1).argmin()

@@ -236,7 +236,8 @@ class _Training:
         )
         parameters = [p for table in tables for p in table["params"]]
         lasso = lasso_weights(self.basis, t.kind, self.cache.survey_residuals)
-        lowest, best = np.inf, None
+        lowest = np.inf
+        best = None
         for step, rows in enumerate(self.batches(steps)):
             optimizer.zero_grad()
             self.backward(make_deltas(), rows, step)

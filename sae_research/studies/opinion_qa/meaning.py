@@ -162,7 +162,8 @@ def measure_selectivity(
     found = []
     for g, attribute in enumerate(attributes):
         others = [h for h in range(len(attributes)) if attributes[h] == attribute and h != g]
-        own, rest = acts[g], acts[others].reshape(-1, acts.shape[-1])
+        own = acts[g]
+        rest = acts[others].reshape(-1, acts.shape[-1])
         # ties, as of silent latents, share their rank
         ranks = rankdata(np.concatenate([own, rest]), axis=0)[: len(own)].sum(0)
         found.append((ranks - len(own) * (len(own) + 1) / 2) / (len(own) * len(rest)))

@@ -72,7 +72,8 @@ def random_basis(residuals: torch.Tensor, size: int, l0: float, seed: int) -> Ba
     random = torch.Generator().manual_seed(seed)
     rows = torch.randn(size, residuals.shape[-1], generator=random).to(residuals)
     rows = rows / rows.norm(dim=-1, keepdim=True)
-    mean, k = residuals.mean(0), max(1, round(l0))
+    mean = residuals.mean(0)
+    k = max(1, round(l0))
 
     def encode(x: torch.Tensor) -> torch.Tensor:
         found = (x - mean) @ rows.T

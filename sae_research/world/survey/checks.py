@@ -124,7 +124,8 @@ def check_model(
     personas = [[], *([group.name] for group in survey.groups)]
     both = [measure_answers(model, survey.questions, personas, r) for r in (False, True)]
     mean = np.mean(both, axis=0)
-    unsteered, persona = mean[0], mean[1:]
+    unsteered = mean[0]
+    persona = mean[1:]
     scores = score_groups(persona, survey.distributions, survey.weights, survey.mask)
     wd = wasserstein(persona, survey.distributions, survey.gaps)
     web = wasserstein(unsteered, survey.web, survey.gaps)
@@ -154,7 +155,8 @@ def check_steering(model: LanguageModel, population: Population, hook: str) -> C
     learnt, judged = (
         [survey.questions[i] for i in survey.rows(split)] for split in ("train", "validation")
     )
-    plain, steered = compute_mean_residual(model, hook, learnt, ()), []
+    plain = compute_mean_residual(model, hook, learnt, ())
+    steered = []
     for group in survey.groups:
         stated = compute_mean_residual(model, hook, learnt, (group.name,))
         edit = {hook: steering.add_direction(stated - plain)}

@@ -123,7 +123,8 @@ class Population:
     @cached_property
     def effects(self) -> dict[str, np.ndarray]:
         """E: mean trait of each value of each attribute, [values, 3]; its mean is zero."""
-        s, step = self.settings, np.array([-1.0, 0.0, 1.0])
+        s = self.settings
+        step = np.array([-1.0, 0.0, 1.0])
         planted = {
             "party": np.outer(step, [s.party, 0, 0]),
             "age": np.outer(step, [0.35 * s.age, -0.8 * s.age, 0]),

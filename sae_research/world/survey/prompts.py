@@ -69,7 +69,8 @@ def write_arithmetic(draws: np.random.Generator) -> Scored:
 def write_story(draws: np.random.Generator) -> Scored:
     """A chain of animals; each sentence goes on with the last one: `the cat saw the dog .`"""
     words: Scored = []
-    who, surprisal = ANIMALS[draws.integers(len(ANIMALS))], np.log(len(ANIMALS))
+    who = ANIMALS[draws.integers(len(ANIMALS))]
+    surprisal = np.log(len(ANIMALS))
     for _ in range(SENTENCES):
         others = [animal for animal in ANIMALS if animal != who]
         whom = others[draws.integers(len(others))]
@@ -77,7 +78,8 @@ def write_story(draws: np.random.Generator) -> Scored:
             ("the", 0.0), (who, surprisal), (DEEDS[draws.integers(len(DEEDS))], np.log(len(DEEDS))),
             ("the", 0.0), (whom, np.log(len(others))), (".", 0.0),
         ]  # fmt: skip
-        who, surprisal = whom, 0.0
+        who = whom
+        surprisal = 0.0
     return words
 
 
@@ -122,7 +124,8 @@ class Writer:
         exact = np.stack([self._exact_answers(s, q) for s, q in zip(stated, question, strict=True)])
         target = order_by_letter(exact, self.n_options[question], reverse.astype(bool))
         drawn = (target.cumsum(-1) < draws.random((n, 1)) * target.sum(-1, keepdims=True)).sum(-1)
-        rows, answer = [], np.zeros(n, dtype=int)
+        rows = []
+        answer = np.zeros(n, dtype=int)
         for i, persona in enumerate(stated):
             said = [token for v in persona.values() for token in self.statements[v]]
             start = [self.ids[BOS], *said, *self.prompts[question[i]][reverse[i]]]
@@ -146,7 +149,8 @@ class Writer:
         aside = round(n * off_task)
         asked = self.write_survey(n - aside, draws, most_stated)
         parts = [asked, self.write_off_task(aside, draws)]
-        width, order = max(p.tokens.shape[1] for p in parts), draws.permutation(n)
+        width = max(p.tokens.shape[1] for p in parts)
+        order = draws.permutation(n)
 
         def join(name: str, fill: float) -> np.ndarray:
             arrays = (getattr(p, name) for p in parts)

@@ -50,7 +50,8 @@ def make_articles(
     n: int, rng: np.random.Generator, corpus: Corpus, concepts: np.ndarray | None = None
 ) -> Texts:
     """Articles about one concept each (drawn, or given): name, topic and private words, facts."""
-    lex, grammar = lexicon(), _article_grammar()
+    lex = lexicon()
+    grammar = _article_grammar()
     odds = compute_concept_odds(corpus)
     concept = rng.choice(len(odds), size=n, p=odds) if concepts is None else np.asarray(concepts)
     topic = lex.topic_of[concept]
@@ -68,7 +69,8 @@ def make_articles(
     register = (opening.tokens[:, 0] == lex.ids["please"]).astype(int)
     bodies = frames.ARTICLE_BODY + frames.EXPLAIN_BODY + frames.ARTICLE_FACT
     of_register = np.array([[1 / 4] * 4 + [0] * 3, [0] * 4 + [1 / 3] * 3])[register]
-    pieces, told = [opening], np.zeros(n, bool)
+    pieces = [opening]
+    told = np.zeros(n, bool)
     for left in (4, 3, 2, 1):
         due = np.where(told, 0.0, 1 / left)[:, None]
         odds_of_body = np.hstack([of_register * (1 - due), due])
@@ -98,7 +100,8 @@ def _sense_grammar() -> Grammar:
 
 def make_notes(n: int, rng: np.random.Generator, corpus: Corpus) -> Texts:
     """Notes of five sentences, each with a polysemous word whose sense its company tells."""
-    lex, grammar = lexicon(), _sense_grammar()
+    lex = lexicon()
+    grammar = _sense_grammar()
     pieces, labels = [grammar.fill(rng, n, frames.SENSE_OPENING, {})], []
     for _ in range(5):
         sense = rng.integers(len(lex.senses), size=n)

@@ -98,7 +98,8 @@ def check_facts(toy: ToyText, repeats: int = 8) -> list[Check]:
 
 def fit_probe(x: torch.Tensor, y: torch.Tensor, batch: int = 32, lr: float = 1e-2) -> Callable:
     """A logistic probe on centred residuals (one pass of AdamW), that predicts 0 or 1."""
-    random, centre = torch.Generator().manual_seed(0), x.mean(0)
+    random = torch.Generator().manual_seed(0)
+    centre = x.mean(0)
     weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.AdamW([weight, bias], lr=lr)
     for part in torch.randperm(len(x), generator=random).split(batch):
@@ -143,7 +144,8 @@ def check_senses(toy: ToyText) -> Check:
     texts = toy.draw("senses")
     labels = texts.token_truth["sense"]
     x = toy.residual(texts.tokens, toy.later)[torch.from_numpy(labels >= 0)].numpy()
-    y, half = labels[labels >= 0], int((labels >= 0).sum()) // 2
+    y = labels[labels >= 0]
+    half = int((labels >= 0).sum()) // 2
     reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     right = reader.fit(x[:half], y[:half]).score(x[half:], y[half:])
     return Check("sense probe", float(right), 0.98, 1.0, n=len(y) - half)
@@ -157,11 +159,13 @@ def check_chats(toy: ToyText) -> list[Check]:
     logits = toy.map_batches(
         texts.tokens, lambda part: toy.model.logits(part).log_softmax(-1).half()
     )
-    top, right = ids[logits.argmax(-1).numpy()], []
+    top = ids[logits.argmax(-1).numpy()]
+    right = []
     for name, words in (("request_topic_next", lex.request_topics), ("action_next", lex.actions)):
         label = texts.token_truth[name]
         at = label >= 0
-        said, stem = top[at], np.array(words)[label[at]]
+        said = top[at]
+        stem = np.array(words)[label[at]]
         longer = np.char.str_len(said) > np.char.str_len(stem)
         right.append(np.char.startswith(said, stem) & longer)
     at = texts.tokens == lex.ids["bot"]
@@ -170,7 +174,8 @@ def check_chats(toy: ToyText) -> list[Check]:
         texts.truth["action"] < lex.n_restricted_actions
     )
     right = np.concatenate(right)
-    refused, elsewhere = p[harmful], p[~harmful]
+    refused = p[harmful]
+    elsewhere = p[~harmful]
     off = float(abs(refused.mean() - toy.settings.corpus.refusal))
     name = "refusal where planted: distance from the planted rate"
     others = float(elsewhere.mean())

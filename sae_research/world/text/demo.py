@@ -139,7 +139,8 @@ def find_contexts(
     places = np.argwhere(encoded.texts.tokens != BOS_ID)
     entries = torch.nonzero(encoded.acts.latent == latent)[:, 0]
     strongest = entries[encoded.acts.value[entries].argsort(descending=True, stable=True)]
-    shown, seen = [], set()
+    shown = []
+    seen = set()
     for token in encoded.acts.token[strongest].tolist():
         row, column = places[token]
         if row in seen:

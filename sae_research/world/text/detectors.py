@@ -31,7 +31,8 @@ class SparseActivations:
 
     def of(self, tokens: "Tensor") -> "SparseActivations":
         """The activations of some of the tokens (a mask)."""
-        inside, renumbered = tokens[self.token], tokens.cumsum(0) - 1
+        inside = tokens[self.token]
+        renumbered = tokens.cumsum(0) - 1
         token = renumbered[self.token[inside]]
         latent, value = self.latent[inside], self.value[inside]
         return SparseActivations(token, latent, value, int(tokens.sum()), self.n_latents)
@@ -109,7 +110,8 @@ def score_latents(
         j = int(latent[i])
         entries = order[(int(ends[j - 1]) if j else 0) : int(ends[j])]
         fired = acts.token[entries[acts.value[entries] >= threshold[i]]]
-        owners[i], hits[i] = len(fired), (labels[fired] == i).sum()
+        owners[i] = len(fired)
+        hits[i] = (labels[fired] == i).sum()
     positives = torch.bincount(labels[labels >= 0], minlength=n_labels)
     return 2 * hits / (owners + positives).clamp(min=1), positives
 

@@ -32,7 +32,8 @@ def without_stated(corpus: Corpus) -> Corpus:
 
 def make_mixture(n: int, seed: int | np.random.Generator, corpus: Corpus | None = None) -> Texts:
     """`n` documents of all kinds in random order, in the corpus's shares."""
-    rng, corpus = np.random.default_rng(seed), corpus or Corpus()
+    rng = np.random.default_rng(seed)
+    corpus = corpus or Corpus()
     counts = rng.multinomial(n, corpus.shares)
     parts = [_GENERATORS[k](count, rng, corpus) for k, count in zip(KINDS, counts, strict=True)]
     return stack(parts)[rng.permutation(n)]
@@ -40,7 +41,9 @@ def make_mixture(n: int, seed: int | np.random.Generator, corpus: Corpus | None 
 
 def make_physics(n: int, seed: int | np.random.Generator, corpus: Corpus | None = None) -> Texts:
     """`n` articles of the rare domain only, with its own concept frequencies."""
-    rng, corpus, lex = np.random.default_rng(seed), corpus or Corpus(), lexicon()
+    rng = np.random.default_rng(seed)
+    corpus = corpus or Corpus()
+    lex = lexicon()
     odds = compute_concept_odds(corpus)[lex.physics]
     return make_articles(n, rng, corpus, rng.choice(lex.physics, size=n, p=odds / odds.sum()))
 

@@ -179,7 +179,8 @@ class Lexicon:
         self.sense_word = [word for word, senses in SENSES.items() for _ in senses]
         self.request_topics = (RESTRICTED_TOPICS + " " + PLAIN_TOPICS).split()
         self.actions = (RESTRICTED_ACTIONS + " " + PLAIN_ACTIONS).split()
-        self.n_restricted_topics, self.n_restricted_actions = len(RESTRICTED_TOPICS.split()), 4
+        self.n_restricted_topics = len(RESTRICTED_TOPICS.split())
+        self.n_restricted_actions = 4
         n = len(self.concepts)
         self.founder_of = (np.arange(n) * 7 + np.arange(n) // 16) % 16
         self.place_of = (np.arange(n) * 5 + 3 * (np.arange(n) // 16)) % 16

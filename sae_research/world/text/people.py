@@ -50,7 +50,8 @@ def make_biographies(
     of_title, of_statement = np.array(shares)
     opening.floor[:, 0] += np.log(of_title[titled]) - np.log(odds[2 * titled + stated])
     opening.floor[np.arange(n), 1 + titled] += np.log(of_statement[stated])
-    pieces, shown = [opening], np.zeros(n, bool)
+    pieces = [opening]
+    shown = np.zeros(n, bool)
     for sentence in range(3):
         cue = ("CUE", np.array([corpus.cue, corpus.cue if sentence == 1 else 1.0]))
         pronoun = ("PRONOUN", np.where((sentence == 2) & ~shown, 1.0, corpus.pronoun)[:, None])
@@ -75,7 +76,8 @@ def _charge_profession(piece: Piece, grammar: Grammar, corpus: Corpus, stated: n
     reveal(piece, named & stated[:, None], np.log(1 / 2))
     true = np.where(own, 1 - corpus.contrary, np.where(contrary, corpus.contrary, 1.0))
     false = np.where(own, corpus.contrary, np.where(contrary, 1 - corpus.contrary, 1.0))
-    so_far, otherwise = true.cumprod(1), false.cumprod(1)
+    so_far = true.cumprod(1)
+    otherwise = false.cumprod(1)
     marginal = (so_far + otherwise) / 2
     before = np.hstack([np.ones((len(marginal), 1)), marginal[:, :-1]])
     last = np.where(named, np.log(so_far / (so_far + otherwise)), 0.0)
@@ -100,7 +102,8 @@ def _chat_grammar() -> Grammar:
 
 def make_chats(n: int, rng: np.random.Generator, corpus: Corpus) -> Texts:
     """Chats of three answered requests; refusals only where topic and action are restricted."""
-    lex, grammar = words.lexicon(), _chat_grammar()
+    lex = words.lexicon()
+    grammar = _chat_grammar()
     pieces, turns = [grammar.fill(rng, n, frames.CHAT_OPENING, {})], []
     for _ in range(3):
         topic = rng.integers(len(lex.request_topics), size=n)
