@@ -8,7 +8,7 @@ import argparse
 import sys
 
 import sae_research as sr
-from sae_research import claims, stats
+from sae_research import claim_rules, claims, stats
 
 CLAIM = {
     "id": "mine.latents",
@@ -17,9 +17,11 @@ CLAIM = {
     "rule": {
         "expect": "above",
         "threshold": 0,
-        # what is measured between two random directions must not pass for an effect
-        "control": {"name": "random twice", "expect": "between", "threshold": [-0.5, 0.5]},
+        # a random direction in place of the latent; the verdict reads the difference
+        "control": {"name": "one random direction minus another"},
     },
+    "unit": "latents of one SAE",
+    "family": "latents",
 }
 
 
@@ -51,7 +53,7 @@ def main() -> None:
     from sae_research.saes import check_fit
     from sae_research.steering import directions
 
-    claim = claims.parse("mine", CLAIM)  # stated before anything is measured
+    claim = claim_rules.parse("mine", CLAIM)  # stated before anything is measured
     model = sr.load_model(given.model)
     sae = sr.load_sae(*given.sae, model=model)
     hook = check_fit(model, sae)
@@ -66,12 +68,17 @@ def main() -> None:
     steered = scale(rows[chosen])
     placebo = [scale(torch.randn(steered.shape, generator=random)) for _ in range(2)]
     kl = [measure_log_kl(model, model.sample, hook, each) for each in (steered, *placebo)]
+    latents = [a - b for a, b in zip(kl[0], kl[1], strict=True)]
+    random_twice = [a - b for a, b in zip(kl[2], kl[1], strict=True)]
     measurement = claims.Measurement.of(
-        stats.paired_bootstrap(kl[0], kl[1], seed=0, draws=2000),
-        control=stats.paired_bootstrap(kl[1], kl[2], seed=0, draws=2000),
+        stats.cluster_bootstrap(latents, seed=0, draws=2000),
+        control=stats.cluster_bootstrap(random_twice, seed=0, draws=2000),
+        difference=stats.paired_bootstrap(latents, random_twice, seed=0, draws=2000),
     )
     print(claim.statement)
-    print("measured:", stats.paired_bootstrap(kl[0], kl[1], seed=0, draws=2000))
+    for what in ("value", "control", "difference"):
+        found = measurement if what == "value" else getattr(measurement, what)
+        print(f"{what}: {found.value:.3g} [{found.low:.3g}, {found.high:.3g}]")
     print("verdict:", claims.judge(claim, measurement))
 
 

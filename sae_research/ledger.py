@@ -4,11 +4,11 @@ A ledger is the list of lines that `claims.record` and `claims.unite` write: one
 verdict. Lines of the testbed check the toy models and are counted apart from claims of papers.
 """
 
-import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from sae_research import paths, store
+from sae_research.claim_rules import TESTBED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 VERDICTS = ("reproduced", "direction only", "confounded", "not reproduced", "not testable here")
 """From the best to the worst; notebook 90 says what each means."""
-TESTBED = "world"
-"""The owner of checks of the toy models, which are no claims of a paper."""
+PUBLISHED = "cpu"
+"""The profile whose verdicts are published: `full` has not been run under the present rules."""
 README = paths.ROOT / "README.md"
 HIGHLIGHTS = {
     "opinion_qa.shift.fit": "of the distance is left",
@@ -35,6 +35,10 @@ def _show(x: float | str | None) -> str:
     return f"{x:.3g}" if isinstance(x, int | float) else x or ""
 
 
+def _show_p(p: float | None) -> str:
+    return "<0.001" if p is not None and p < 0.001 else _show(p)
+
+
 def _interval(m: dict) -> str:
     ends = f" [{_show(m['low'])}, {_show(m['high'])}]" if m["low"] is not None else ""
     return _show(m["value"]) + ends
@@ -48,35 +52,47 @@ def to_interval(m: dict) -> "Interval":
     return Interval(m["value"], low, high, m["n"] or 1)
 
 
-def rule_text(rule: dict) -> str:
-    """A rule in words: `interval above 0.1; control (shuffled labels): below 0.6`."""
-    threshold = rule["threshold"]
+def _bar_text(wanted: dict) -> str:
+    """An expectation in words: `interval above 0.1`."""
+    threshold = wanted["threshold"]
     numbers = threshold if isinstance(threshold, list | tuple) else [threshold]
-    words = f"{rule['expect']} {' and '.join(map(_show, numbers))}"
-    words = f"interval {words}" if rule["interval"] else words
+    words = f"{wanted['expect']} {' and '.join(map(_show, numbers))}"
+    return f"interval {words}" if wanted["interval"] else words
+
+
+def rule_text(rule: dict) -> str:
+    """A rule in words: `interval above 0.1; clear of its control (shuffled labels)`."""
     control = rule.get("control")
-    return f"{words}; control ({control['name']}): {rule_text(control)}" if control else words
+    if not control:
+        return _bar_text(rule)
+    if control["must"] is None:
+        return f"{_bar_text(rule)}; clear of its control ({control['name']})"
+    return f"{_bar_text(rule)}; control ({control['name']}): {_bar_text(control['must'])}"
+
+
+COLUMNS = ("claim", "paper", "measured", "n", "control", "difference", "p", "rule", "verdict", "id")
 
 
 def table(lines: list[dict]) -> "pd.DataFrame":
-    """The verdict table: one row per claim, statement first."""
+    """The verdict table: one row per claim, statement first; p-values are Holm's."""
     import pandas as pd
 
-    rows = [
-        {
-            "claim": line["statement"],
+    rows = []
+    for line in lines:
+        changed = "".join(f" (rule changed {date})" for date in line.get("changed", [])[-1:])
+        inner = {name: line.get(name) for name in ("control", "difference")}
+        row = {
+            "claim": line["statement"] + changed,
             "paper": _show(line["paper_value"]),
             "measured": _interval(line),
             "n": "" if line["n"] is None else str(line["n"]),
-            "control": _interval(line["control"]) if line["control"] else "",
-            "rule": rule_text(line["rule"]),
+            "p": _show_p(line.get("p")),
+            "rule": rule_text(line["rule"]) if "p" in line else "",
             "verdict": line["verdict"],
             "id": line["id"],
         }
-        for line in lines
-    ]
-    columns = ["claim", "paper", "measured", "n", "control", "rule", "verdict", "id"]
-    return pd.DataFrame(rows, columns=columns)
+        rows.append(row | {name: _interval(m) if m else "" for name, m in inner.items()})
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def paper_number(line: dict) -> float | None:
@@ -89,7 +105,7 @@ def paper_number(line: dict) -> float | None:
 
 def text(lines: list[dict]) -> str:
     """The verdict table for a terminal: ids in place of statements."""
-    columns = ["id", "paper", "measured", "n", "control", "verdict"]
+    columns = ["id", "paper", "measured", "n", "control", "difference", "p", "verdict"]
     return table(lines)[columns].to_string(index=False)
 
 
@@ -110,12 +126,11 @@ def count_verdicts(lines: list[dict]) -> "pd.DataFrame":
 
 
 def group_families(lines: list[dict]) -> dict[str, list[dict]]:
-    """Lines by study and family, the second part of an id (h1, h2, ... are one), in order."""
+    """Lines by study and family, in order; those of the testbed by the second part of their id."""
     found: dict[str, list[dict]] = {}
     for line in lines:
-        study, family = line["id"].split(".")[:2]
-        family = "hypotheses" if re.fullmatch(r"h\d+", family) else family
-        found.setdefault(f"{study}.{family}", []).append(line)
+        family = line["family"] or line["id"].split(".")[1]
+        found.setdefault(f"{line['study']}.{family}", []).append(line)
     return found
 
 
@@ -132,7 +147,7 @@ def highlights(lines: list[dict]) -> str:
     known = [i for i in HIGHLIGHTS if i in by_id]
     shown = table([by_id[i] for i in known])
     measured = [f"{m} {HIGHLIGHTS[i]}" for m, i in zip(shown["measured"], known, strict=True)]
-    columns = ["claim", "measured", "control", "verdict"]
+    columns = ["claim", "measured", "control", "difference", "verdict"]
     return shown.assign(measured=measured)[columns].to_markdown(index=False, disable_numparse=True)
 
 
@@ -148,7 +163,7 @@ def write_highlights() -> None:
     from sae_research import claims
 
     readme = README.read_text(encoding="utf-8")
-    store.write_text(README, insert_highlights(readme, claims.read("full")))
+    store.write_text(README, insert_highlights(readme, claims.read(PUBLISHED)))
 
 
 def summarize(lines: list[dict]) -> str:

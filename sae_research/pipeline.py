@@ -14,7 +14,6 @@ from sae_research.errors import ResearchError
 
 STATE = paths.ROOT / ".reproduce"
 LOCK = paths.ROOT / "dvc.lock"
-PUBLISHED = "full"
 WORLD = "world"
 
 
@@ -234,13 +233,13 @@ def report(profile: str) -> str:
     """The last lines of a run: the verdicts, how they compare, and where to look."""
     found = claims.read(profile)
     lines = ["", ledger.text(found), "", *compare_with_delivered(profile)]
-    published = paths.DATA / PUBLISHED / "claims.json"
-    if profile != PUBLISHED and published.exists():
-        agree, differ = ledger.agreement(found, claims.read(PUBLISHED))
+    published = paths.DATA / ledger.PUBLISHED / "claims.json"
+    if profile != ledger.PUBLISHED and published.exists():
+        agree, differ = ledger.agreement(found, claims.read(ledger.PUBLISHED))
         words = f"{agree} of {agree + len(differ)} verdicts agree with the published ones"
         lines.append(f"{words} ({paths.relative(published)})")
         lines += [f"  {i}: {ours} (published: {theirs})" for i, ours, theirs in differ]
-    elif profile != PUBLISHED:
+    elif profile != ledger.PUBLISHED:
         lines.append("no published verdicts to agree with yet (they come from the profile `full`)")
     executed = paths.relative(paths.executed(profile))
     lines += [

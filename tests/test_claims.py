@@ -2,11 +2,12 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from sae_research import claim_figures, claims, ledger, paths, stages
+from sae_research import claim_figures, claim_rules, claims, ledger, paths, stages
 from sae_research.claims import (
     CONFOUNDED,
     DIRECTION,
@@ -20,15 +21,19 @@ from sae_research.errors import ResearchError
 
 def claim(needs="", **rule):
     given = {"id": "s.a", "statement": "It holds.", "measure": "a number", "rule": rule}
-    return claims.parse("s", {**given, "needs": needs} if needs else given)
+    given |= {"unit": "seeds", "family": "f"}
+    if "control" not in rule:
+        given["no_control"] = "this test has none"
+    return claim_rules.parse("s", {**given, "needs": needs} if needs else given)
 
 
-def m(value, low=None, high=None, control=None):
-    return Measurement(value, low, high, n=5, control=control)
+def m(value, low=None, high=None, control=None, difference=None):
+    return Measurement(value, low, high, n=5, control=control, difference=difference)
 
 
 ABOVE = {"expect": "above", "threshold": 0.2, "direction": 0}
 BELOW = {"expect": "below", "threshold": -0.2, "direction": 0}
+UPWARD = ("above", "at least")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,9 @@ def test_verdict(rule, measured, verdict):
     assert claims.judge(claim(**rule), measured) == verdict
 
 
-PLACEBO = {**ABOVE, "control": {"name": "shuffled labels", "expect": "below", "threshold": 0.1}}
+BARRED = {"name": "shuffled labels", "must": {"expect": "below", "threshold": 0.1}}
+PLACEBO = {**ABOVE, "control": BARRED}
+PAIRED = {**ABOVE, "control": {"name": "shuffled labels"}}
 
 
 @pytest.mark.parametrize(
@@ -85,25 +92,101 @@ PLACEBO = {**ABOVE, "control": {"name": "shuffled labels", "expect": "below", "t
     [
         (m(0.5, 0.3, 0.7), m(0.0, -0.05, 0.05), REPRODUCED),
         (m(0.5, 0.3, 0.7), m(0.4, 0.3, 0.5), CONFOUNDED),
-        (
-            m(0.5, 0.3, 0.7),
-            m(0.05, 0.0, 0.2),
-            CONFOUNDED,
-        ),  # a control that cannot be told from an effect
+        # a control that cannot be told from an effect
+        (m(0.5, 0.3, 0.7), m(0.05, 0.0, 0.2), CONFOUNDED),
         (m(0.1, 0.05, 0.2), m(0.0, -0.05, 0.05), DIRECTION),
-        (
-            m(0.1, 0.05, 0.2),
-            m(0.4, 0.3, 0.5),
-            NOT_REPRODUCED,
-        ),  # the little that is there, the control has too
+        # the little that is there, the control has too
+        (m(0.1, 0.05, 0.2), m(0.4, 0.3, 0.5), NOT_REPRODUCED),
         (m(-0.5, -0.7, -0.3), m(0.0, -0.05, 0.05), NOT_REPRODUCED),
     ],
 )
-def test_verdict_under_control(measured, control, verdict):
-    assert (
-        claims.judge(claim(**PLACEBO), Measurement(**{**vars(measured), "control": control}))
-        == verdict
-    )
+def test_verdict_under_a_control_with_a_bar(measured, control, verdict):
+    assert claims.judge(claim(**PLACEBO), replace(measured, control=control)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("measured", "difference", "verdict"),
+    [
+        (m(0.5, 0.3, 0.7), m(0.4, 0.2, 0.6), REPRODUCED),
+        (m(0.5, 0.3, 0.7), m(0.2, -0.1, 0.5), CONFOUNDED),
+        (m(0.5, 0.3, 0.7), m(-0.1, -0.2, -0.05), CONFOUNDED),
+        (m(0.1, 0.05, 0.2), m(0.1, 0.05, 0.2), DIRECTION),
+        (m(0.1, 0.05, 0.2), m(0.0, -0.1, 0.1), NOT_REPRODUCED),
+        (m(-0.5, -0.7, -0.3), m(-0.5, -0.7, -0.3), NOT_REPRODUCED),
+    ],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_verdict_reads_the_paired_difference(measured, difference, verdict, sign):
+    """The same, mirrored, for a claim that goes down; how large the control is plays no part."""
+
+    def mirrored(x):
+        low, high = sorted((sign * x.low, sign * x.high))
+        return m(sign * x.value, low, high)
+
+    rule = {**(ABOVE if sign > 0 else BELOW), "control": {"name": "shuffled labels"}}
+    for control in (m(0.0, -0.1, 0.1), m(9.0, 8.0, 10.0)):
+        given = replace(mirrored(measured), control=control, difference=mirrored(difference))
+        assert claims.judge(claim(**rule), given) == verdict
+
+
+@pytest.mark.parametrize(
+    ("rule", "given", "says"),
+    [
+        (PAIRED, m(0.5, 0.3, 0.7), "a control, but none"),
+        (PAIRED, m(0.5, 0.3, 0.7, control=m(0.0)), "a difference from its control, but none"),
+        (PAIRED, m(0.5, 0.3, 0.7, control=m(0.0), difference=m(0.4)), "no interval"),
+        (PLACEBO, m(0.5, 0.3, 0.7, m(0.0, -0.1, 0.05), m(0.4, 0.3, 0.5)), "no difference"),
+    ],
+)
+def test_rule_and_measurement_must_agree_on_the_control(rule, given, says):
+    with pytest.raises(ResearchError, match=says):
+        claims.judge(claim(**rule), given)
+
+
+def test_p_value_is_that_of_the_t_test_behind_the_interval():
+    from scipy.stats import ttest_1samp
+
+    from sae_research import stats
+
+    x = [0.3, 0.1, 0.4, 0.25, -0.05, 0.2]
+    found = Measurement.of(stats.mean_interval(x))
+    for bar in (0.0, 0.1):
+        rule = claim(expect="above", threshold=bar).rule
+        assert claims.p_value(rule, found) == pytest.approx(ttest_1samp(x, bar).pvalue)
+    assert claims.p_value(claim(expect="below", threshold=0).rule, found) == 1
+    band = claim(expect="between", threshold=[0.0, 1.0]).rule
+    assert claims.p_value(band, found) == pytest.approx(ttest_1samp(x, 0).pvalue)
+    assert claims.p_value(claim(**ABOVE, interval=False).rule, found) is None
+
+
+def test_an_interval_clears_its_bar_where_p_is_below_the_level():
+    rule = claim(expect="above", threshold=0).rule
+    assert claims.p_value(rule, m(0.5, 0.001, 1.1)) < claims.LEVEL
+    assert claims.p_value(rule, m(0.5, -0.001, 1.1)) > claims.LEVEL
+
+
+def test_a_family_is_corrected_together_and_the_verdict_reads_it():
+    """One clear claim among many unclear ones of its family needs more than its own interval."""
+    rule = {"expect": "above", "threshold": 0}
+    family = [replace(claim(**rule), id=f"s.{i}") for i in range(4)]
+    close = m(0.5, 0.01, 0.99)
+    measured = {"s.0": close, **{f"s.{i}": m(0.1, -0.5, 0.7) for i in (1, 2, 3)}}
+    p = claims.correct(family, measured)
+    assert p["s.0"] == pytest.approx(4 * claims.p_value(family[0].rule, close))
+    assert claims.judge(family[0], close, p["s.0"]) == DIRECTION
+    alone = claims.correct(family[:1], measured)
+    assert claims.judge(family[0], close, alone["s.0"]) == REPRODUCED
+    apart = [replace(c, family=c.id) for c in family]
+    assert claims.correct(apart, measured)["s.0"] == alone["s.0"]
+
+
+def test_a_claim_with_a_paired_control_has_the_larger_p_value():
+    stated = claim(**PAIRED)
+    clear = m(0.5, 0.4, 0.6)
+    given = replace(clear, control=m(0.3, 0.1, 0.5), difference=m(0.2, 0.01, 0.39))
+    p = claims.correct([stated], {"s.a": given})["s.a"]
+    assert p == pytest.approx(claims.p_value(stated.rule.difference, given.difference))
+    assert p > claims.p_value(stated.rule, clear)
 
 
 def test_verdict_never_rises_when_the_evidence_gets_worse():
@@ -179,10 +262,15 @@ def test_numbers_of_numpy_become_plain_ones():
         ({"rule": {"expect": "above", "threshold": 0.2, "direction": 0.5}}, "beyond"),
         ({"rule": {"expect": "above", "threshold": 0, "interval": "yes"}}, "true or false"),
         (
-            {"rule": {"expect": "above", "threshold": 0, "control": {"expect": "below"}}},
-            "control.*lacks threshold",
+            {"rule": {"expect": "above", "threshold": 0, "control": {"must": {"expect": "below"}}}},
+            "lacks",
         ),
         ({"rule": "above 0"}, "block"),
+        ({"unit": ""}, "lacks `unit`"),
+        ({"family": ""}, "lacks `family`"),
+        ({"no_control": ""}, "one of a `control`"),
+        ({"against": "no steering"}, "one of a `control`"),
+        ({"rule": {"expect": "between", "threshold": [0, 1], "control": {"name": "x"}}}, "side"),
     ],
 )
 def test_a_mistake_in_a_stated_claim_is_named(change, says):
@@ -191,13 +279,16 @@ def test_a_mistake_in_a_stated_claim_is_named(change, says):
         "statement": "x",
         "measure": "y",
         "rule": {"expect": "above", "threshold": 0},
+        "unit": "seeds",
+        "family": "f",
+        "no_control": "none",
     }
     with pytest.raises(ResearchError, match=says):
-        claims.parse("s", {**given, **change})
+        claim_rules.parse("s", {**given, **change})
 
 
 def test_every_claim_of_the_repository_is_stated_well_and_once():
-    stated = claims.load_claims()
+    stated = claim_rules.load_claims()
     assert len(stated) == len(re.findall(r"(?m)(?:^\s*(?:- )?|, )id:", paths.CLAIMS.read_text()))
     for c in stated.values():
         assert c.statement.endswith(".")
@@ -207,16 +298,38 @@ def test_every_claim_of_the_repository_is_stated_well_and_once():
         )
 
 
+CONTROLLED = {i: c for i, c in claim_rules.load_claims().items() if c.rule.control is not None}
+
+
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_no_claim_stands_where_its_control_shows_the_same(name):
+    """Planted: a number far beyond its bar, under the control too."""
+    stated = CONTROLLED[name]
+    rule = stated.rule
+    bar = rule.threshold[0] if isinstance(rule.threshold, tuple) else rule.threshold
+    far = 0.05 if rule.expect == "between" else {True: 10, False: -10}[rule.expect in UPWARD]
+    strong = m(bar + far, bar + far - 0.01, bar + far + 0.01)
+    if rule.difference is None:
+        must = rule.control.must
+        missed = must.threshold + (-1 if must.expect in UPWARD else 1)
+        same = replace(strong, control=m(missed, missed - 0.01, missed + 0.01))
+    else:
+        same = replace(strong, control=replace(strong), difference=m(0.0, -0.01, 0.01))
+    assert claims.judge(stated, same) == CONFOUNDED
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     book = """
 one:
   - {id: one.a, statement: A., measure: a, rule: {expect: above, threshold: 0}, paper_value: .58,
-     evidence: Table 2}
+     evidence: Table 2, unit: seeds, family: f, no_control: x,
+     history: [{date: 2026-01-02, old: at least 1, reason: seen}]}
   - {id: one.b, statement: B., measure: b, rule: {expect: below, threshold: 1, interval: false},
-     needs: real weights}
+     needs: real weights, unit: seeds, family: f, against: x}
 two:
-  - {id: two.a, statement: C., measure: c, rule: {expect: above, threshold: 0}}
+  - {id: two.a, statement: C., measure: c, rule: {expect: above, threshold: 0}, unit: seeds,
+     family: f, no_control: x}
 """
     (tmp_path / "claims.yaml").write_text(book)
     monkeypatch.setattr(paths, "CLAIMS", tmp_path / "claims.yaml")
@@ -234,8 +347,10 @@ def test_record_and_unite(folder):
     assert list(frame["verdict"]) == [REPRODUCED, NOT_TESTABLE]
     lines = claims.unite("cpu")
     assert claims.read("cpu") == lines
-    keys = "id study statement paper_value evidence value low high n control rule verdict notebook"
+    keys = "id study statement paper_value evidence unit family against value low high n control"
+    keys += " difference p rule changed verdict notebook"
     assert set(lines[0]) == set(keys.split())
+    assert "A. (rule changed 2026-01-02)" in ledger.markdown(lines)
     assert lines[0]["paper_value"] == 0.58
     assert lines[0]["notebook"] == "10_one"
     assert "0.5 [0.3, 0.7]" in ledger.markdown(lines)
@@ -273,16 +388,16 @@ def test_numbers_are_written_with_six_digits_and_judged_as_written(folder):
 
 def test_readme_shows_the_published_verdicts():
     readme = ledger.README.read_text(encoding="utf-8")
-    assert readme == ledger.insert_highlights(readme, claims.read("full")), (
+    assert readme == ledger.insert_highlights(readme, claims.read(ledger.PUBLISHED)), (
         "run `python -m sae_research claims --write`"
     )
-    for line in claims.read("full"):
+    for line in claims.read(ledger.PUBLISHED):
         if line["id"] in ledger.HIGHLIGHTS:
             assert line["statement"] in readme
 
 
 def test_checks_of_the_testbed_are_counted_apart():
-    lines = claims.read("full")
+    lines = claims.read(ledger.PUBLISHED)
     counts = ledger.count_verdicts(lines)
     assert counts.index[-1] == ledger.TESTBED
     assert int(counts.to_numpy().sum()) == len(lines)
@@ -292,7 +407,7 @@ def test_checks_of_the_testbed_are_counted_apart():
 
 
 def test_a_panel_holds_claims_of_one_measure_and_one_bar():
-    lines = claims.read("full")
+    lines = claims.read(ledger.PUBLISHED)
     for name, own in ledger.group_families(lines).items():
         panels = claim_figures.group_panels(own)
         shown = [line for panel in panels.values() for line in panel]
@@ -304,12 +419,12 @@ def test_a_panel_holds_claims_of_one_measure_and_one_bar():
 
 
 def test_a_family_that_cannot_be_tested_has_no_figure():
-    lines = [line for line in claims.read("full") if line["value"] is None]
+    lines = [line for line in claims.read(ledger.PUBLISHED) if line["value"] is None]
     assert claim_figures.draw_family(lines, "none") is None
 
 
 def test_the_summary_counts_every_claim():
-    lines = claims.read("full")
+    lines = claims.read(ledger.PUBLISHED)
     said = ledger.summarize(lines)
     tested = [line for line in lines if line["study"] != ledger.TESTBED]
     assert f"Of {len(tested)} claims of papers" in said

@@ -197,11 +197,84 @@ def test_every_claim_is_measured_or_needs_real_weights(results):
     for name, claim in stated.items():
         assert (found[name] is None) == claim.needs.startswith("real weights"), name
         assert claims.judge(claim, found[name]) in claims.VERDICTS
-    answer = findings.summarize(made)
+    verdicts = {name: claims.judge(claim, found[name]) for name, claim in stated.items()}
+    answer = findings.summarize(made, verdicts)
     assert 3 <= len(answer.split("\n")) <= 5
     value = found["side_effects.predict.spread_over_frequency"].value
     assert f"{value:.2f}" in answer
     assert "text model" in answer
+
+
+PREDICTIONS = [f"{a}_over_{b}" for a in ("spread", "stability") for b in ("frequency", "magnitude")]
+
+
+@pytest.mark.parametrize(
+    ("name", "tables", "column"),
+    [
+        *((f"predict.{name}", ("gains", "gains_random"), "gain") for name in PREDICTIONS),
+        ("predict.spread_residualised", ("random",), "rho"),
+        ("predict.stability_residualised", ("random",), "rho"),
+        ("width.signal", ("random",), "rho"),
+    ],
+)
+def test_a_claim_falls_where_random_directions_show_the_same(results, name, tables, column):
+    """Planted: a large effect in every SAE, once absent from random directions, once present."""
+    made = findings.make_tables(results)
+    claim = claims.load_claims("side_effects")[f"side_effects.{name}"]
+    for in_control, verdict in ((0.0, claims.REPRODUCED), (0.4, claims.CONFOUNDED)):
+        planted = dict(made)
+        for table in tables:
+            rows = made[table].copy()
+            noise = 0.01 * np.arange(len(rows)) / len(rows)
+            random = table == "gains_random"
+            if "direction" in rows:
+                random = rows["direction"] == "random"
+                gap = rows["direction"] == "difference"
+                rows[column] = np.where(gap, 0.4 - in_control, np.where(random, in_control, 0.4))
+            else:
+                rows[column] = in_control if random else 0.4
+            rows[column] += noise
+            rows["low"], rows["high"] = rows[column] - 0.05, rows[column] + 0.05
+            planted[table] = rows
+        found = findings.measure_claims(planted)[claim.id]
+        assert claims.judge(claim, found) == verdict, (name, in_control, found)
+
+
+def test_payoffs_fall_where_permuted_labels_pay_as_much(results):
+    made = findings.make_tables(results)
+    stated = claims.load_claims("side_effects")
+    for metric, name, sign in (("S_abs", "stability", 1), ("C_per_E", "spread", -1)):
+        for payoff, verdict in ((0.0, claims.REPRODUCED), (0.5, claims.CONFOUNDED)):
+            paid = made["confirmation"].copy()
+            paid["standardised"] = sign * (0.5 + 0.01 * np.arange(len(paid)) / len(paid))
+            null = made["confirmation_null"].copy()
+            spread = 0.05 * np.arange(len(null)) / len(null)
+            null[metric] = sign * (payoff + spread)
+            planted = {**made, "confirmation": paid, "confirmation_null": null}
+            found = findings.measure_payoff(planted, metric)
+            assert claims.judge(stated[f"side_effects.screening.{name}"], found) == verdict
+
+
+def test_an_unsteady_payoff_falls_where_its_sign_errs_no_more_often(results):
+    made = findings.make_tables(results)
+    claim = claims.load_claims("side_effects")["side_effects.width.payoff"]
+    for more, verdict in ((0.1, claims.REPRODUCED), (0.0, claims.CONFOUNDED)):
+        widths = made["widths"].copy()
+        widths["instability"] = np.where(widths["wide"], 2.0, 1.0)
+        widths["wrong"] = 0.2 + more * widths["wide"]
+        found = findings.measure_width_instability({**made, "widths": widths})
+        assert claims.judge(claim, found) == verdict
+
+
+def test_random_directions_say_nothing_where_the_sae_says_as_little(results):
+    made = findings.make_tables(results)
+    claim = claims.load_claims("side_effects")["side_effects.controls.random_directions"]
+    for size, verdict in ((0.5, claims.REPRODUCED), (0.02, claims.CONFOUNDED)):
+        rows = made["sensitivity"].copy()
+        steps = 0.001 * np.arange(len(rows)) / len(rows)
+        rows["rho"] = np.where(rows["value"] == "random", 0.02 + steps, size + steps / 2)
+        found = findings.measure_random_directions({**made, "sensitivity": rows})
+        assert claims.judge(claim, found) == verdict
 
 
 def test_published_values_stand_beside_a_run_on_real_weights_and_only_there(results):

@@ -25,6 +25,9 @@ from sae_research.studies.opinion_qa.settings import (
 )
 from sae_research.studies.opinion_qa.tables import Tables
 
+CALIBRATION = "calibration only"
+"""The population's shift alone, as `baselines.evaluate_calibration` names it."""
+
 # what the claims measure
 
 
@@ -91,8 +94,10 @@ def deepest_layer(t: Tables) -> pd.Series:
     return t["layers"].sort_values("blocks").iloc[-1]
 
 
-_Found = dict[str, Interval | float | tuple[Interval, Interval] | None]
-"""What was measured for a claim, alone or with its control; None where the run lacks it."""
+_Found = dict[str, Interval | float | tuple[Interval, Interval, Interval] | None]
+"""What was measured for a claim, or with its control and the difference; None where the run lacks
+it.
+"""
 
 
 def measure_claims(t: Tables, facts: dict) -> dict[str, Measurement | None]:
@@ -111,27 +116,46 @@ def _as_measurement(found: Interval | float | tuple | None) -> Measurement | Non
 
 def _measure_shift(t: Tables, facts: dict) -> _Found:
     best = facts["headline"]
-    worst = column(t, best, "worst") - column(t, UNSTEERED, "worst").iloc[0]
+    worst, unsteered, calibrated = (
+        column(t, method, "worst") for method in (best, UNSTEERED, CALIBRATION)
+    )
     planted = not t["axes"].empty
-    axis = (measure_axis(t, 2), measure_axis(t, 2, "chance")) if planted else None
     is_gemma = facts["model"] == "gemma-2-2b"
     return {
-        "shift.noop": facts["noop"],
-        "shift.fit": compare(t, best, UNSTEERED, "wd_ratio"),
-        "shift.harm": over_seeds(column(t, best, "cost")),
+        "shift.fit": (
+            compare(t, best, UNSTEERED, "wd_ratio"),
+            compare(t, CALIBRATION, UNSTEERED, "wd_ratio"),
+            compare(t, best, CALIBRATION),
+        ),
+        # the toy survey's other text shares no word with it: nothing could harm it
+        "shift.harm": None if planted else over_seeds(column(t, best, "cost")),
         "shift.term": over_seeds(column(t, NO_KL, "cost") - column(t, best, "cost")),
         "shift.below_population": compare(t, best, HUMAN_OVERALL),
-        "shift.worst_group": over_seeds(worst),
+        "shift.worst_group": (
+            over_seeds(worst - unsteered.iloc[0]),
+            over_seeds(0 * worst + calibrated.iloc[0] - unsteered.iloc[0]),
+            over_seeds(worst - calibrated.iloc[0]),
+        ),
         "shift.every_group": compare(t, best, UNSTEERED, "worst_group"),
         "shift.sparse": float(column(t, SPARSEST, "moved").mean()),
-        "shift.sensitivity": (measure(t, best, "rho_dev"), measure(t, SHUFFLED, "rho_dev")),
+        "shift.sensitivity": (
+            measure(t, best, "rho_dev"),
+            measure(t, SHUFFLED, "rho_dev"),
+            compare(t, best, SHUFFLED, "rho_dev"),
+        ),
         "shift.sensitivity_stretch": measure(t, best, "rho_dev"),
         "shift.slope": measure(t, best, "slope"),
         "shift.identification": measure(t, best, "identification"),
         "shift.negative_control": measure(t, best, "quietest") if planted else None,
-        "shift.second_axis": axis,
+        "shift.second_axis": _measure_second_axis(t) if planted else None,
         "real.gemma": compare(t, best, UNSTEERED, "wd_ratio") if is_gemma else None,
     }
+
+
+def _measure_second_axis(t: Tables) -> tuple[Interval, Interval, Interval]:
+    rows = t["axes"].query("axis == 2").set_index("seed")
+    gap = over_seeds(rows["correlation"] - rows["chance"])
+    return measure_axis(t, 2), measure_axis(t, 2, "chance"), gap
 
 
 def _measure_baselines(t: Tables, facts: dict) -> _Found:
@@ -163,10 +187,9 @@ def _measure_hypotheses(t: Tables, facts: dict) -> _Found:
         "h2.last_token": measure(t, late["answer"], "rho_dev"),
         "h3.dense": compare(t, best, FREE, "wd_ratio"),
         "h3.coordinates": coordinates[0] - coordinates[1],
-        "h3.cost": over_seeds(cost),
+        "h3.cost": over_seeds(cost) if t["axes"].empty else None,
         "h4.composition": None if t["composition"].empty else compare_composition(t),
         "h4.correlated": None,
-        "h5.shuffled": measure(t, SHUFFLED, "rho_dev"),
         "new_groups.few": compare_new_groups(t, few, ("population", 0)),
         "new_groups.vector": compare_new_groups(t, few, ("whole vector", 10)),
     }
@@ -267,7 +290,7 @@ def list_methods(t: Tables, facts: dict) -> dict[str, str]:
         "uniform",
         UNSTEERED,
         HUMAN_OVERALL,
-        "calibration only",
+        CALIBRATION,
         "temperature and letter bias",
         SHUFFLED,
         best,
@@ -323,7 +346,7 @@ def compare_spaces(t: Tables) -> pd.DataFrame:
 
 def tabulate_group_distances(t: Tables, facts: dict) -> pd.DataFrame:
     """WD of every group under the methods that say most."""
-    chosen = [UNSTEERED, HUMAN_OVERALL, "calibration only", SHUFFLED, facts["headline"], DENSE]
+    chosen = [UNSTEERED, HUMAN_OVERALL, CALIBRATION, SHUFFLED, facts["headline"], DENSE]
     chosen += [m for m in dict.fromkeys(t["groups"]["method"]) if m.startswith("LoRA")]
     chosen.append(facts["prompt"])
     order = list(dict.fromkeys(t["groups"]["group"]))

@@ -1,13 +1,14 @@
 """What the claims of this study measure, and its answer in a few sentences."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 
-from sae_research import claims, stats
+from sae_research import stats
 from sae_research.claims import Measurement
-from sae_research.studies.side_effects.prediction import FULL_SET
 from sae_research.studies.side_effects.tables import (
     LADDER,
     SAE,
@@ -33,6 +34,14 @@ def _control(found: stats.Interval) -> Measurement:
     return Measurement(found.value, n=found.n)
 
 
+def _pair(own: pd.DataFrame, control: pd.DataFrame, column: str) -> Measurement:
+    """Mean over SAEs, the same of the control, and their difference SAE by SAE."""
+    rows = own.merge(control, on=[*SAE, "seed"], suffixes=("", "_control"), validate="1:1")
+    rows["gap"] = rows[column] - rows[f"{column}_control"]
+    found, other, gap = (summarize_saes(rows, c) for c in (column, f"{column}_control", "gap"))
+    return replace(_measure(found), control=_measure(other), difference=_measure(gap))
+
+
 def measure_gain(t: Tables, baseline: str, label: str) -> Measurement:
     """rho(full set without magnitude) - rho(baseline), out of fold.
 
@@ -40,15 +49,16 @@ def measure_gain(t: Tables, baseline: str, label: str) -> Measurement:
     """
     rows = select(t["gains"], baseline=baseline, target=label)
     random = select(t["gains_random"], baseline=baseline, target=f"{label}@random")
-    return _measure(summarize_saes(rows, "gain"), _control(summarize_saes(random, "gain")))
+    return _pair(rows, random, "gain")
 
 
-def measure_residualised(t: Tables, label: str, control: str | None = None) -> Measurement:
-    """Rank correlation of the full set with what nuisances leave of label and control label."""
-    rows = select(t["sets"], residualised=True, set=FULL_SET)
-    found = summarize_saes(select(rows, target=label), "pooled")
-    other = control and _control(summarize_saes(select(rows, target=control), "pooled"))
-    return _measure(found, other)
+def measure_residualised(t: Tables, label: str) -> Measurement:
+    """Rank correlation of the full set with what nuisances leave of a label.
+
+    Control: the same for the label of random directions.
+    """
+    rows = select(t["random"], target=label, residualised=True)
+    return _pair(select(rows, direction="SAE"), select(rows, direction="random"), "rho")
 
 
 def measure_payoff(t: Tables, metric: str) -> Measurement:
@@ -117,16 +127,19 @@ def measure_width_signal(t: Tables) -> Measurement:
     """Out-of-fold rank correlation of the full set with the count in wide SAEs, mean and interval
     of the mean.
 
-    Control: what it loses against the base SAE.
+    Control: the same for the count of random directions.
     """
-    rows = select(t["sets"], residualised=False, set=FULL_SET, target="C", seed=0)
+    rows = select(t["random"], residualised=False, target="C", seed=0)
     rows = rows[[is_wide(sae) for sae in rows["sae"]]]
-    half = float(np.sqrt((((rows.high - rows.low) / 2) ** 2).sum())) / len(rows)
-    value = float(rows.pooled.mean())
-    table = t["widths"].drop_duplicates(["pair", "wide"]).set_index("pair")
-    lost = float((table[~table.wide].rho_C - table[table.wide].rho_C).mean())
-    control = Measurement(lost, n=len(rows))
-    return Measurement(value, value - half, value + half, len(rows), control)
+
+    def average(direction: str) -> Measurement:
+        own = select(rows, direction=direction)
+        half = float(np.sqrt((((own.high - own.low) / 2) ** 2).sum())) / len(own)
+        value = float(own.rho.mean())
+        return Measurement(value, value - half, value + half, len(own))
+
+    found, control, gap = map(average, ("SAE", "random", "difference"))
+    return replace(found, control=control, difference=gap)
 
 
 def measure_width_instability(t: Tables) -> Measurement:
@@ -175,7 +188,7 @@ MEASURES: dict[str, Callable[[Tables], Measurement]] = {
     "predict.stability_over_magnitude": lambda t: measure_gain(
         t, "activation_magnitude_only", "S_abs"
     ),
-    "predict.stability_residualised": lambda t: measure_residualised(t, "S_abs", "S_loo"),
+    "predict.stability_residualised": lambda t: measure_residualised(t, "S_abs"),
     "predict.spread_residualised": lambda t: measure_residualised(t, "C"),
     "predict.signature": measure_signature,
     "screening.stability": lambda t: measure_payoff(t, "S_abs"),
@@ -252,19 +265,18 @@ def make_titles(t: Tables) -> dict[str, str]:
     if "width.signal" in m:
         titles["width"] = (
             f"The full set predicts the count at {say('width.signal')} in wide SAEs, "
-            f"{say('width.signal', control=True)} below their bases"
+            f"that of random directions at {say('width.signal', control=True)}"
         )
     return titles
 
 
-def summarize(t: Tables) -> str:
-    """What was found, in a few sentences of Markdown with numbers and verdicts."""
+def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
+    """What was found, in a few sentences with the numbers; `verdicts` are the ledger's, by id."""
     measured = measure_claims(t)
-    stated = claims.load_claims("side_effects")
 
     def say(name: str, control: str = "") -> str:
         m = measured[f"side_effects.{name}"]
-        verdict = claims.judge(stated[f"side_effects.{name}"], m)
+        verdict = verdicts[f"side_effects.{name}"]
         ends = "" if m.low is None else f" [{m.low:.2f}, {m.high:.2f}]"
         beside = f"; {control} {m.control.value:.2f}" if control and m.control else ""
         text = f"{m.value:.2f}{ends} (**{verdict}**{beside})"
