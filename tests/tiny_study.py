@@ -78,11 +78,17 @@ CLAIMS = """tiny:
     statement: The mean is positive.
     measure: the mean
     rule: {expect: above, threshold: 0}
+    unit: draws
+    family: draws
+    no_control: a sum has no ingredient to remove
   - id: tiny.draws.real
     statement: It is real.
     measure: the mean
     rule: {expect: above, threshold: 0}
     needs: real weights
+    unit: draws
+    family: draws
+    no_control: a sum has no ingredient to remove
 """
 
 # Step 3: a notebook that runs and one that judges
