@@ -1,8 +1,8 @@
 """What is claimed: the blocks of `claims.yaml`, checked, with the rule that decides each claim.
 
 The rule book: a control is the same measurement with the claimed ingredient removed, and the
-verdict reads the paired difference; the unit is what the claim generalises over; families of claims
-are corrected together; a claim that changes keeps its old form beside it.
+verdict reads the paired difference; the unit is what the claim generalises over; all claims of a
+study are corrected together; a claim that changes keeps its old form beside it.
 """
 
 import json
@@ -145,7 +145,7 @@ class Claim:
     unit: str = ""
     """What the interval generalises over: models, SAEs, seeds of training, questions, features."""
     family: str = ""
-    """Claims whose p-values are corrected together."""
+    """Claims that answer one question, drawn together."""
     against: str = ""
     """The control, where the measure itself is the paired difference from it."""
     no_control: str = ""

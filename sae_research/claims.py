@@ -1,4 +1,4 @@
-"""Claims stated before any run, and verdicts computed from what was measured.
+"""Claims as claims.yaml states them, and verdicts computed from what was measured.
 
 `claims.yaml` maps each study to its claims. A notebook measures them and calls `record`; the
 verdict follows from value, interval, control and rule alone.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_research import ledger, paths, stages, store
-from sae_research.claim_rules import Claim, Expectation, Rule, load_claims
+from sae_research.claim_rules import TESTBED, Claim, Expectation, Rule, load_claims
 from sae_research.errors import ResearchError, unknown
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 VERDICTS = ledger.VERDICTS
 REPRODUCED, DIRECTION, CONFOUNDED, NOT_REPRODUCED, NOT_TESTABLE = VERDICTS
 LEVEL = 0.05
-"""The error rate of a family of claims."""
+"""The error rate of all claims of a study."""
 
 
 @dataclass(frozen=True)
@@ -88,21 +88,22 @@ def _check(m: Measurement, wanted: Expectation, what: str) -> None:
 def p_value(wanted: Expectation, m: Measurement) -> float | None:
     """Two-sided p-value of "the number lies on the threshold", read off its 95 % interval.
 
-    It is that of a t statistic with n - 1 degrees of freedom (a normal one without n) whose 95 %
-    interval ends where the measured one ends towards the threshold; None without an interval.
+    It is that of a t statistic with n - 1 degrees of freedom whose 95 % interval ends where the
+    measured one ends towards the threshold. One unit, or an interval without width on that side,
+    shows no spread to judge by: 1. Without an interval: None.
     """
-    from scipy.stats import norm, t
+    from scipy.stats import t
 
     if not wanted.interval or m.low is None or m.high is None:
         return None
-    if not wanted.is_met_at(m.value):
+    if not wanted.is_met_at(m.value) or m.n is None or m.n < 2:
         return 1.0
-    law = t(m.n - 1) if m.n and m.n > 1 else norm()
+    law = t(m.n - 1)
     found = []
     for bar in wanted.threshold if isinstance(wanted.threshold, tuple) else (wanted.threshold,):
         reach = m.value - m.low if m.value > bar else m.high - m.value
         gap = abs(m.value - bar)
-        found.append(2 * float(law.sf(gap / reach * law.ppf(0.975))) if reach > 0 else 0.0)
+        found.append(2 * float(law.sf(gap / reach * law.ppf(0.975))) if reach > 0 else 1.0)
     return max(found)
 
 
@@ -115,18 +116,18 @@ def _claim_p(rule: Rule, m: Measurement) -> float | None:
 
 
 def correct(claims: Sequence[Claim], measured: dict[str, Measurement | None]) -> dict[str, float]:
-    """Holm's p-values of the claims that have an interval, each within its family."""
+    """Holm's p-values of the claims of each study that have an interval."""
     from sae_research.stats import holm
 
-    families: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
     for claim in claims:
         m = measured[claim.id]
         p = None if m is None else _claim_p(claim.rule, m)
-        if p is not None and claim.family:
-            families.setdefault(claim.family, {})[claim.id] = p
+        if p is not None and claim.study != TESTBED:
+            found.setdefault(claim.study, {})[claim.id] = p
     return {
         name: value
-        for own in families.values()
+        for own in found.values()
         for name, value in zip(own, holm(list(own.values())), strict=True)
     }
 
@@ -154,7 +155,10 @@ def _stands(claim: Claim, m: Measurement) -> bool:
 
 
 def judge(claim: Claim, measurement: Measurement | None, p: float | None = None) -> str:
-    """The verdict that follows from value, interval, control, rule and corrected p-value."""
+    """The verdict that follows from value, interval, control, rule and corrected p-value.
+
+    Without an interval, or with a control that is not paired, no claim is reproduced.
+    """
     rule = claim.rule
     if measurement is None:
         if not claim.needs:
@@ -167,13 +171,17 @@ def judge(claim: Claim, measurement: Measurement | None, p: float | None = None)
     if rule.is_met_by(measurement):
         if not stands:
             return CONFOUNDED
-        return REPRODUCED if p is None or p <= LEVEL else DIRECTION
+        weak = not rule.interval or (rule.control is not None and rule.difference is None)
+        return DIRECTION if weak or (p is not None and p > LEVEL) else REPRODUCED
     return DIRECTION if rule.leans_at(measurement.value) and stands else NOT_REPRODUCED
 
 
-def _as_json(rule: Rule) -> dict:
-    """A rule as a ledger holds it: lists for tuples."""
-    return json.loads(json.dumps(asdict(rule)))
+def _repeat(claim: Claim) -> dict:
+    """What a ledger repeats of a claim, as JSON holds it: lists for tuples."""
+    names = ("id", "study", "statement", "measure", "paper_value", "evidence")
+    names += ("unit", "family", "against", "no_control", "rule", "history")
+    stated = asdict(claim)
+    return json.loads(json.dumps({name: stated[name] for name in names}))
 
 
 def entry(
@@ -185,13 +193,10 @@ def entry(
         numbers = asdict(measurement)
         for inner in filter(None, (numbers["control"], numbers["difference"])):
             del inner["control"], inner["difference"]
-    stated = ("id", "study", "statement", "paper_value", "evidence", "unit", "family", "against")
     return {
-        **{key: getattr(claim, key) for key in stated},
+        **_repeat(claim),
         **numbers,
         "p": p,
-        "rule": _as_json(claim.rule),
-        "changed": [change.date for change in claim.history],
         "verdict": judge(claim, measurement, p),
         "notebook": notebook,
     }
@@ -243,12 +248,13 @@ def unite(profile: str) -> list[dict]:
         if file not in written:
             continue
         found = {line["id"]: line for line in typing.cast(list, store.read_json(file))}
-        if claim.id not in found or found[claim.id]["rule"] != _as_json(claim.rule):
+        line = found.get(claim.id, {})
+        if any(line.get(name) != value for name, value in _repeat(claim).items()):
             raise ResearchError(
                 f"{paths.relative(file)} does not hold claim '{claim.id}' as claims.yaml states "
                 "it; run `make reproduce` to measure it again."
             )
-        lines.append(found[claim.id])
+        lines.append(line)
     store.write_json(paths.DATA / profile / "claims.json", lines)
     metrics = {line["id"]: {"value": line["value"], "verdict": line["verdict"]} for line in lines}
     store.write_json(paths.DATA / profile / "metrics.json", metrics)

@@ -79,7 +79,7 @@ def table(lines: list[dict]) -> "pd.DataFrame":
 
     rows = []
     for line in lines:
-        changed = "".join(f" (rule changed {date})" for date in line.get("changed", [])[-1:])
+        changed = "".join(f" (until {c['date']}: {c['old']})" for c in line.get("history", []))
         inner = {name: line.get(name) for name in ("control", "difference")}
         row = {
             "claim": line["statement"] + changed,

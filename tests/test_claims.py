@@ -58,9 +58,10 @@ UPWARD = ("above", "at least")
         # without a value of no effect, the threshold itself is the direction
         ({"expect": "above", "threshold": 0.2}, m(0.5, 0.1, 0.7), DIRECTION),
         ({"expect": "above", "threshold": 0.2}, m(0.1, 0.05, 0.3), NOT_REPRODUCED),
-        # without an interval in the rule, the value alone decides, whatever interval is given
-        ({**ABOVE, "interval": False}, m(0.5), REPRODUCED),
-        ({**ABOVE, "interval": False}, m(0.5, -1, 1), REPRODUCED),
+        # without an interval in the rule, the value alone decides, and shows a direction at most
+        ({**ABOVE, "interval": False}, m(0.5), DIRECTION),
+        ({**ABOVE, "interval": False}, m(0.5, 0.4, 0.6), DIRECTION),
+        ({**ABOVE, "interval": False}, m(-0.5), NOT_REPRODUCED),
         ({**ABOVE, "interval": False}, m(0.2), DIRECTION),
         # inclusive bars
         ({"expect": "at least", "threshold": 1.0}, m(1.0, 1.0, 1.0), REPRODUCED),
@@ -90,7 +91,8 @@ PAIRED = {**ABOVE, "control": {"name": "shuffled labels"}}
 @pytest.mark.parametrize(
     ("measured", "control", "verdict"),
     [
-        (m(0.5, 0.3, 0.7), m(0.0, -0.05, 0.05), REPRODUCED),
+        # it is not paired, so nothing more than a direction
+        (m(0.5, 0.3, 0.7), m(0.0, -0.05, 0.05), DIRECTION),
         (m(0.5, 0.3, 0.7), m(0.4, 0.3, 0.5), CONFOUNDED),
         # a control that cannot be told from an effect
         (m(0.5, 0.3, 0.7), m(0.05, 0.0, 0.2), CONFOUNDED),
@@ -165,19 +167,55 @@ def test_an_interval_clears_its_bar_where_p_is_below_the_level():
     assert claims.p_value(rule, m(0.5, -0.001, 1.1)) > claims.LEVEL
 
 
-def test_a_family_is_corrected_together_and_the_verdict_reads_it():
-    """One clear claim among many unclear ones of its family needs more than its own interval."""
-    rule = {"expect": "above", "threshold": 0}
-    family = [replace(claim(**rule), id=f"s.{i}") for i in range(4)]
+def study_of_four():
+    """One claim that its own interval just clears, among three that are unclear."""
+    stated = [replace(claim(expect="above", threshold=0), id=f"s.{i}") for i in range(4)]
     close = m(0.5, 0.01, 0.99)
-    measured = {"s.0": close, **{f"s.{i}": m(0.1, -0.5, 0.7) for i in (1, 2, 3)}}
-    p = claims.correct(family, measured)
-    assert p["s.0"] == pytest.approx(4 * claims.p_value(family[0].rule, close))
-    assert claims.judge(family[0], close, p["s.0"]) == DIRECTION
-    alone = claims.correct(family[:1], measured)
-    assert claims.judge(family[0], close, alone["s.0"]) == REPRODUCED
-    apart = [replace(c, family=c.id) for c in family]
-    assert claims.correct(apart, measured)["s.0"] == alone["s.0"]
+    return stated, {"s.0": close, **{f"s.{i}": m(0.1, -0.5, 0.7) for i in (1, 2, 3)}}
+
+
+def test_a_study_is_corrected_together_whatever_its_families():
+    stated, measured = study_of_four()
+    p = claims.correct(stated, measured)
+    assert p["s.0"] == pytest.approx(4 * claims.p_value(stated[0].rule, measured["s.0"]))
+    assert claims.judge(stated[0], measured["s.0"], p["s.0"]) == DIRECTION
+    alone = claims.correct(stated[:1], measured)
+    assert claims.judge(stated[0], measured["s.0"], alone["s.0"]) == REPRODUCED
+    apart = [replace(c, family=c.id) for c in stated]
+    assert claims.correct(apart, measured) == p
+    names = {c.id: c.id.replace("s.", "other.") for c in stated[1:]}
+    elsewhere = [replace(c, study="other", id=names[c.id]) for c in stated[1:]]
+    other = {name: measured[i] for i, name in names.items()}
+    assert claims.correct([stated[0], *elsewhere], measured | other)["s.0"] == alone["s.0"]
+
+
+def test_the_ledger_holds_the_corrected_verdict(tmp_path, monkeypatch):
+    lines = "".join(
+        f"  - {{id: s.{i}, statement: A., measure: a, rule: {{expect: above, threshold: 0}}, "
+        "unit: seeds, family: f, no_control: x}\n"
+        for i in range(4)
+    )
+    (tmp_path / "claims.yaml").write_text(f"s:\n{lines}")
+    monkeypatch.setattr(paths, "CLAIMS", tmp_path / "claims.yaml")
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    _, measured = study_of_four()
+    shown = claims.record("cpu", "s", "10_s", measured)
+    assert shown["verdict"].tolist() == [DIRECTION] * 4
+    assert shown["p"].tolist()[1:] == ["1"] * 3
+    assert 0.05 < float(shown["p"][0]) < 0.25
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        m(0.001, 0.001, 0.001),
+        m(0.001, 0.001, 0.5),  # its lower end was cut off at the value
+        Measurement(0.5, 0.1, 0.9, n=1),
+        Measurement(0.5, 0.1, 0.9),
+    ],
+)
+def test_what_shows_no_spread_has_no_small_p(measured):
+    assert claims.p_value(claim(expect="above", threshold=0).rule, measured) == 1
 
 
 def test_a_claim_with_a_paired_control_has_the_larger_p_value():
@@ -348,9 +386,9 @@ def test_record_and_unite(folder):
     lines = claims.unite("cpu")
     assert claims.read("cpu") == lines
     keys = "id study statement paper_value evidence unit family against value low high n control"
-    keys += " difference p rule changed verdict notebook"
+    keys += " difference p rule history measure no_control verdict notebook"
     assert set(lines[0]) == set(keys.split())
-    assert "A. (rule changed 2026-01-02)" in ledger.markdown(lines)
+    assert "A. (until 2026-01-02: at least 1)" in ledger.markdown(lines)
     assert lines[0]["paper_value"] == 0.58
     assert lines[0]["notebook"] == "10_one"
     assert "0.5 [0.3, 0.7]" in ledger.markdown(lines)
@@ -369,11 +407,18 @@ def test_unknown_and_missing_claims_are_refused(folder):
     assert not (folder / "cpu").exists()
 
 
-def test_a_ledger_that_was_judged_by_another_rule_is_refused(folder):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("threshold: 0}, paper", "threshold: .1}, paper"),
+        ("unit: seeds, family: f, no_control: x,", "unit: SAEs, family: f, no_control: x,"),
+        ("measure: a", "measure: another"),
+    ],
+)
+def test_a_ledger_that_was_judged_as_another_claim_is_refused(folder, old, new):
     claims.record("cpu", "one", "10_one", {"one.a": m(0.5, 0.3, 0.7), "one.b": None})
-    paths.CLAIMS.write_text(
-        paths.CLAIMS.read_text().replace("threshold: 0}, paper", "threshold: .1}, paper")
-    )
+    assert paths.CLAIMS.read_text().count(old) == 1
+    paths.CLAIMS.write_text(paths.CLAIMS.read_text().replace(old, new))
     with pytest.raises(ResearchError, match=r"one.a.*as claims.yaml states it"):
         claims.unite("cpu")
 

@@ -8,7 +8,6 @@ import pandas as pd
 from sae_research import stats
 from sae_research.claims import Measurement
 from sae_research.stats import Interval
-from sae_research.studies.opinion_qa import evaluate
 from sae_research.studies.opinion_qa.methods import ERROR_KEEPING
 from sae_research.studies.opinion_qa.settings import (
     DENSE,
@@ -79,9 +78,8 @@ def compare_new_groups(
     ]
     if any(way.empty for way in ways):
         return None
-    gap = (ways[0] - ways[1]).dropna().unstack("cluster").sort_index()
-    shape = [gap.index.get_level_values(i).nunique() for i in (0, 1)]
-    return evaluate.resample_groups_and_clusters(gap.to_numpy().reshape(*shape, -1), seed=0)
+    gap = (ways[0] - ways[1]).dropna()
+    return stats.mean_interval(gap.groupby(level="group").mean().to_numpy())
 
 
 def measure_axis(t: Tables, number: int, which: str = "correlation") -> Interval:
@@ -136,26 +134,15 @@ def _measure_shift(t: Tables, facts: dict) -> _Found:
             over_seeds(0 * worst + calibrated.iloc[0] - unsteered.iloc[0]),
             over_seeds(worst - calibrated.iloc[0]),
         ),
-        "shift.every_group": compare(t, best, UNSTEERED, "worst_group"),
+        "shift.every_group": compare(t, best, CALIBRATION, "worst_group"),
         "shift.sparse": float(column(t, SPARSEST, "moved").mean()),
-        "shift.sensitivity": (
-            measure(t, best, "rho_dev"),
-            measure(t, SHUFFLED, "rho_dev"),
-            compare(t, best, SHUFFLED, "rho_dev"),
-        ),
+        "shift.sensitivity": measure(t, best, "rho_dev"),
         "shift.sensitivity_stretch": measure(t, best, "rho_dev"),
         "shift.slope": measure(t, best, "slope"),
         "shift.identification": measure(t, best, "identification"),
         "shift.negative_control": measure(t, best, "quietest") if planted else None,
-        "shift.second_axis": _measure_second_axis(t) if planted else None,
         "real.gemma": compare(t, best, UNSTEERED, "wd_ratio") if is_gemma else None,
     }
-
-
-def _measure_second_axis(t: Tables) -> tuple[Interval, Interval, Interval]:
-    rows = t["axes"].query("axis == 2").set_index("seed")
-    gap = over_seeds(rows["correlation"] - rows["chance"])
-    return measure_axis(t, 2), measure_axis(t, 2, "chance"), gap
 
 
 def _measure_baselines(t: Tables, facts: dict) -> _Found:

@@ -136,10 +136,21 @@ def measure_width_signal(t: Tables) -> Measurement:
         own = select(rows, direction=direction)
         half = float(np.sqrt((((own.high - own.low) / 2) ** 2).sum())) / len(own)
         value = float(own.rho.mean())
-        return Measurement(value, value - half, value + half, len(own))
+        return Measurement(value, value - half, value + half, int(own.n.min()))
 
     found, control, gap = map(average, ("SAE", "random", "difference"))
     return replace(found, control=control, difference=gap)
+
+
+def measure_width_loss(t: Tables) -> Measurement:
+    """What the full set's correlation with the count loses from base to wide SAE, mean over pairs.
+
+    The two widths' features are independent samples.
+    """
+    rows = select(t["width_effects"], direction="SAE", which="4x wide minus base")
+    half = float(np.sqrt((((rows.high - rows.low) / 2) ** 2).sum())) / len(rows)
+    value = -float(rows.rho.mean())
+    return Measurement(value, value - half, value + half, int(rows.n.min()))
 
 
 def measure_width_instability(t: Tables) -> Measurement:
@@ -158,16 +169,11 @@ def measure_width_instability(t: Tables) -> Measurement:
 
 
 def measure_random_directions(t: Tables) -> Measurement:
-    """Crowding of the feature against the count of its norm-matched random direction.
-
-    Control: the size of the rank correlation with the SAE direction's count, minus that.
-    """
+    """Size of the rank correlation of crowding and count, minus that of random directions."""
     rows = select(t["sensitivity"], kind="direction", label="C")
     rows = rows.assign(size=rows.rho.abs())
-    own = summarize_saes(select(rows, value="SAE"), "size")
-    random = summarize_saes(select(rows, value="random"), "size")
-    found = summarize_saes(select(rows, value="random"), "rho")
-    return _measure(found, Measurement(own.value - random.value, n=own.n))
+    found = _pair(select(rows, value="SAE"), select(rows, value="random"), "size")
+    return found.difference
 
 
 def measure_reliability(t: Tables, label: str) -> Measurement:
@@ -194,6 +200,7 @@ MEASURES: dict[str, Callable[[Tables], Measurement]] = {
     "screening.stability": lambda t: measure_payoff(t, "S_abs"),
     "screening.spread": lambda t: measure_payoff(t, "C_per_E"),
     "width.signal": measure_width_signal,
+    "width.loss": measure_width_loss,
     "width.payoff": measure_width_instability,
     "labels.spread_reliability": lambda t: measure_reliability(t, "C"),
     "labels.stability_reliability": lambda t: measure_reliability(t, "S_abs"),
@@ -237,14 +244,16 @@ def make_titles(t: Tables) -> dict[str, str]:
     def say(name: str, control: bool = False) -> str:
         return f"{(m[name].control if control else m[name]).value:.2f}"
 
-    own = select(t["sensitivity"], kind="direction", value="SAE", label="C")
-    own = summarize_saes(own, "rho")
+    crowding = select(t["sensitivity"], kind="direction", label="C")
+    own, random = (
+        summarize_saes(select(crowding, value=which), "rho") for which in ("SAE", "random")
+    )
     oracle = select(t["payoffs"], labels="real", payoff="share_of_oracle").value.mean()
     titles = {
         "reliability": "On other contexts, spread agrees with itself at "
         f"{say('labels.spread_reliability')}, stability at {say('labels.stability_reliability')}",
         "crowding": f"Crowding and the count correlate at {own.value:.2f} on average, for random "
-        f"directions at {say('controls.random_directions')}",
+        f"directions at {random.value:.2f}",
         "predictor_sets": "Rank correlation of each predictor set minus that of frequency alone: "
         f"full set {say('predict.spread_over_frequency')} for spread, "
         f"{say('predict.stability_over_frequency')} for stability",
