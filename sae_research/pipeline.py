@@ -172,7 +172,10 @@ def _dvc(force: bool) -> int:
         with Repo(str(paths.ROOT)) as repo:
             return len(repo.reproduce(force=force))
     except ReproductionError as error:
-        raise ResearchError(f"the chain stopped: {error}; finished stages are kept.") from error
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise ResearchError(
+            f"the chain stopped: {error}{cause}; finished stages are kept."
+        ) from error
     except DvcException as error:
         raise ResearchError(f"DVC stopped: {error}") from error
 

@@ -196,7 +196,6 @@ def test_a_real_model_runs_from_reader_s_files_to_claims(private, profile, tmp_p
     verdicts = {i.removeprefix("opinion_qa."): claims.judge(stated[i], measured[i]) for i in stated}
     for planted in (
         "shift.negative_control",
-        "shift.second_axis",
         "h4.composition",
         "h4.correlated",
     ):
