@@ -78,8 +78,10 @@ def compare_new_groups(
     ]
     if any(way.empty for way in ways):
         return None
-    gap = (ways[0] - ways[1]).dropna()
-    return stats.mean_interval(gap.groupby(level="group").mean().to_numpy())
+    gaps = (ways[0] - ways[1]).dropna().groupby(level="group").mean()
+    if len(gaps) < 2:  # one group shows no spread: no p-value takes it for proof
+        return Interval(gaps.iloc[0], gaps.iloc[0], gaps.iloc[0], 1)
+    return stats.mean_interval(gaps.to_numpy())
 
 
 def measure_axis(t: Tables, number: int, which: str = "correlation") -> Interval:
