@@ -249,6 +249,8 @@ def unite(profile: str) -> list[dict]:
         if file not in written:
             continue
         found = {line["id"]: line for line in typing.cast(list, store.read_json(file))}
+        if not found:  # the study has no model in this profile
+            continue
         line = found.get(claim.id, {})
         if any(line.get(name) != value for name, value in _repeat(claim).items()):
             raise ResearchError(

@@ -35,12 +35,10 @@ from sae_research.world.survey.population import (
 from sae_research.world.survey.prompts import (
     CONTEXT,
     LETTERS,
-    NUMBERS,
     WORDS,
     Writer,
     order_by_letter,
     prompt,
-    write_arithmetic,
 )
 from sae_research.world.toy_model import make_word_tokenizer
 
@@ -306,44 +304,19 @@ def test_documents_carry_the_exact_answers_of_their_persons(population, writer):
 
 
 def test_off_task_surprisal_is_the_entropy_of_what_is_written(writer):
-    """Mean surprisal against the closed-form entropy; words before which the document may still
-    be a survey's are not scored.
+    """Mean surprisal against the closed-form entropy; the first word of a document is not
+    scored.
     """
     batch = writer.write_off_task(4000, np.random.default_rng(0))
-    sums, stories = (np.nansum(batch.surprisal[i::2], axis=1) for i in (0, 1))
+    sums, stories = (
+        np.nansum(batch.surprisal[::2], axis=1),
+        np.nansum(batch.surprisal[1::2], axis=1),
+    )
     second = np.mean([(np.log(10 - a) + np.log(a + 1)) / 2 for a in range(10)])
-    terms = 2 * (np.log(2) + second) + np.log(10)
-    offered = np.log(4) + np.log(9 * 8 * 7)
-    checked = np.log(2) + np.log(9) / 2 + np.log(2)
-    assert sums.mean() == pytest.approx(terms + offered + checked, abs=5 * sums.std() / 2000**0.5)
-    words = 3 * (14,) + 4 * (4,) + 2 * (3,) + 3 * (6,) + 2 * (12,)
-    assert stories == pytest.approx(np.log(words).sum())
-
-
-def test_sums_are_right(writer):
-    """The option behind the answer's letter is the result; a check says whether it is."""
-    draws = np.random.default_rng(1)
-    value = {word: i for i, word in enumerate(NUMBERS)}
-    for _ in range(200):
-        words = [word for word, _ in write_arithmetic(draws)]
-        chosen, checked = words[:18], words[18:]
-        for part in (chosen, checked):
-            a, sign, b = (value.get(word, word) for word in part[2:5])
-            result = a + b if sign == "plus" else a - b
-            letter = part[part.index("answer") + 2]
-            answer = part[part.index(letter) + 1]
-            if part is chosen:
-                assert value[answer] == result
-            else:
-                assert answer == ("yes" if value[part[6]] == result else "no")
-
-
-def test_other_text_is_told_in_the_words_of_the_survey(writer):
-    """No word of a prompt tells that a survey is asked: all of them occur in other text."""
-    prompts = {w for pair in writer.prompts for tokens in pair for w in tokens}
-    personas = {w for tokens in writer.statements.values() for w in tokens}
-    aside = writer.write_off_task(4000, np.random.default_rng(0)).tokens
-    assert prompts | personas | set(writer.letters) <= set(aside.flatten().tolist())
+    assert sums.mean() == pytest.approx(
+        3 * np.log(10) + 4 * (np.log(2) + second), abs=5 * sums.std() / 2000**0.5
+    )
+    assert stories == pytest.approx(np.log(4) + 8 * np.log(3))
 
 
 def test_every_document_reaches_the_screening_length(writer):

@@ -15,14 +15,17 @@ from sae_research.world.toy_model import BOS, EOS, PAD
 LETTERS = ("A", "B", "C", "D")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ANIMALS = ("cat", "dog", "fox", "owl")
+DEEDS = ("saw", "met", "fed")
 FRAME = ("i", "am", ".", "question", ":", "should", "we", "?", "answer")
 SUMS = ("plus", "minus", "is", "the")
 VALUES = tuple(value for values in ATTRIBUTES.values() for value in values)
 WORDS = [
     *FRAME, *SUMS, *VALUES, *VERBS, *TOPICS,
     *(option for options in OPTION_SETS for option in options),
-    *LETTERS, *NUMBERS, *ANIMALS,
+    *LETTERS, *NUMBERS, *ANIMALS, *DEEDS,
 ]  # fmt: skip
+SENTENCES = 4
+"""Sentences of an off-task document."""
 CONTEXT = 16
 """Tokens of the shortest document, BOS included: contexts cut here need no padding."""
 
@@ -49,53 +52,35 @@ def order_by_letter(
 
 
 def write_arithmetic(draws: np.random.Generator) -> Scored:
-    """Two sums or differences within nine, asked as the survey asks, and a lettered list that
-    counts: `question : two plus three ? answer : five . ... A two B three C four D five`.
-    """
+    """Sums and differences within nine: `two plus three is five .`"""
     words: Scored = []
-    for _ in range(2):
+    for _ in range(SENTENCES):
         a, plus = draws.integers(10), draws.integers(2)
         choices = 10 - a if plus else a + 1
         b = draws.integers(choices)
         result = a + b if plus else a - b
-        sign = ("plus" if plus else "minus", np.log(2))
-        terms = [(NUMBERS[a], np.log(10)), sign, (NUMBERS[b], np.log(choices))]
-        words += _say("question", ":", *terms, "?", "answer", ":", NUMBERS[result], ".")
-    first = draws.integers(11 - len(LETTERS))
-    words += [("A", 0.0), (NUMBERS[first], np.log(11 - len(LETTERS)))]
-    for i, letter in enumerate(LETTERS[1:]):
-        words += _say(letter, NUMBERS[first + i + 1])
-    return _unscored(words, 3)
+        words += [
+            (NUMBERS[a], np.log(10)), ("plus" if plus else "minus", np.log(2)),
+            (NUMBERS[b], np.log(choices)), ("is", 0.0), (NUMBERS[result], 0.0), (".", 0.0),
+        ]  # fmt: skip
+    return words
 
 
 def write_story(draws: np.random.Generator) -> Scored:
-    """Two animals and a narrator, told in the words of the survey, with no opinion behind them:
-    `the red fox often tax guns . the old owl never fund farms . the owl is unsure . ...`
-    """
-
-    def draw(words: Sequence[str]) -> tuple[str, float]:
-        return words[draws.integers(len(words))], float(np.log(len(words)))
-
-    first = draw(ANIMALS)
-    second = draw([animal for animal in ANIMALS if animal != first[0]])
-    verbs, topics = list(VERBS), list(TOPICS)
-    _, stances, manners = OPTION_SETS
-    told: Scored = []
-    for who in (first, second):
-        told += _say("the", draw(VALUES), who, draw(manners), draw(verbs), draw(topics), ".")
-    told += _say("the", second[0], "is", draw(stances), ".")
-    told += _say("we", "should", draw(verbs), draw(topics), ".")
-    return told + _say("i", "am", draw(stances), ".")
-
-
-def _say(*given: str | tuple[str, float]) -> Scored:
-    """Words as given; those without a surprisal are certain."""
-    return [(word, 0.0) if isinstance(word, str) else word for word in given]
-
-
-def _unscored(words: Scored, n: int) -> Scored:
-    """Without the first `n` words, from which a survey document cannot be told yet."""
-    return [(word, np.nan) for word, _ in words[:n]] + words[n:]
+    """A chain of animals; each sentence goes on with the last one: `the cat saw the dog .`"""
+    words: Scored = []
+    who = ANIMALS[draws.integers(len(ANIMALS))]
+    surprisal = np.log(len(ANIMALS))
+    for _ in range(SENTENCES):
+        others = [animal for animal in ANIMALS if animal != who]
+        whom = others[draws.integers(len(others))]
+        words += [
+            ("the", 0.0), (who, surprisal), (DEEDS[draws.integers(len(DEEDS))], np.log(len(DEEDS))),
+            ("the", 0.0), (whom, np.log(len(others))), (".", 0.0),
+        ]  # fmt: skip
+        who = whom
+        surprisal = 0.0
+    return words
 
 
 OFF_TASK: tuple[Callable[[np.random.Generator], Scored], ...] = (write_arithmetic, write_story)
