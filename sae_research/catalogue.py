@@ -86,14 +86,14 @@ class ModelSpec:
         hub and the commit there, so that a new revision is another model.
         """
         from sae_research import hub, store
-        from sae_research.world import build
+        from sae_research.paths import EMBEDDED
 
-        if self.embedded:
-            pieces = build.model_folder(self.model), build.saes_folder(self.model)
-            return [(piece / store.CHECKSUMS).read_text() for piece in pieces]
-        releases = sorted({release for release, _ in self.saes.values()})
-        saes = [f"{release} {hub.sae_commit(release)}" for release in releases]
-        return [self.model, hub.download(self.model).name, *saes]
+        if not self.embedded:
+            return [self.model, hub.download(self.model).name]
+        return [
+            (EMBEDDED / self.model / piece / store.CHECKSUMS).read_text()
+            for piece in ("model", "saes")
+        ]
 
     def _folders(self) -> dict:
         from sae_research.world import build
@@ -223,10 +223,8 @@ _SPECS = (
         note="the width comparison of study 2; whether its downstream SAE was widened too is "
         "unknown",
     ),
-    *(
-        ModelSpec(f"world-{name}", name, embedded=True, note=_TOY_NOTE)
-        for name in ("text", "survey", "text-1", "survey-1", "text-2", "survey-2")
-    ),
+    ModelSpec("world-text", "text", embedded=True, note=_TOY_NOTE),
+    ModelSpec("world-survey", "survey", embedded=True, note=_TOY_NOTE),
 )
 MODEL_SPECS = {spec.name: spec for spec in _SPECS}
 

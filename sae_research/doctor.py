@@ -38,13 +38,10 @@ def run(profile: str | None = None) -> tuple[str, int]:
 
 def judge(profile: config.Profile, machine: Machine) -> dict[str, list[str]]:
     """For each study of a profile, what keeps it from running on `machine`."""
-    found = {}
-    for study in config.study_names():
-        models = getattr(profile, study).models
-        found[study] = _here(machine) + _needs(profile.runtime, models, machine)
-        if study in machine.no_data and not all(catalogue.get(m).embedded for m in models):
-            found[study].append(f"your data in {machine.no_data[study]} (README says which)")
-    return found
+    return {
+        study: _here(machine) + _needs(profile.runtime, getattr(profile, study).models, machine)
+        for study in config.study_names()
+    }
 
 
 def _here(machine: Machine) -> list[str]:

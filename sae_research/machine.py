@@ -54,8 +54,6 @@ class Machine:
     """Gated models that the token does not open, with the reason."""
     cached: frozenset[str] = frozenset()
     """Models whose weights and main SAEs are on this disk already."""
-    no_data: dict[str, str] = field(default_factory=dict)
-    """Studies whose real models need data that the reader has not put here, with its folder."""
 
 
 def examine(profiles: Sequence[config.Profile]) -> Machine:
@@ -90,19 +88,7 @@ def examine(profiles: Sequence[config.Profile]) -> Machine:
         token=token is not None,
         refused=_refused(gated, token) if token and not hub else {},
         cached=cached,
-        no_data=missing_data(),
     )
-
-
-def missing_data(root: Path = paths.ROOT) -> dict[str, str]:
-    """Folders for the reader's own data that are absent or empty, by study."""
-    blocks = config.block_classes()
-    folders = {study: getattr(blocks[study], "READERS_DATA", "") for study in config.study_names()}
-    return {
-        study: folder
-        for study, folder in folders.items()
-        if folder and not any(path.is_file() for path in (root / folder).rglob("*"))
-    }
 
 
 def packages() -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -132,10 +118,9 @@ def world_problems(root: Path = paths.EMBEDDED) -> dict[str, str]:
 
     problems = {}
     for name in build.TOY_MODELS:
-        models = [root / build.folder_name(name, seed) / "model" for seed in build.SEEDS]
         try:
-            for piece in (*models, root / name / "saes"):
-                store.verified(piece)
+            for piece in ("model", "saes"):
+                store.verified(root / name / piece)
         except ResearchError as error:
             problems[name] = str(error).rstrip(".")
     return problems

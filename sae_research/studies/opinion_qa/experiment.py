@@ -44,7 +44,7 @@ SPLITS = ("train", "validation", "test")
 
 def opinion_qa_folder() -> Path:
     """Where a reader puts OpinionQA, which may not be redistributed; git ignores it."""
-    return paths.ROOT / Settings.READERS_DATA
+    return paths.DATA / "private" / "opinion_qa"
 
 
 @dataclass(frozen=True)
