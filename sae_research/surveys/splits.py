@@ -27,9 +27,11 @@ def find_families(questions: Sequence[Question], similarity: float) -> tuple[str
     )
 
 
-def split_questions(survey: Survey, seed: int, similarity: float) -> Survey:
-    """Train (60 % of the families), validation (15 %) and test questions, none of them empty."""
-    names = find_families(survey.questions, similarity)
+def split_families(survey: Survey, names: Sequence[str], seed: int) -> Survey:
+    """Train (60 % of the families), validation (15 %) and test questions, none of them empty.
+
+    `names` says which family each question belongs to, such as its topic; none is parted.
+    """
     families = list(dict.fromkeys(names))
     if len(families) < 3:
         raise ResearchError(
@@ -43,6 +45,11 @@ def split_questions(survey: Survey, seed: int, similarity: float) -> Survey:
     split |= {families[i]: "test" for i in order[:n_test]}
     split |= {families[i]: "validation" for i in order[n_test : n_test + n_validation]}
     return _with_splits(survey, [split[name] for name in names])
+
+
+def split_questions(survey: Survey, seed: int, similarity: float) -> Survey:
+    """The same with families of near-duplicates, by wordings at least `similarity` alike."""
+    return split_families(survey, find_families(survey.questions, similarity), seed)
 
 
 def split_by_wave(survey: Survey, unseen: Sequence[int], names: Sequence[str], seed: int) -> Survey:
