@@ -37,7 +37,7 @@ def main() -> None:
     pairs = list(combinations(ATTRIBUTES, 2))
     with store.writing(HERE / "real") as folder:
         write_counts(folder / "groups.csv", coded, items, [(), *((a,) for a in ATTRIBUTES)])
-        write_counts(folder / "intersections.csv", coded, items, pairs)
+        write_counts(folder / "intersections.csv", coded, items, [(), *pairs])
         for source in PEOPLE:
             path = folder / f"{source}.csv"
             coded[source].to_csv(path, index=False, lineterminator="\n")
@@ -137,24 +137,24 @@ def write_counts(
     crossings: list[tuple[str, ...]],
 ) -> None:
     """The answers of every group that is large enough in all sources that know its attributes."""
-    fields = ("qkey", "source", "topic", "attribute", "group", "question", "options", "counts")
+    about = ("qkey", "source", "topic", "cluster", "question", "options")
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(fields)
+        writer.writerow([*about, "attribute", "group", "counts"])
         for pool in ([s for s in coded if s != ALONE], [ALONE]):
             for names in crossings:
                 known = [s for s in pool if set(names) <= set(coded[s])]
                 counts = {s: count_groups(coded[s], items[s], names) for s in known}
-                large = [{g for g, c in t.items() if c.sum(1).min() >= FEWEST}
-                         for t in counts.values()]  # fmt: skip
+                large = [
+                    {group for group, found in table.items() if found.sum(1).min() >= FEWEST}
+                    for table in counts.values()
+                ]
                 for source, table in counts.items():
                     for group in [g for g in table if all(g in found for found in large)]:
                         for item, row in zip(items[source], table[group], strict=True):
                             shown = json.dumps(row[: len(json.loads(item["options"]))].tolist())
-                            attribute = "|".join(names) or "Overall"
-                            writer.writerow([item["qkey"], source, item["topic"], attribute,
-                                             group, item["question"], item["options"],
-                                             shown])  # fmt: skip
+                            place = ("|".join(names) or "Overall", group, shown)
+                            writer.writerow([*(item[name] for name in about), *place])
 
 
 def count_groups(

@@ -55,9 +55,9 @@ def load_survey(
     """A survey from a csv in the layout counts, long or wide (see the table of this module).
 
     `attributes` are the columns that make groups (long: by default all further columns; counts:
-    the attributes to read, by default all), `questions` the ones to read (default: all), with their wordings if it is a mapping. `options`
-    lists a question's answers in ascending order; without it, numbers ascend and words have no
-    order. `weight` names the column of the respondents' weights.
+    the attributes to read, by default all), `questions` the ones to read (default: all), with their
+    wordings if it is a mapping. `options` lists a question's answers in ascending order; without
+    it, numbers ascend and words have no order. `weight` names the column of respondents' weights.
 
     >>> survey = load_survey("poll.csv", attributes=["party"], options={"tax": ["no", "yes"]})
     >>> survey = survey.split(seed=0)

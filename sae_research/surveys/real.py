@@ -1,7 +1,7 @@
 """Surveys of real respondents, as committed in data/surveys/real (data/surveys/README.md)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from sae_research import store
 from sae_research.errors import unknown
 from sae_research.paths import ROOT
 from sae_research.surveys.files import load_survey
-from sae_research.surveys.splits import split_families
+from sae_research.surveys.splits import split_by_topic
 from sae_research.surveys.survey import OVERALL, Survey, halve_respondents
 from sae_research.surveys.tables import read_rows
 
@@ -30,15 +30,24 @@ class Pool:
     """Values of the column `source`."""
     attributes: tuple[str, ...]
     """Attributes that every source knows."""
+    unseen: tuple[str, ...]
+    """Topics that only test questions come from."""
 
 
+_UNSEEN = ("race", "health", "defense and foreign aid")
 SURVEYS = {
-    "politics": Pool(("gss2018", "cces2016", "anes2012"), ("party", "age", "education", "race")),
-    "ideology": Pool(
-        ("gss2018", "cces2016"), ("party", "ideology", "sex", "age", "education", "race")
+    "politics": Pool(
+        ("gss2018", "cces2016", "anes2012"), ("party", "age", "education", "race"), _UNSEEN
     ),
-    "region": Pool(("cces2016", "anes2012"), ("party", "age", "education", "race", "region")),
-    "personality": Pool(("ipip2010",), ("sex", "age", "education")),
+    "ideology": Pool(
+        ("gss2018", "cces2016"),
+        ("party", "ideology", "sex", "age", "education", "race"),
+        _UNSEEN,
+    ),
+    "region": Pool(
+        ("cces2016", "anes2012"), ("party", "age", "education", "race", "region"), _UNSEEN
+    ),
+    "personality": Pool(("ipip2010",), ("sex", "age", "education"), ("openness",)),
 }
 """What can be loaded, by name."""
 
@@ -60,17 +69,33 @@ OPINION_QA_NOISE = 0.013
 
 
 def load_real(name: str = "politics", seed: int = 0) -> Survey:
-    """A survey of real respondents; its questions are split by topic, so that none is parted."""
+    """A survey of real respondents, split with whole clusters and with topics only for the test."""
     pool = _find_pool(name)
     survey = _load("groups.csv", pool, pool.attributes)
-    return split_families(survey, [q.topic for q in survey.questions], seed)
+    return split_by_topic(survey, pool.unseen, find_clusters(survey), seed)
+
+
+def find_clusters(survey: Survey) -> tuple[str, ...]:
+    """The cluster of near-duplicates of every question; wordings alone do not tell them here."""
+    cluster = {row["qkey"]: row["cluster"] for _, row in read_rows(_find_folder() / "groups.csv")}
+    return tuple(cluster[q.key] for q in survey.questions)
 
 
 def load_intersections(name: str = "politics") -> tuple[Survey, ...]:
     """The same questions for each pair of attributes, without splits."""
     pool = _find_pool(name)
     pairs = [f"{first}|{second}" for first, second in combinations(pool.attributes, 2)]
-    return tuple(_load("intersections.csv", pool, [pair]) for pair in pairs)
+    survey = _load("intersections.csv", pool, pairs)
+    return tuple(_select_groups(survey, survey.of(pair)) for pair in pairs)
+
+
+def _select_groups(survey: Survey, rows: np.ndarray) -> Survey:
+    return replace(
+        survey,
+        groups=tuple(survey.groups[i] for i in rows),
+        distributions=survey.distributions[rows],
+        counts=survey.counts[rows],
+    )
 
 
 def _find_pool(name: str) -> Pool:

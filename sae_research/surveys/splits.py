@@ -27,11 +27,9 @@ def find_families(questions: Sequence[Question], similarity: float) -> tuple[str
     )
 
 
-def split_families(survey: Survey, names: Sequence[str], seed: int) -> Survey:
-    """Train (60 % of the families), validation (15 %) and test questions, none of them empty.
-
-    `names` says which family each question belongs to, such as its topic; none is parted.
-    """
+def split_questions(survey: Survey, seed: int, similarity: float) -> Survey:
+    """Train (60 % of the families), validation (15 %) and test questions, none of them empty."""
+    names = find_families(survey.questions, similarity)
     families = list(dict.fromkeys(names))
     if len(families) < 3:
         raise ResearchError(
@@ -47,19 +45,15 @@ def split_families(survey: Survey, names: Sequence[str], seed: int) -> Survey:
     return _with_splits(survey, [split[name] for name in names])
 
 
-def split_questions(survey: Survey, seed: int, similarity: float) -> Survey:
-    """The same with families of near-duplicates, by wordings at least `similarity` alike."""
-    return split_families(survey, find_families(survey.questions, similarity), seed)
+def split_by_topic(
+    survey: Survey, unseen: Sequence[str], names: Sequence[str], seed: int
+) -> Survey:
+    """Test all questions of the `unseen` topics, such as a wave, and a quarter of the others.
 
-
-def split_by_wave(survey: Survey, unseen: Sequence[int], names: Sequence[str], seed: int) -> Survey:
-    """Test all questions of the `unseen` waves and a quarter of the others; train on 60 of the 75.
-
-    `names` are the questions' families: none is parted, and one that reaches into an unseen wave
-    is for the test alone.
+    Of those 75 %, 60 are for training. `names` are the questions' families: none is parted, and
+    one that reaches into an unseen topic is for the test alone.
     """
-    waves = {f"wave {wave}" for wave in unseen}
-    apart = {name for name, q in zip(names, survey.questions, strict=True) if q.topic in waves}
+    apart = {name for name, q in zip(names, survey.questions, strict=True) if q.topic in unseen}
     seen = [name for name in dict.fromkeys(names) if name not in apart]
     order = np.random.default_rng(seed).permutation(len(seen))
     bounds = (0.6 * len(seen), 0.75 * len(seen))
