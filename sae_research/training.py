@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_research import activations, saes
+from sae_research import activations, fast_training, saes
 from sae_research.errors import ResearchError
 from sae_research.hub import quiet
 from sae_research.models import LanguageModel
@@ -72,7 +72,9 @@ def trainer(
         feature_sampling_window=settings.steps + 1,
         device=sae.cfg.device,
     )
-    return (kind or SAETrainer)(config, sae, data_provider=iter(()))
+    run = (kind or SAETrainer)(config, sae, data_provider=iter(()))
+    run.optimizer.param_groups[0]["fused"] = True
+    return run
 
 
 def train(
@@ -99,7 +101,8 @@ def train(
     with quiet():
         for name, config in configs.items():
             torch.manual_seed(seed)
-            sae = TrainingSAE.get_sae_class_for_architecture(config.architecture())(config)
+            kind = TrainingSAE.get_sae_class_for_architecture(config.architecture())
+            sae = fast_training.fast_class(kind)(config)
             running[name] = (trainers or {}).get(name, trainer)(sae, settings)
             scaled = config.normalize_activations == "expected_average_only_in"
             if scaled:
@@ -127,6 +130,7 @@ def train(
             run.sae.fold_activation_norm_scaling_factor(run.activation_scaler.scaling_factor)
             run.activation_scaler.scaling_factor = None
         run.set_final_sae_metadata()
+        run.sae.W_enc.data = run.sae.W_enc.data.contiguous()
     return {name: run.sae.eval() for name, run in running.items()}
 
 
