@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
-BLOCK = 32
+BLOCK = 32  # entries searched together for the largest
+DENSE = 8  # dead latents, in numbers of those chosen, up to which a dense product is cheaper
 
 
 def fast_class(kind: type) -> type:
@@ -88,13 +89,33 @@ class SparseCodes:
             return sae_out.new_tensor(0.0)
         dead = dead_neuron_mask.nonzero().flatten()
         half = sae_in.shape[-1] // 2
-        acts = self.process_sae_in(sae_in) @ self.W_enc.T[dead].T + self.b_enc[dead]
-        if len(dead) > half:
-            strongest = (acts.detach() * self._norms()[dead]).topk(half, sorted=False).indices
-            acts = acts * torch.zeros_like(acts).scatter_(-1, strongest, 1.0)
-        error = acts @ self.W_dec[dead] - (sae_in - sae_out).detach()
+        x = self.process_sae_in(sae_in)
+        if len(dead) > DENSE * half:
+            rebuilt = self._rebuild_sparsely(x, hidden_pre[:, dead], dead, half)
+        else:
+            rebuilt = self._rebuild_densely(x, dead, half)
+        error = rebuilt - (sae_in - sae_out).detach()
         scale = self.cfg.aux_loss_coefficient * min(len(dead) / half, 1.0)
         return scale * error.square().sum(-1).mean()
+
+    def _rebuild_densely(self, x: Tensor, dead: LongTensor, k: int) -> Tensor:
+        """The sum of each token's k strongest dead latents [batch, d]."""
+        acts = x @ self.W_enc.T[dead].T + self.b_enc[dead]
+        if len(dead) > k:
+            strongest = (acts.detach() * self._norms()[dead]).topk(k, sorted=False).indices
+            acts = acts * torch.zeros_like(acts).scatter_(-1, strongest, 1.0)
+        return acts @ self.W_dec[dead]
+
+    def _rebuild_sparsely(
+        self, x: Tensor, hidden_pre: Tensor, dead: LongTensor, k: int
+    ) -> Tensor:
+        """The same from their pre-activations [batch, dead], cheaper where many are dead."""
+        values, places = hidden_pre.topk(k, sorted=False)
+        latents = dead[places].flatten()
+        tokens = torch.arange(len(x), device=x.device).repeat_interleave(k)
+        found = values.flatten() / self._norms()[latents]
+        acts = _Chosen.apply(x, self.W_enc, self.b_enc, found, tokens, latents)
+        return weighted_sum(self.W_dec, latents, acts, tokens, len(x))
 
 
 class _Chosen(torch.autograd.Function):
