@@ -45,7 +45,7 @@ def lsa_vectors(
     from sklearn.preprocessing import normalize
 
     _check_pool(pool)
-    tf_idf = TfidfVectorizer(sublinear_tf=True)
+    tf_idf = TfidfVectorizer(sublinear_tf=True, stop_words="english")
     weights = tf_idf.fit_transform(pool)
     dimensions = min(dimensions, min(weights.shape) - 1)
     svd = TruncatedSVD(dimensions, random_state=seed)
