@@ -42,7 +42,8 @@ def test_documents_are_split_whole():
 
 def test_test_chunks_can_never_be_selected():
     pool = make_chunks(["aa bb", "cc dd", "ee ff", "gg hh"], [0, 1, 2, 3])
-    test = make_chunks(["cc dd", "xx yy"], [7, 3])  # a copy of chunk 1, and another chunk of document 3
+    # a copy of chunk 1, and another chunk of document 3
+    test = make_chunks(["cc dd", "xx yy"], [7, 3])
     kept = exclude_test(pool, test)
     assert kept.texts == ["aa bb", "ee ff"]
     ranking = selectors.rank(selectors.bm25_scores(kept.texts, ["cc dd gg hh xx yy aa"]))

@@ -242,11 +242,13 @@ def tilted(
     start: "dict[str, Tensor] | None" = None,
     before: "SAE | None" = None,
     bins: tuple[Tensor, int] | None = None,
+    lr: float | None = None,
 ) -> "training.MakeTrainer":
     """A trainer with a tilt, for `training.train`.
 
     It begins from the weights `start`, or anew; with `before` it learns that SAE's error instead
-    of the residual. `bins` are the frequency bins of all activations and the seed of their order.
+    of the residual. `bins` are the frequency bins of all activations and the seed of their order;
+    `lr` replaces the settings' peak learning rate.
     """
     from sae_lens.training.sae_trainer import SAETrainer
 
@@ -262,6 +264,7 @@ def tilted(
         if start is not None:
             sae.load_state_dict(start)
         sae.start_log(tilt, settings.steps)
+        settings = settings if lr is None else replace(settings, lr=lr)
         made = training.trainer(sae, settings, TiltedTrainer)
         if bins is not None:
             labels, seed = bins
