@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 
 from sae_research import activations, training
-from sae_research.errors import ResearchError, unknown
+from sae_research.errors import unknown
 from sae_research.retrieval import selectors
 from sae_research.retrieval.tracin import TracIn
 from sae_research.studies.specialized_saes import term
@@ -165,7 +165,7 @@ def grade_selectors(
 
 def choose_text(
     ground: Ground, selector: str, ranked: dict[str, np.ndarray], settings: Settings, seed: int
-) -> torch.LongTensor:
+) -> LongTensor:
     """The chunks that a selector's SAEs are trained on."""
     if selector == "seed only":
         return ground.seeds.tokens
@@ -213,9 +213,17 @@ def with_k(sae: "SAE", k: int) -> "SAE":
 
 
 def specialize(
-    arms: list[Arm], general: "dict[str, SAE]", acts: Tensor, settings: Settings, seed: int
+    arms: list[Arm],
+    general: "dict[str, SAE]",
+    acts: Tensor,
+    types: LongTensor,
+    settings: Settings,
+    seed: int,
 ) -> tuple[dict[Arm, "SAE"], pd.DataFrame]:
-    """The SAEs of one selector, trained in lock-step on its activations, and what was logged."""
+    """The SAEs of one selector, trained in lock-step on its activations, and what was logged.
+
+    `types` are the token types of the activations, for tilts over frequency bins.
+    """
     d, plan = acts.shape[1], settings.fine_tuning
     batch = min(plan.batch_size, len(acts))
     if batch < plan.batch_size:
@@ -235,7 +243,7 @@ def specialize(
             width = settings.small_latents
         tilt = settings.tilts.get(arm.tilt, Tilt())
         if tilt.bins:
-            raise ResearchError("a tilt over bins needs token types; use `term.tilted` itself.")
+            given["bins"] = (bin_by_frequency(types, settings.frequency_bins), seed)
         configs[arm] = term.config(arm.kind, d, width, k)
         trainers[arm] = term.tilted(tilt, lr=_rate(arm, settings), **given)
     batches = activations.batches(acts, plan.batch_size, plan.steps, seed)
@@ -245,6 +253,15 @@ def specialize(
     for sae in found.values():
         sae.eval().requires_grad_(False)
     return found, pd.concat(logs, ignore_index=True)
+
+
+def bin_by_frequency(types: LongTensor, bins: int) -> LongTensor:
+    """A bin for each token: types in `bins` equally large groups by frequency."""
+    counts = torch.bincount(types)
+    order = counts[counts > 0].argsort(stable=True).argsort(stable=True)
+    group = torch.zeros_like(counts)
+    group[counts > 0] = order * bins // len(order)
+    return group[types]
 
 
 def _rate(arm: Arm, settings: Settings) -> float:
