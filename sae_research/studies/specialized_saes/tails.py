@@ -41,27 +41,35 @@ class TailReport:
     """Activation counts of latents by rank (Fig. 7)."""
     counts: LongTensor
     """How often each latent fires."""
+    acts: SparseActivations
+    """What the latents do on the text."""
 
 
-def tail_report(
-    sae: "SAE",
-    x: Tensor,
-    tokens: LongTensor,
-    acts: SparseActivations,
-    previous: LongTensor,
-    train: Tensor,
-) -> TailReport:
-    """Read the tail of an SAE on residuals x [tokens, d] of token types `tokens`.
+@dataclass
+class TestText:
+    """The text on which tails are read, by token."""
 
-    `previous` are the types before them; `train` masks the half on which explanations are chosen.
-    """
+    x: Tensor
+    """Residuals [tokens, d]."""
+    tokens: LongTensor
+    """Token types."""
+    previous: LongTensor
+    """Token types before them."""
+    train: Tensor
+    """Mask of the half of the documents on which explanations are chosen."""
+
+
+def tail_report(sae: "SAE", text: TestText) -> TailReport:
+    """Read the tail of an SAE on a text: every figure of the paper on rare tokens."""
+    x, tokens = text.x, text.tokens
+    acts, error = read_latents(sae, x)
     n_types = int(tokens.max()) + 1
     frequency = torch.bincount(tokens, minlength=n_types)
     mass = Mass.of(acts, tokens, n_types)
     has = find_types_with_feature(acts, tokens, mass)
-    per_token = _measure_tokens(sae, x, acts)
+    per_token = _measure_tokens(acts, error)
     cosines = decoder_cosines(sae.W_dec.detach())
-    f1 = explain.score_token_rules(acts, tokens, previous, train)
+    f1 = explain.score_token_rules(acts, tokens, text.previous, text.train)
     spread = {
         "entropy of a token's activations": per_token["entropy"],
         "strongest activation": per_token["strongest"],
@@ -80,6 +88,7 @@ def tail_report(
         _quantiles(spread),
         _rank(counts),
         counts,
+        acts,
     )
 
 
@@ -121,13 +130,22 @@ def find_types_with_feature(
 
 
 @torch.no_grad()
-def _measure_tokens(
-    sae: "SAE", x: Tensor, acts: SparseActivations, batch: int = 8192
-) -> dict[str, Tensor]:
+def read_latents(sae: "SAE", x: Tensor, batch: int = 4096) -> tuple[SparseActivations, Tensor]:
+    """Sparse activations on residuals x [tokens, d], and each token's squared error."""
+    parts, errors = [], []
+    for start in range(0, len(x), batch):
+        rows = x[start : start + batch]
+        acts = sae.encode(rows)
+        token, latent = acts.nonzero(as_tuple=True)
+        parts.append((token + start, latent, acts[token, latent]))
+        errors.append((sae.decode(acts) - rows).square().sum(-1))
+    entries = [torch.cat(part) for part in zip(*parts, strict=True)]
+    return SparseActivations(*entries, len(x), sae.cfg.d_sae), torch.cat(errors)
+
+
+def _measure_tokens(acts: SparseActivations, error: Tensor) -> dict[str, Tensor]:
     """Squared error, strongest activation and entropy over latents of each token."""
-    error = torch.cat([(sae.decode(sae.encode(p)) - p).square().sum(-1) for p in x.split(batch)])
-    n = acts.n_tokens
-    value = acts.value.double()
+    n, value = acts.n_tokens, acts.value.double()
     total = torch.bincount(acts.token, weights=value, minlength=n)
     p = value / total[acts.token]
     entropy = torch.bincount(acts.token, weights=-p * p.log(), minlength=n)
