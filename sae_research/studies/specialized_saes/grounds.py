@@ -63,12 +63,12 @@ class Ground:
         return self.model.content(chunks.tokens) & (chunks.tokens != self.model.bos)
 
 
-def load(name: str, profile: Profile, seed: int) -> Ground:
-    """The ground of one model; another seed draws other text."""
+def load(name: str, profile: Profile, seed: int, hook: str | None = None) -> Ground:
+    """The ground of one model; another seed draws other text. `hook` replaces the settings'."""
     settings = profile.specialized_saes
     spec = catalogue.get(name)
     model = spec.load(device=profile.runtime.device)
-    hook = settings.hook or spec.hooks.get("train")
+    hook = hook or settings.hook or spec.hooks.get("train")
     if hook is None:
         raise ResearchError(f"no hook is known for {name}; set `hook` in params.yaml.")
     if spec.embedded:

@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import ClassVar, Literal
 
 from sae_research.config import settings
-from sae_research.studies.specialized_saes.term import Tilt
+from sae_research.term import Tilt
 from sae_research.training import SAETraining
 
 
@@ -48,6 +48,8 @@ class Shift:
     """Neurons or latents that a skyline ablates (55 in the paper)."""
     compressed: float = 0.125
     """Share of the latents that the compressed dictionaries keep, the most active ones."""
+    tilt: Tilt = field(default_factory=lambda: Tilt(t=500.0))
+    """Tilt of the fine-tuning on biographies."""
     overrides: str | None = None
     """A YAML file in which a person overrules the gender rule: SAE, hook, latent, true or false."""
 

@@ -13,14 +13,13 @@ import pandas as pd
 import torch
 from torch import LongTensor, Tensor, nn
 
-from sae_research import activations, training
+from sae_research import activations, term, training
 from sae_research.errors import unknown
 from sae_research.retrieval import selectors
 from sae_research.retrieval.tracin import TracIn
-from sae_research.studies.specialized_saes import term
 from sae_research.studies.specialized_saes.grounds import DOMAIN, Ground
 from sae_research.studies.specialized_saes.settings import Settings
-from sae_research.studies.specialized_saes.term import Tilt
+from sae_research.term import Tilt
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -140,6 +139,18 @@ def unit_rows(sae: "SAE") -> "SAE":
     own.fold_W_dec_norm()
     own.cfg.rescale_acts_by_decoder_norm = False
     return own
+
+
+def in_raw_units(sae: "SAE", scale: float) -> "SAE":
+    """The SAE for residuals as the model has them, frozen, with unit decoder rows."""
+    own = unit_rows(sae)
+    own.fold_activation_norm_scaling_factor(scale)
+    # the rows now have norm 1 / scale: activations take it up
+    norm = own.W_dec.norm(dim=1, keepdim=True)
+    own.W_enc.data *= norm.T
+    own.b_enc.data *= norm[:, 0]
+    own.W_dec.data /= norm
+    return own.eval().requires_grad_(False)
 
 
 def grade_selectors(

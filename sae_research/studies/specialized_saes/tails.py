@@ -85,7 +85,7 @@ def tail_report(sae: "SAE", text: TestText) -> TailReport:
         _summarize(frequency, has, tokens, per_token, spread, counts),
         bins,
         _accumulate(frequency, has),
-        _quantiles(spread),
+        quantiles(spread),
         _rank(counts),
         counts,
         acts,
@@ -195,7 +195,8 @@ def _accumulate(frequency: Tensor, has: dict[str, Tensor], points: int = 21) -> 
     return pd.DataFrame(table)
 
 
-def _quantiles(spread: dict[str, Tensor]) -> pd.DataFrame:
+def quantiles(spread: dict[str, Tensor]) -> pd.DataFrame:
+    """Quantiles of each reading, which stand for its density."""
     tables = []
     for name, values in spread.items():
         found = np.quantile(values.double().numpy(), QUANTILES)
