@@ -104,8 +104,6 @@ class Settings:
     """Test chunks of each kind."""
     loss_chunks: int = 256
     """Of these, chunks on which the loss with a spliced SAE is measured."""
-    chunk_length: int = 128
-    """Tokens of a chunk, the start token included."""
     selectors: tuple[str, ...] = (
         "general",
         "bm25",
@@ -143,9 +141,13 @@ class Settings:
     ways: tuple[str, ...] = ("residual", "direct")
     """Ways to specialise beside fine-tuning, on `tilted_selector`'s text."""
     tilts: dict[str, Tilt] = field(
-        default_factory=lambda: {"500": Tilt(t=500.0), "1e9": Tilt(t=1e9)}
+        default_factory=lambda: {
+            "500": Tilt(t=500.0),
+            "1e9": Tilt(t=1e9),
+            "ess 0.9": Tilt(t=0.9, unit="effective sample size"),
+        }
     )
-    """Tilts by name; fine-tuning without any is `plain`."""
+    """Tilts by name, the paper's and a mild one; fine-tuning without any is `plain`."""
     paper_tilts: tuple[str, ...] = ("500", "1e9")
     """Those of `tilts` that ReLU SAEs have too."""
     tilted_selector: str = "dense"
