@@ -67,7 +67,7 @@ def loss(t: Tables, selector: str, text: str = "domain", **which: Any) -> pd.Ser
 
 
 def tail_f1(t: Tables, selector: str, **which: Any) -> pd.Series:
-    """Mean F1 of the best latents of the rarest concepts, scored on text they were not chosen on."""
+    """Mean F1 of the best latents of the rarest concepts."""
     return arm(t["recall"], "f1", selector, band=TAIL, **which)
 
 
