@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from sae_research.studies.specialized_saes.circuits import ERROR
+from sae_research.circuits import ERROR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,12 +13,11 @@ import pandas as pd
 import torch
 from torch import LongTensor, Tensor
 
-from sae_research import steering
+from sae_research import circuits, steering
+from sae_research.circuits import ERROR, Circuit, Probe, pool
 from sae_research.errors import ResearchError
 from sae_research.models import Edit, LanguageModel
-from sae_research.studies.specialized_saes import circuits
 from sae_research.studies.specialized_saes.biographies import BiasData, Biographies
-from sae_research.studies.specialized_saes.circuits import ERROR, Circuit, Probe, pool
 from sae_research.studies.specialized_saes.settings import Shift
 from sae_research.studies.specialized_saes.tails import Mass, read_latents
 

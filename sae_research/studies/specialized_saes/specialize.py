@@ -60,9 +60,7 @@ def make_arms(settings: Settings) -> list[Arm]:
     return arms
 
 
-def train_general(
-    ground: Ground, settings: Settings, seed: int
-) -> "dict[str, SAE | training.TrainingSAE]":
+def train_general(ground: Ground, settings: Settings, seed: int) -> "dict[str, SAE]":
     """A general TopK and a general ReLU SAE, on the same batches of general text."""
     d = ground.model.d_model
     configs = {
@@ -73,7 +71,8 @@ def train_general(
     plan = settings.general
     batches = activations.batches(acts, plan.batch_size, plan.steps, seed)
     trainers = {name: term.tilted(Tilt()) for name in configs}
-    return training.train(configs, batches, plan, seed, trainers)
+    trained = training.train(configs, batches, plan, seed, trainers)
+    return {kind: sae.requires_grad_(False) for kind, sae in trained.items()}
 
 
 def rank_pool(
