@@ -23,7 +23,7 @@ import torch
 
 from sae_research import term, training
 from sae_research.retrieval.tracin import TracIn
-from sae_research.term import Tilt
+from sae_research.tilt import Tilt
 
 D, WIDTH, K, BATCH = 256, 4096, 32, 1024
 HALF = {"t": 0.5, "unit": "effective sample size"}

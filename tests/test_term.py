@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 
 from sae_research import activations, term, training  # noqa: E402
 from sae_research.errors import ResearchError  # noqa: E402
-from sae_research.term import Tilt  # noqa: E402
+from sae_research.tilt import Tilt  # noqa: E402
 
 D, M, K = 16, 32, 3
 SETTINGS = training.SAETraining(steps=40, batch_size=128, lr=3e-3, warmup_steps=5, dead_window=20)

@@ -7,8 +7,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from sae_research import explain  # noqa: E402
 from sae_research.errors import ResearchError  # noqa: E402
-from sae_research.studies.specialized_saes import explain, tails  # noqa: E402
+from sae_research.studies.specialized_saes import tails  # noqa: E402
 
 
 class Dictionary(torch.nn.Module):
@@ -122,3 +123,18 @@ def test_the_explainer_replays_what_was_recorded(tmp_path):
     assert len(asked) == 3
     with pytest.raises(ResearchError, match="no answer"):
         explain.explain_latent(replay, ["another"])
+
+
+def test_latents_are_explained_on_one_half_and_scored_on_the_other(text):
+    acts, _ = tails.read_latents(Dictionary(6), text.x)
+    words = [f"type{v}" for v in text.tokens.tolist()]
+    prompts = []
+
+    def ask(prompt):
+        prompts.append(prompt)
+        return "1" if "numbers" in prompt else "30" if "Rate" in prompt else "some type"
+
+    found = explain.explain_latents(ask, acts, words, text.train, 3)
+    assert len(found) == 3
+    assert found.f1.between(0, 1).all()
+    assert all("<<type" in prompt for prompt in prompts)

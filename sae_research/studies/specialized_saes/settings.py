@@ -2,12 +2,42 @@
 the precursor (Drori 2024, jacobcd52/specialised-SAEs).
 """
 
-from dataclasses import field
-from typing import ClassVar, Literal
+from dataclasses import asdict, field
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from sae_research.config import settings
-from sae_research.term import Tilt
-from sae_research.training import SAETraining
+from sae_research.tilt import Tilt
+
+if TYPE_CHECKING:
+    from sae_research.training import SAETraining
+
+
+@settings
+class Training:
+    """How an SAE is trained, as `training.SAETraining`."""
+
+    steps: int = 2_000
+    """Training steps."""
+    batch_size: int = 4_096
+    """Activations a step."""
+    lr: float = 1e-4
+    """Peak learning rate of Adam."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up of the learning rate."""
+    decay: float = 0.2
+    """Last share of the steps, in which the learning rate falls linearly."""
+    centre: bool = False
+    """Whether the decoder bias starts at the data's mean instead of where it is."""
+
+    def plan(self, n: int) -> "SAETraining":
+        """For `training.train` on n activations: with fewer than a batch, the same number of tokens
+        in more, smaller steps.
+        """
+        from sae_research.training import SAETraining
+
+        batch = min(self.batch_size, n)
+        own = {"batch_size": batch, "steps": self.steps * self.batch_size // batch}
+        return SAETraining(**{**asdict(self), **own})
 
 
 @settings
@@ -152,13 +182,11 @@ class Settings:
     """Those of `tilts` that ReLU SAEs have too."""
     tilted_selector: str = "dense"
     """The selector whose text the tilted SAEs see."""
-    general: SAETraining = field(default_factory=lambda: SAETraining(steps=20_000, batch_size=4096))
-    """Training of the general SAEs."""
-    fine_tuning: SAETraining = field(
-        default_factory=lambda: SAETraining(
-            steps=2_000, batch_size=4096, lr=1e-4, warmup_steps=0, decay=0.2, centre=False
-        )
+    general: Training = field(
+        default_factory=lambda: Training(steps=20_000, lr=4e-4, warmup_steps=1_000, centre=True)
     )
+    """Training of the general SAEs."""
+    fine_tuning: Training = field(default_factory=Training)
     """Training of every specialised SAE: the same budget of tokens for all."""
     anew_lr: float = 1e-3
     """Peak learning rate of residual and direct SAEs, which start from nothing."""
@@ -166,6 +194,11 @@ class Settings:
     """Bins of token types by frequency, where a tilt is over bins."""
     found_f1: float = 0.5
     """F1 from which a concept counts as found."""
+    explainer: str | None = None
+    """If set, a language model (name in the catalogue or on the hub, or a folder) that explains
+    latents; its answers are kept in data/private and replayed."""
+    explained_latents: int = 50
+    """Latents of each compared SAE that it explains."""
     synthetic: Synthetic = field(default_factory=Synthetic)
     """The tier of synthetic vectors."""
     shift: Shift = field(default_factory=Shift)

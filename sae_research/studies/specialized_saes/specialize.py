@@ -5,7 +5,7 @@ SAEs of one selector run in lock-step on the same batches. All live in the groun
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +19,7 @@ from sae_research.retrieval import selectors
 from sae_research.retrieval.tracin import TracIn
 from sae_research.studies.specialized_saes.grounds import DOMAIN, Ground
 from sae_research.studies.specialized_saes.settings import Settings
-from sae_research.term import Tilt
+from sae_research.tilt import Tilt
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -68,7 +68,7 @@ def train_general(ground: Ground, settings: Settings, seed: int) -> "dict[str, S
         "relu": term.config("relu", d, settings.latents, settings.main_penalty),
     }
     acts = ground.residuals(ground.general)
-    plan = settings.general
+    plan = settings.general.plan(len(acts))
     batches = activations.batches(acts, plan.batch_size, plan.steps, seed)
     trainers = {name: term.tilted(Tilt()) for name in configs}
     trained = training.train(configs, batches, plan, seed, trainers)
@@ -234,11 +234,7 @@ def specialize(
 
     `types` are the token types of the activations, for tilts over frequency bins.
     """
-    d, plan = acts.shape[1], settings.fine_tuning
-    batch = min(plan.batch_size, len(acts))
-    if batch < plan.batch_size:
-        # a small text: the same tokens in more, smaller steps
-        plan = replace(plan, batch_size=batch, steps=plan.steps * plan.batch_size // batch)
+    d, plan = acts.shape[1], settings.fine_tuning.plan(len(acts))
     configs, trainers, belows = {}, {}, {}
     for arm in arms:
         width, k = settings.latents, arm.sparsity

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pandas as pd
 import torch
 
-from sae_research import activations, catalogue, training
+from sae_research import activations, catalogue, explain, paths, training
 from sae_research.config import Profile
 from sae_research.studies.runner import Result, Task
 from sae_research.studies.specialized_saes import (
@@ -22,7 +22,8 @@ from sae_research.studies.specialized_saes import (
 from sae_research.studies.specialized_saes.grounds import DOMAIN, Ground
 from sae_research.studies.specialized_saes.settings import Settings
 from sae_research.studies.specialized_saes.specialize import PLAIN, Arm
-from sae_research.term import Tilt, config, tilted
+from sae_research.term import config, tilted
+from sae_research.tilt import Tilt
 
 SPECIALIZE, SHIFT, SYNTHETIC = "specialize", "shift", "synthetic"
 
@@ -83,6 +84,12 @@ class _Recorder:
             chunks.tokens.roll(1, 1)[content],
             half[content],
         )
+        self.ask = None
+        if settings.explainer is not None:
+            self.words = ground.model.tokenizer.convert_ids_to_tokens(self.text.tokens.tolist())
+            answers = paths.DATA / "private" / "explanations" / f"{ground.model.name}.json"
+            model = catalogue.load_model(settings.explainer)
+            self.ask = explain.recorded(explain.ask_model(model), answers)
         self.baseline: dict[str, torch.Tensor] = {}
         self.rows: dict[str, list[pd.DataFrame]] = {"losses": [], "summary": [], "recall": []}
         self.logs: list[pd.DataFrame] = []
@@ -102,6 +109,10 @@ class _Recorder:
         }
         if arm.sparsity in (settings.main_l0, settings.main_penalty):
             tables |= self._full(arm, report)
+            if self.ask is not None:
+                tables["explanations"] = explain.explain_latents(
+                    self.ask, report.acts, self.words, self.text.train, settings.explained_latents
+                )
             if arm.kind == "topk":
                 tables["decoders"] = tails.spread_of(sae.W_dec)
         for name, table in tables.items():
@@ -141,11 +152,12 @@ def _train_pair(ground: Ground, texts: torch.LongTensor, settings: Settings, see
     """A general TopK SAE and its fine-tuning on `texts`, in raw units with unit decoder rows."""
     shape = ("topk", ground.model.d_model, settings.latents, settings.main_l0)
     start, pair = None, []
-    for tokens, plan, tilt in (
+    for tokens, given, tilt in (
         (ground.general, settings.general, Tilt()),
         (texts, settings.fine_tuning, settings.shift.tilt),
     ):
         acts = ground.residuals(tokens)
+        plan = given.plan(len(acts))
         batches = activations.batches(acts, plan.batch_size, plan.steps, seed)
         trainers = {"sae": tilted(tilt, start)}
         sae = training.train({"sae": config(*shape)}, batches, plan, seed, trainers)["sae"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_research import activations, term, training
 from sae_research.studies.specialized_saes.settings import Synthetic
-from sae_research.term import Tilt
+from sae_research.tilt import Tilt
 from sae_research.training import SAETraining
 
 if TYPE_CHECKING:

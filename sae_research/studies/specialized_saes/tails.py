@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import LongTensor, Tensor
 
-from sae_research.studies.specialized_saes import explain
+from sae_research import explain
 from sae_research.world.text.detectors import SparseActivations
 
 if TYPE_CHECKING:

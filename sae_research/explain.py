@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import LongTensor, Tensor
 
 from sae_research import store
 from sae_research.errors import ResearchError
+from sae_research.models import LanguageModel
 from sae_research.world.text.detectors import SparseActivations
 
 TOP_TYPES = 5
@@ -108,6 +110,48 @@ def recorded(ask: Ask | None, path: Path) -> Ask:
         return answers[key]
 
     return replay
+
+
+def ask_model(model: LanguageModel, n: int = 40) -> Ask:
+    """A language model of this package as one that answers, greedily, in up to `n` tokens."""
+
+    def ask(prompt: str) -> str:
+        row = model.tokens([prompt])
+        answer = model.generate(row, n)[0, row.shape[1] :]
+        return model.tokenizer.decode(answer, skip_special_tokens=True)
+
+    return ask
+
+
+def explain_latents(
+    ask: Ask, acts: SparseActivations, words: Sequence[str], train: Tensor, n: int
+) -> pd.DataFrame:
+    """A language model's explanation of n live latents, with the F1 of predictions from it on the
+    other half of the text, and how diverse it finds their excerpts.
+
+    `words` are the tokens of the text in reading order.
+    """
+    live = torch.bincount(acts.latent, minlength=acts.n_latents).nonzero()[:, 0].tolist()
+    rows = []
+    for latent in live[:: max(1, len(live) // n)][:n]:
+        at = acts.token[acts.latent == latent]
+        seen, tests = at[train[at]][:8].tolist(), at[~train[at]][:8].tolist()
+        others = [i for i in (~train).nonzero()[:, 0].tolist()[::97] if i not in set(at.tolist())]
+        if not seen or not tests:
+            continue
+        excerpts = [_excerpt(words, i) for i in seen]
+        words_of_model = explain_latent(ask, excerpts)
+        mixed = tests + others[: len(tests)]
+        shown = [_excerpt(words, i) for i in mixed]
+        fires = [i in tests for i in mixed]
+        f1 = score_explanation(ask, words_of_model, shown, fires)
+        rows.append((latent, words_of_model, f1, rate_diversity(ask, excerpts)))
+    return pd.DataFrame(rows, columns=["latent", "explanation", "f1", "diversity"])
+
+
+def _excerpt(words: Sequence[str], at: int, reach: int = 6) -> str:
+    before, after = words[max(0, at - reach) : at], words[at + 1 : at + 1 + reach]
+    return " ".join([*before, f"<<{words[at]}>>", *after])
 
 
 def explain_latent(ask: Ask, examples: Sequence[str]) -> str:
