@@ -11,7 +11,6 @@ import torch
 from torch import LongTensor, Tensor
 
 from sae_research import activations, catalogue
-from sae_research.config import Profile
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
 from sae_research.retrieval.chunks import Chunks, check_seeds, exclude_test
@@ -63,20 +62,18 @@ class Ground:
         return self.model.content(chunks.tokens) & (chunks.tokens != self.model.bos)
 
 
-def load(name: str, profile: Profile, seed: int, hook: str | None = None) -> Ground:
-    """The ground of one model; another seed draws other text. `hook` replaces the settings'."""
-    settings = profile.specialized_saes
+def load(name: str, settings: Settings, device: str, seed: int) -> Ground:
+    """The ground of one model; another seed draws other text."""
     spec = catalogue.get(name)
-    model = spec.load(device=profile.runtime.device)
-    hook = hook or settings.hook or spec.hooks.get("train")
+    hook = settings.hook or spec.hooks.get("train")
     if hook is None:
         raise ResearchError(f"no hook is known for {name}; set `hook` in params.yaml.")
-    if spec.embedded:
-        return make_toy_ground(model, hook, settings, seed)
-    raise ResearchError(
-        f"no text with a labelled domain is known for {name}; add a source to "
-        "studies/specialized_saes/grounds.py."
-    )
+    if not spec.embedded:
+        raise ResearchError(
+            f"no text with a labelled domain is known for {name}; add a source to "
+            "studies/specialized_saes/grounds.py."
+        )
+    return make_toy_ground(spec.load(device=device), hook, settings, seed)
 
 
 def make_toy_ground(model: LanguageModel, hook: str, settings: Settings, seed: int) -> Ground:

@@ -2,7 +2,7 @@
 and the tier of synthetic vectors.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pandas as pd
 import torch
@@ -43,8 +43,9 @@ def run(task: Task, profile: Profile) -> Result:
     if task["part"] == SYNTHETIC:
         return Result({"synthetic": synthetic.run_tier(settings.synthetic, seed)})
     if task["part"] == SHIFT:
-        return Result(run_shift(task["model"], profile, seed))
-    return Result(run_ground(grounds.load(task["model"], profile, seed), settings, seed))
+        return Result(run_shift(task["model"], settings, profile.runtime.device, seed))
+    ground = grounds.load(task["model"], settings, profile.runtime.device, seed)
+    return Result(run_ground(ground, settings, seed))
 
 
 def run_ground(ground: Ground, settings: Settings, seed: int) -> dict[str, pd.DataFrame]:
@@ -135,16 +136,15 @@ class _Recorder:
         return found | {"log": pd.concat(self.logs, ignore_index=True)}
 
 
-def run_shift(name: str, profile: Profile, seed: int) -> dict[str, pd.DataFrame]:
+def run_shift(name: str, settings: Settings, device: str, seed: int) -> dict[str, pd.DataFrame]:
     """Table 1: dictionaries of general text and those fine-tuned on biographies, by hook."""
-    settings = profile.specialized_saes
-    spec = catalogue.get(name)
-    model = spec.load(device=profile.runtime.device)
-    data = biographies.load(model, spec.embedded, settings.shift, seed)
+    ground = grounds.load(name, settings, device, seed)
+    model = ground.model
+    data = biographies.load(model, catalogue.get(name).embedded, settings.shift, seed)
     general, special = {}, {}
     for hook in settings.shift.hooks:
-        ground = grounds.load(name, profile, seed, hook)
-        general[hook], special[hook] = _train_pair(ground, data.ambiguous.tokens, settings, seed)
+        here = replace(ground, hook=hook)
+        general[hook], special[hook] = _train_pair(here, data.ambiguous.tokens, settings, seed)
     return shift.run_table(shift.Case(model, data, settings.shift), general, special)
 
 
