@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from sae_research import stats
@@ -118,7 +119,9 @@ def measure_tilts(t: Tables) -> dict[str, Measurement]:
 
 
 def measure_proxies(t: Tables) -> pd.DataFrame:
-    """Rank correlation over TopK arms of each reading with the F1 of rare concepts, by seed."""
+    """Rank correlation over TopK arms of each reading with the F1 of rare concepts, by seed; 0 for
+    a reading that is the same for all arms.
+    """
     keys = [*UNIT, "selector", "way", "tilt", "sparsity"]
     truth = t["recall"].query("kind == 'topk' and band == @TAIL").groupby(keys)["f1"].mean()
     table = t["summary"].query("kind == 'topk'").set_index(keys)
@@ -126,6 +129,7 @@ def measure_proxies(t: Tables) -> pd.DataFrame:
     for unit, group in table.groupby(level=UNIT, sort=False):
         for name, column in READINGS.items():
             rho = group[column].corr(truth.loc[group.index], method="spearman")
+            rho = 0.0 if np.isnan(rho) else rho
             rows.append({**dict(zip(UNIT, unit, strict=True)), "reading": name, "rho": rho})
     return pd.DataFrame(rows)
 
