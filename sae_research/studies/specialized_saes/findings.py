@@ -118,6 +118,13 @@ def measure_tilts(t: Tables) -> dict[str, Measurement]:
     return found
 
 
+def relative_change(t: Tables, column: str, kind: str) -> stats.Interval:
+    """A reading with the paper's tilt minus that without, over the mean of both."""
+    tilted, plain = (arm(t["summary"], column, "dense", tilt, kind) for tilt in (PAPER_TILT, PLAIN))
+    size = ((tilted.abs() + plain.abs()) / 2).replace(0.0, 1.0)
+    return stats.mean_interval(((tilted - plain) / size).to_numpy())
+
+
 def measure_proxies(t: Tables) -> pd.DataFrame:
     """Rank correlation over TopK arms of each reading with the F1 of rare concepts, by seed; 0 for
     a reading that is the same for all arms.

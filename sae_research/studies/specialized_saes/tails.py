@@ -165,7 +165,7 @@ def _bin_types(frequency: Tensor, has: dict, tokens: LongTensor, per_token: dict
     seen = frequency.nonzero()[:, 0]
     order = seen[frequency[seen].argsort(stable=True)]
     rows = []
-    for types in order.tensor_split(BINS):
+    for types in order.tensor_split(min(BINS, len(order))):
         inside = torch.zeros_like(frequency, dtype=torch.bool)
         inside[types] = True
         at = inside[tokens]
