@@ -89,8 +89,14 @@ class Case:
         return [fit_probe(x, texts.profession, self.settings, seed) for seed in seeds]
 
     def circuit(self, saes: "Mapping[str, SAE]", probe: Probe, by_gender: bool = False) -> Circuit:
-        """Effects on a probe's decision over balanced training texts, or on its gender."""
-        texts = self.data.balanced[: self.settings.examples]
+        """Effects on a probe's decision over balanced training texts, or on its gender.
+
+        All four groups have as many: otherwise latents that are always active have an effect.
+        """
+        texts = self.data.balanced
+        group = 2 * texts.gender + texts.profession
+        n = max(1, self.settings.examples // 4)
+        texts = texts[torch.cat([(group == g).nonzero()[:n, 0] for g in range(4)])]
         labels = texts.gender if by_gender else texts.profession
         return Circuit(self.model, saes, probe, self.settings.probe_hook, texts.tokens, labels)
 
