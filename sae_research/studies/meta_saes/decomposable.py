@@ -52,7 +52,24 @@ class MetaConfig:
 
 
 @dataclass
-class DecompBatchTopKConfig(BatchTopKTrainingSAEConfig):
+class BiasConfig(BatchTopKTrainingSAEConfig):
+    """BatchTopK whose encoder has a bias or not; the paper's has none that enters its codes."""
+
+    encoder_bias: bool = True
+
+
+class BiasBatchTopK(BatchTopKTrainingSAE):
+    """BatchTopK whose encoder bias may be held at zero."""
+
+    cfg: BiasConfig
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.b_enc.requires_grad_(self.cfg.encoder_bias)
+
+
+@dataclass
+class DecompBatchTopKConfig(BiasConfig):
     """A BatchTopK SAE that pays for decoder rows which a meta SAE rebuilds.
 
     `lambda2` is the paper's, for an MSE that is a mean over d; SAELens' is a sum, so the
@@ -62,7 +79,6 @@ class DecompBatchTopKConfig(BatchTopKTrainingSAEConfig):
     lambda2: float = 0.3
     sigma2: float = 1.0
     warm_up_steps: int = 0
-    encoder_bias: bool = True
     meta: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -70,15 +86,11 @@ class DecompBatchTopKConfig(BatchTopKTrainingSAEConfig):
         return "decomp_batchtopk"
 
 
-class DecompBatchTopK(BatchTopKTrainingSAE):
+class DecompBatchTopK(BiasBatchTopK):
     """BatchTopK with one more term in its loss; without a critic the term is absent."""
 
     cfg: DecompBatchTopKConfig
     rebuild: Rebuild | None = None
-
-    def initialize_weights(self) -> None:
-        super().initialize_weights()
-        self.b_enc.requires_grad_(self.cfg.encoder_bias)
 
     def get_coefficients(self) -> dict[str, TrainCoefficientConfig | float]:
         value = float(self.cfg.d_in * self.cfg.lambda2)
@@ -172,7 +184,7 @@ def meta_config(d_in: int, d_sae: int, k: float, **given) -> BatchTopKTrainingSA
 
 
 @dataclass
-class OrtBatchTopKConfig(BatchTopKTrainingSAEConfig):
+class OrtBatchTopKConfig(BiasConfig):
     """OrtSAE (arXiv 2509.22033): BatchTopK that pays for the nearest decoder row in a chunk.
 
     `gamma` belongs to an MSE that is a mean over d, as `lambda2` does.
@@ -186,7 +198,7 @@ class OrtBatchTopKConfig(BatchTopKTrainingSAEConfig):
         return "ortsae_batchtopk"
 
 
-class OrtBatchTopK(BatchTopKTrainingSAE):
+class OrtBatchTopK(BiasBatchTopK):
     """BatchTopK with the mean squared largest cosine in random chunks of the decoder."""
 
     cfg: OrtBatchTopKConfig

@@ -117,8 +117,9 @@ class Settings:
     """How SAEs are trained."""
     arms: tuple[str, ...] = ("random meta", "shuffled meta", "OrtSAE", "Matryoshka", "smaller k")
     """What is trained beside `solo` and `joint`, for every seed."""
-    first_seed_arms: tuple[str, ...] = ("penalty 0", "grid", "lazy meta")
-    """What is trained for the first seed too; `grid` stands for all its cells."""
+    grid_models: tuple[str, ...] = ("gpt2-large", "gemma-2-9b")
+    """Models on which the grid is run, with `penalty 0` and `lazy meta` (which rebuilds the rows
+    once in `n_primary_steps`)."""
     train_rows: int = 787_402
     """Rows of text to train on (each pass shuffles anew)."""
     row_tokens: int = 128
@@ -143,6 +144,12 @@ class Settings:
     """Contexts that an explanation is made from."""
     n_test_examples: int = 25
     """Contexts of each kind (active, neighbour's) on which it is scored."""
+    context_length: int = 32
+    """Tokens of a context (Delphi's)."""
+    interpretation_tokens: int = 5_000_000
+    """Held-out tokens that contexts come from."""
+    judge: Literal["token rule"] = "token rule"
+    """Who explains and judges."""
     own_latent_f1: float = 0.7
     """From this held-out F1 on, a planted sense has a latent of its own (ours)."""
     sense_documents: int = 2000
