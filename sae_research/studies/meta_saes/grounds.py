@@ -117,6 +117,31 @@ class ModelGround:
         for part in self.rows["phi"].split(max(1, 4096 // self.settings.row_tokens)):
             yield self.residuals(part)
 
+    def text(self, n: int, length: int) -> tuple[LongTensor, Tensor]:
+        """About `n` held-out tokens in contexts [m, length], with residuals [m * length, d]."""
+        rows = self.rows["phi"][: -(-n // (self.settings.row_tokens - 1))]
+        kept = self.model.content(rows) & (rows != self.model.bos)
+        whole = int(kept.sum()) // length * length
+        return rows[kept][:whole].view(-1, length), self.residuals(rows)[:whole]
+
+    @torch.no_grad()
+    def strongest_words(self, sae: "SAE", latents: LongTensor, n: int = 4) -> list[str]:
+        """For each latent, the tokens with the largest mean activation among those it is active on
+        at least twice.
+        """
+        tokens, x = self.text(50_000, 1)
+        acts = torch.cat([sae.encode(part.to(sae.device))[:, latents] for part in x.split(4096)])
+        seen, place = tokens.flatten().unique(return_inverse=True)
+        total = acts.new_zeros(len(seen), len(latents)).index_add_(0, place, acts)
+        times = acts.new_zeros(len(seen), len(latents)).index_add_(0, place, (acts > 0).to(acts))
+        mean = (total / torch.bincount(place)[:, None]).masked_fill(times < 2, 0.0)
+        best = mean.topk(min(n, len(seen)), dim=0)
+        names = self.model.tokenizer.convert_ids_to_tokens(seen.tolist())
+        return [
+            " ".join(names[i] for i, value in zip(column, values, strict=True) if value > 0)
+            for column, values in zip(best.indices.T.tolist(), best.values.T.tolist(), strict=True)
+        ]
+
     def losses(self, sae: "SAE") -> dict[str, float]:
         """Cross-entropy on held-out text with and without the SAE in the residual's place.
 
