@@ -140,7 +140,8 @@ def train(names: Sequence[str], ground: Ground, settings: Settings, seed: int) -
         return make
 
     trainers = {name: alternating(name) for name in names if has_meta(name)}
-    trained = training.train(configs, ground.batches(seed), settings.training, seed, trainers)
+    plan = settings.training.plan()
+    trained = training.train(configs, ground.batches(seed), plan, seed, trainers)
     arms = []
     for name, sae in trained.items():
         k = active(name, settings)

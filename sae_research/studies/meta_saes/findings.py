@@ -19,6 +19,7 @@ from sae_research.studies.runner import Result
 
 Tables = dict[str, pd.DataFrame]
 RANDOM, SHUFFLED, ORT, MATRYOSHKA = "random meta", "shuffled meta", "OrtSAE", "Matryoshka"
+GRID_TABLE = "grid_arms"
 MODEL = "model"
 """In place of a ground's name: all grounds but planted vectors."""
 
@@ -110,33 +111,31 @@ def grid(t: Tables, ground: str = "") -> pd.DataFrame:
     return cells.groupby(keys, as_index=False)[["s", "cost", "phi", "e"]].mean()
 
 
-def collapse(t: Tables, ground: str = "") -> tuple[float, float, int]:
-    """R squared and slope of log cost on log s over cells that cost something, and their count."""
-    cells = grid(t, ground).query("cost > 0")
-    x, y = np.log(cells["s"]), np.log(cells["cost"])
+def collapse(cells: pd.DataFrame, on: str = "s") -> float:
+    """R squared of log cost on the log of a column, over cells that cost something."""
+    cells = cells.query("cost > 0")
     if len(cells) < 3:
-        return float("nan"), float("nan"), len(cells)
-    slope = np.polyfit(x, y, 1)[0]
-    return float(np.corrcoef(x, y)[0, 1] ** 2), float(slope), len(cells)
+        return float("nan")
+    return float(np.corrcoef(np.log(cells[on]), np.log(cells["cost"]))[0, 1] ** 2)
 
 
 def measure_collapse(t: Tables) -> Measurement:
-    """R squared of the collapse by seed."""
-    found = []
-    for (ground, seed), rows in t["grid_arms"].groupby(["ground", "seed"]):
-        if ground == VECTORS or VECTORS not in set(t["grid_arms"]["ground"]):
-            value = collapse({"grid_arms": rows.assign(ground=ground, seed=seed)})[0]
-            found.append(value)
-    return interval(pd.Series(found))
+    """R squared of the collapse on s by seed; control: on lambda2 alone."""
+    seeds = t["grid_arms"].groupby(["ground", "seed"])
+    cells = {key: grid({"grid_arms": rows}) for key, rows in seeds}
+    return versus(
+        *(pd.Series({key: collapse(c, on) for key, c in cells.items()}) for on in ("s", "lambda2"))
+    )
 
 
-def measure_monotone(t: Tables, sign: int) -> Measurement:
-    """Spearman's correlation of lambda2 with |phi| (sign -1: its fall) at sigma2 = 1, by seed."""
+def measure_monotone(t: Tables) -> Measurement:
+    """The larger step of mean |phi| less its null, relative to solo, as lambda2 grows at sigma2 1:
+    below zero where the fall grows with every step.
+    """
     found = {}
     for key, rows in t["grid_arms"].groupby(["ground", "seed"]):
-        cells = rows[(rows["sigma2"] == 1) & rows["arm"].str.startswith(JOINT)]
-        ranked = cells[["lambda2", "phi_corrected"]].corr("spearman").iloc[0, 1]
-        found[key] = sign * ranked
+        cells = grid({"grid_arms": rows}).query("sigma2 == 1").sort_values("lambda2")
+        found[key] = cells["phi"].diff().max()
     return interval(pd.Series(found))
 
 
@@ -192,12 +191,6 @@ def measure_purity(t: Tables) -> Measurement:
     return versus(*(sense_purity(t, arm) - solo for arm in (JOINT, RANDOM)))
 
 
-def measure_zero(t: Tables) -> Measurement:
-    """Share of seeds in which a penalty of zero gives the solo SAE bit for bit."""
-    rows = select(t["grid_arms"], arm=ZERO)
-    return Measurement(float(rows["same_as_solo"].mean()), n=len(rows))
-
-
 def measure_overhead(t: Tables) -> Measurement:
     """Percentage points that the joint SAE adds to the solo one's overhead in cross-entropy."""
     solo, joint = (by_seed(t, MODEL, arm, "ce_overhead") for arm in (SOLO, JOINT))
@@ -217,7 +210,7 @@ def measures(settings: Settings) -> dict[str, tuple[str, Callable[[Tables], Meas
         )
     }
     return both | {
-        "truth.recovery": (VECTORS, lambda t: measure_gap(t, VECTORS, "mcc")),
+        "recovery": (VECTORS, lambda t: measure_gap(t, VECTORS, "mcc")),
         "overhead": (MODEL, measure_overhead),
         "detection": (MODEL, lambda t: measure_interpretation(t, "detection")),
         "fuzzing": (MODEL, lambda t: measure_interpretation(t, "fuzzing")),
@@ -226,13 +219,9 @@ def measures(settings: Settings) -> dict[str, tuple[str, Callable[[Tables], Meas
         "senses": ("senses", lambda t: measure_senses(t, settings)),
         "purity": ("senses", measure_purity),
         "rates": ("", measure_rates),
-        "monotone": (GRID_TABLE, lambda t: measure_monotone(t, -1)),
+        "monotone": (GRID_TABLE, measure_monotone),
         "collapse": (GRID_TABLE, measure_collapse),
-        "zero": (GRID_TABLE, measure_zero),
     }
-
-
-GRID_TABLE = "grid_arms"
 
 
 def make_tables(results: Mapping[str, Result]) -> Tables:

@@ -1,33 +1,54 @@
 """Settings of study 4; defaults are the paper's values for GPT-2 large."""
 
-from dataclasses import field, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sae_research.config import settings
-from sae_research.training import SAETraining
+
+if TYPE_CHECKING:
+    from sae_research.training import SAETraining
 
 VECTORS = "vectors"
 """The name, among models, of sparse sums of planted directions."""
-PAPER_TRAINING = SAETraining(
-    steps=24_414,
-    batch_size=4096,
-    lr=3e-4,
-    betas=(0.9, 0.99),
-    warmup_steps=0,
-    decay=0.0,
-    dead_window=5,
-    centre=False,
-)
-"""100 M tokens."""
 RELEASE = {"meta_k": 4, "n_primary_steps": 100, "n_meta_steps": 10}
 """Where the released scripts differ from the paper (they also train on 200 M tokens)."""
+
+
+@settings
+class Training:
+    """How an SAE is trained, as `training.SAETraining`; defaults are the paper's 100 M tokens."""
+
+    steps: int = 24_414
+    """Training steps."""
+    batch_size: int = 4096
+    """Activations a step."""
+    lr: float = 3e-4
+    """Peak learning rate of Adam, of the meta SAE too."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Momentum terms of Adam."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up of the learning rate."""
+    decay: float = 0.0
+    """Last share of the steps, in which the primary's learning rate falls to a hundredth."""
+    dead_window: int = 5
+    """Steps without firing after which a latent is dead."""
+    centre: bool = False
+    """Whether the decoder bias starts at the first batch's mean instead of zero."""
+
+    def plan(self) -> "SAETraining":
+        """For `training.train`."""
+        from sae_research.training import SAETraining
+
+        return SAETraining(**asdict(self))
+
+
 DEPARTURES: dict[str, dict[str, Any]] = {
     "gemma-2-9b": {
         "d_sae": 65_536,
         "k": 100.0,
         "meta_d_sae": 5000,
         "grid_sigma2": (1.0, 3.0),
-        "training": replace(PAPER_TRAINING, steps=18_310),
+        "training": Training(steps=18_310),
         "phi_tokens": 5_000_000,
     },
     "gpt2-small": {"d_sae": 12_288, "k": 32.0, "meta_d_sae": 1024, "meta_k": 4.0},
@@ -61,8 +82,8 @@ class Vectors:
     """Latents of the meta SAE."""
     meta_k: float = 2.0
     """Mean active latents of the meta SAE."""
-    training: SAETraining = field(
-        default_factory=lambda: replace(PAPER_TRAINING, steps=2500, batch_size=512, lr=1e-3)
+    training: Training = field(
+        default_factory=lambda: Training(steps=2500, batch_size=512, lr=1e-3)
     )
     """How SAEs are trained."""
 
@@ -113,7 +134,7 @@ class Settings:
     smaller_k: tuple[float, ...] = (0.9, 0.75)
     """Solo SAEs of fewer active latents, as shares of `k`: between them one rebuilds as badly as
     the joint one."""
-    training: SAETraining = field(default_factory=lambda: PAPER_TRAINING)
+    training: Training = field(default_factory=Training)
     """How SAEs are trained."""
     arms: tuple[str, ...] = ("random meta", "shuffled meta", "OrtSAE", "Matryoshka", "smaller k")
     """What is trained beside `solo` and `joint`, for every seed."""
