@@ -96,6 +96,9 @@ def test_a_planted_split_and_a_planted_merge_are_found():
     values, latents = cooccurrence.second_largest(counts)
     assert values[0, 1] > 0.5
     assert sorted(latents[0].tolist()) == [0, 1]
+    expected = cooccurrence.phi_rows(cooccurrence.count([(parts, parts)]))[0, 1]
+    found = cooccurrence.pair_phi(parts.split(1000), torch.tensor([[0, 1]]))
+    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
     counts = cooccurrence.count([(torch.cat([parts, whole], 1), whole.expand(-1, 2))])
     back, _ = cooccurrence.second_largest(cooccurrence.transposed(counts))
     assert back.min() > 0.5

@@ -125,6 +125,19 @@ def second_largest(counts: Counts) -> tuple[Tensor, Tensor]:
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
 
+def pair_phi(batches: Iterable[Tensor], pairs: Tensor) -> Tensor:
+    """phi of given pairs of one SAE's latents [n, 2]."""
+    both = alone = tokens = 0
+    for active in batches:
+        chosen = active[:, pairs]
+        both = both + chosen.all(-1).sum(0)
+        alone = alone + chosen.sum(0)
+        tokens += len(active)
+    alone = alone / tokens
+    spread = (alone * (1 - alone)).prod(-1).sqrt()
+    return (both / tokens - alone.prod(-1)) / spread
+
+
 def transposed(counts: Counts) -> Counts:
     """The same counts, seen from the second SAE."""
     return Counts(counts.both.T, counts.second, counts.first, counts.tokens)

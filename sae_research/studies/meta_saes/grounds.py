@@ -6,7 +6,7 @@ deviation divided out. `for_raw_residuals` gives an SAE this step, so that other
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
@@ -78,6 +78,7 @@ class ModelGround:
     settings: Settings
     rows: dict[str, LongTensor]
     """Rows by use: `train`, `calibration`, `phi`, `loss`."""
+    _kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -87,17 +88,20 @@ class ModelGround:
         """Standardised residuals of the text positions, BOS left out, in reading order."""
         return standardise(activations.collect(self.model, rows, self.hook))
 
-    @cached_property
-    def _only_part(self) -> Tensor | None:
-        """All training residuals where they fit in the buffer."""
-        fits = len(self.rows["train"]) <= self.settings.buffer_rows
-        return self.residuals(self.rows["train"]) if fits else None
+    def _whole(self, use: str) -> Tensor | None:
+        """All residuals of a use where they fit in the buffer, computed once."""
+        if len(self.rows[use]) > self.settings.buffer_rows:
+            return None
+        if use not in self._kept:
+            self._kept[use] = self.residuals(self.rows[use])
+        return self._kept[use]
 
     def batches(self, seed: int) -> Iterator[Tensor]:
         """Batches to train on: a buffer of rows after the other, each shuffled."""
         how = self.settings.training
-        if self._only_part is not None:
-            yield from activations.batches(self._only_part, how.batch_size, how.steps, seed)
+        whole = self._whole("train")
+        if whole is not None:
+            yield from activations.batches(whole, how.batch_size, how.steps, seed)
             return
         parts = cycle(self.rows["train"].split(self.settings.buffer_rows))
         yield from islice(self._buffers(parts, how.batch_size, seed), how.steps)
@@ -114,6 +118,10 @@ class ModelGround:
 
     def chunks(self) -> Iterator[Tensor]:
         """Held-out residuals, some thousand at a time."""
+        whole = self._whole("phi")
+        if whole is not None:
+            yield from whole.split(4096)
+            return
         for part in self.rows["phi"].split(max(1, 4096 // self.settings.row_tokens)):
             yield self.residuals(part)
 
@@ -122,7 +130,9 @@ class ModelGround:
         rows = self.rows["phi"][: -(-n // (self.settings.row_tokens - 1))]
         kept = self.model.content(rows) & (rows != self.model.bos)
         whole = int(kept.sum()) // length * length
-        return rows[kept][:whole].view(-1, length), self.residuals(rows)[:whole]
+        found = self._whole("phi")
+        found = self.residuals(rows) if found is None else found
+        return rows[kept][:whole].view(-1, length), found[:whole]
 
     @torch.no_grad()
     def strongest_words(self, sae: "SAE", latents: LongTensor, n: int = 4) -> list[str]:

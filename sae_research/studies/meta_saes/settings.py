@@ -181,7 +181,7 @@ class Settings:
 
 def for_model(given: Settings, model: str) -> Settings:
     """The settings with what the paper does differently for this model, and the chosen protocol."""
-    own = dict(DEPARTURES.get(model, {})) if model in given.models else {}
+    own = dict(DEPARTURES.get(model, {}))
     if model == VECTORS:
         shared = ("d_sae", "k", "meta_d_sae", "meta_k", "training")
         own = {name: getattr(given.vectors, name) for name in shared}

@@ -72,7 +72,8 @@ def run(task: Task, profile: Profile) -> Result:
             **arm.facts,
             **measure(arm.sae, ground, settings, seed),
         }
-        if arm.name in (SOLO, ZERO):
+        found["l0_calibration"] = arm.sae.cfg.metadata.calibrated_l0
+        if arm.name == ZERO:
             found["same_as_solo"] = float(_same(arm.sae, solo))
         if not in_grid:
             found |= measure_structure(arm.sae, solo, ground, settings, seed)
@@ -141,25 +142,37 @@ def measure_structure(
     counts = cooccurrence.count(both)
     live = (counts.second > 0).cpu()
     rows = sae.W_dec.detach().cpu()[live]
-    split, _ = cooccurrence.second_largest(counts)
-    merged, _ = cooccurrence.second_largest(cooccurrence.transposed(counts))
+    splits, merges = split_scores(counts, solo, sae, ground, settings.split_phi)
     thin = (cooccurrence.thinned(a, THINNED, seed) for a in active(sae, ground))
     found = {
         "composition": structure.composition_rate(rows, settings.composition_steps, seed),
-        "sequential_e": arms.sequential_error(sae, settings, seed),
-        "split": _share(split[counts.first > 0], settings.split_phi),
-        "merged": _share(merged[counts.second > 0], settings.split_phi),
+        "split": (splits > 0).double().mean().item(),
+        "merged": (merges > 0).double().mean().item(),
         "phi_thinned": cooccurrence.summarize(cooccurrence.count((a, a) for a in thin))["live"],
     }
+    if sae is solo:
+        found["sequential_e"] = arms.sequential_error(sae, settings, seed)
     if isinstance(ground, VectorGround):
         codes = sae.encode(ground.held_out)[:, live]
         found |= structure.recover(rows, codes, ground.directions, ground.truth)
     return found
 
 
-def _share(largest: Tensor, bar: float) -> float:
-    """Share of latents whose second largest phi reaches the bar."""
-    return (largest[:, 1] >= bar).double().mean().item()
+@torch.no_grad()
+def split_scores(
+    counts: cooccurrence.Counts, first: "SAE", second: "SAE", ground: Ground, bar: float
+) -> tuple[Tensor, Tensor]:
+    """How clearly each latent of the first SAE splits in the second, and the reverse, 0 for not.
+
+    The score is the second largest phi, the paper's. It counts where it reaches the bar and the two
+    latents do not co-occur so much themselves: otherwise the second is company and no part.
+    """
+    found = []
+    for seen, other in ((counts, second), (cooccurrence.transposed(counts), first)):
+        phi, pairs = cooccurrence.second_largest(seen)
+        together = cooccurrence.pair_phi(active(other, ground), pairs)
+        found.append(torch.where((phi[:, 1] >= bar) & (together < bar), phi[:, 1], 0.0))
+    return found[0], found[1]
 
 
 def make_tables(
@@ -177,7 +190,10 @@ def make_tables(
             tables["senses"].append(senses.score_senses(arm.sae, planted).assign(arm=arm.name))
     found = {name: pd.concat(parts) for name, parts in tables.items() if parts}
     joint = next(arm.sae for arm in trained if arm.name == JOINT)
-    return {**found, "candidates": list_candidates(trained[0].sae, joint, ground)}
+    return {
+        **found,
+        "candidates": list_candidates(trained[0].sae, joint, ground, settings.split_phi),
+    }
 
 
 @torch.no_grad()
@@ -212,22 +228,24 @@ def _interpret(sae: "SAE", ground: ModelGround, settings: Settings, seed: int) -
 
 
 @torch.no_grad()
-def list_candidates(solo: "SAE", joint: "SAE", ground: ModelGround, n: int = 8) -> pd.DataFrame:
+def list_candidates(
+    solo: "SAE", joint: "SAE", ground: ModelGround, bar: float, n: int = 6
+) -> pd.DataFrame:
     """The solo latents that split most clearly, and the joint ones that merge so, with the tokens
     on which each is strongest (the paper's tables of cases show splits only).
     """
     counts = cooccurrence.count(zip(active(solo, ground), active(joint, ground), strict=True))
+    splits, merges = split_scores(counts, solo, joint, ground, bar)
+    back = cooccurrence.transposed(counts)
     rows = []
-    for kind, whole, parts, seen in (
-        ("split", solo, joint, counts),
-        ("merge", joint, solo, cooccurrence.transposed(counts)),
+    for kind, scores, whole, parts, seen in (
+        ("split", splits, solo, joint, counts),
+        ("merge", merges, joint, solo, back),
     ):
         phi, others = cooccurrence.second_largest(seen)
-        best = phi[:, 1].topk(min(n, len(phi))).indices
-        words = ground.strongest_words(whole, best)
-        for latent, word in zip(best.tolist(), words, strict=True):
-            pair = ground.strongest_words(parts, others[latent])
-            sizes = [round(value, 3) for value in phi[latent].tolist()]
-            names = {"kind": kind, "latent": latent, "words": word}
-            rows.append({**names, "into": " | ".join(pair), "phi": " | ".join(map(str, sizes))})
-    return pd.DataFrame(rows)
+        best = scores.topk(min(n, int((scores > 0).sum()))).indices
+        for latent, word in zip(best.tolist(), ground.strongest_words(whole, best), strict=True):
+            sizes = " | ".join(f"{value:.2f}" for value in phi[latent].tolist())
+            pair = " | ".join(ground.strongest_words(parts, others[latent]))
+            rows.append({"kind": kind, "latent": latent, "words": word, "into": pair, "phi": sizes})
+    return pd.DataFrame(rows, columns=["kind", "latent", "words", "into", "phi"])
