@@ -112,10 +112,12 @@ def grid(t: Tables, ground: str = "") -> pd.DataFrame:
 
 
 def collapse(cells: pd.DataFrame, on: str = "s") -> float:
-    """R squared of log cost on the log of a column, over cells that cost something."""
+    """R squared of log cost on the log of a column, over cells that cost something; 0 where fewer
+    than three do.
+    """
     cells = cells.query("cost > 0")
     if len(cells) < 3:
-        return float("nan")
+        return 0.0
     return float(np.corrcoef(np.log(cells[on]), np.log(cells["cost"]))[0, 1] ** 2)
 
 
