@@ -156,7 +156,8 @@ class Settings:
     tail: tuple[float, ...] = (0.01, 0.05)
     """Values of phi beyond which a pair counts as the positive tail."""
     split_phi: float = 0.3
-    """A latent splits if at least two latents of the other SAE reach this phi with it (ours)."""
+    """A latent splits if two latents of the other SAE reach this phi with it and stay below it
+    with each other (ours)."""
     composition_steps: int = 1500
     """Steps of the fresh meta SAE that measures the composition rate (SAEBench)."""
     n_interpreted: int = 1000
