@@ -1,0 +1,298 @@
+"""Everything that is fine-tuned for safety at equal data, rank and freedom of choice."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import LongTensor, Tensor
+
+from sae_research.errors import ResearchError
+from sae_research.models import LanguageModel
+from sae_research.studies.safety_subspace import adapter, subspace, theory
+from sae_research.studies.safety_subspace.data import REPLY, Pairs, training_rows
+from sae_research.studies.safety_subspace.evaluate import reply_losses
+from sae_research.studies.safety_subspace.subspace import Contrast, Selection
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+    from transformers import PreTrainedModel
+
+REPLIES = slice(-REPLY, None)
+FULL, SAILS, FROZEN = "full fine-tuning", "SAILS", "SAILS, frozen"
+RANDOM, SHUFFLED, USEFUL = "random SAE features", "shuffled labels", "useful behaviour"
+STOCK: dict[str, dict] = {
+    "LoRA": {},
+    "LoRA, orthogonal": {"init_lora_weights": "orthogonal"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "MiCA": {"init_lora_weights": "mica"},
+    "EVA": {"init_lora_weights": "eva"},
+    "DoRA": {"use_dora": True},
+}
+"""Initialisations that peft brings along."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a subspace is chosen."""
+
+    rank: int
+    """Rank of every adapter."""
+    n_features: int
+    """Features that span an SAE's subspace, of which the leading components are taken."""
+    max_density: float
+    """Features that fire on a larger share of tokens are passed over."""
+    assignment: str
+    """What blocks without an SAE get."""
+
+
+@dataclass
+class Setup:
+    """A model that answers everything, its SAEs, and the data of one seed."""
+
+    base: "PreTrainedModel"
+    """The Hugging Face model, frozen."""
+    model: LanguageModel
+    """The same behind a bridge."""
+    saes: "Mapping[int, SAE]"
+    """The SAE of each block that has one."""
+    safety: Pairs
+    """Harmful requests, refused and answered."""
+    useful: Pairs
+    """Harmless requests, answered rightly and wrongly."""
+    validation: LongTensor
+    """Requests with the wanted replies, on which learning rates are chosen."""
+    seed: int
+    """Draws features, orders of training and initial weights."""
+    nulls: "Mapping[str, Mapping[int, SAE]]" = field(default_factory=dict)
+    """Dictionaries whose training leaves out what SAEs learn, by name and block: each becomes a
+    method."""
+
+    @cached_property
+    def contrasts(self) -> dict[int, Contrast]:
+        """Refused minus answered harmful requests, by block."""
+        return measure_contrasts(self, self.saes, self.safety)
+
+    @cached_property
+    def useful_contrasts(self) -> dict[int, Contrast]:
+        """Rightly minus wrongly answered harmless requests, by block."""
+        return measure_contrasts(self, self.saes, self.useful)
+
+    @cached_property
+    def reply_residuals(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Mean residual over each reply of the safety pairs, aligned and unaligned, by block."""
+        from sae_research.saes import hook_of
+
+        hooks = {n: hook_of(sae) for n, sae in self.saes.items()}
+        sides = (self.safety.aligned, self.safety.unaligned)
+        return {
+            n: tuple(self.model.residual(rows, hook)[:, REPLIES].mean(1) for rows in sides)
+            for n, hook in hooks.items()
+        }
+
+
+def measure_contrasts(setup: Setup, saes: "Mapping[int, SAE]", pairs: Pairs) -> dict[int, Contrast]:
+    """The contrast of pairs over the tokens of their replies, by block."""
+    sides = pairs.aligned, pairs.unaligned
+    return {
+        n: subspace.measure_contrast(setup.model, sae, *sides, REPLIES) for n, sae in saes.items()
+    }
+
+
+def select(setup: Setup, contrast: Contrast, choice: Choice) -> Selection:
+    """The features of largest contrast at one block."""
+    k = choice.n_features
+    return subspace.select_features(contrast, k, max_density=choice.max_density, seed=setup.seed)
+
+
+def _span(setup: Setup, contrasts: Mapping[int, Contrast], choice: Choice, saes=None) -> dict:
+    """Bases of the features with the largest contrasts."""
+    saes = saes or setup.saes
+    return {
+        n: subspace.build_basis(
+            subspace.decoder_rows(saes[n], select(setup, contrast, choice).latents),
+            rank=choice.rank,
+        )
+        for n, contrast in contrasts.items()
+    }
+
+
+def random_features(setup: Setup, n: int, k: int, seed: int, max_density: float) -> LongTensor:
+    """`k` latents at a block that fire on the pairs and pass the same filters, drawn at random."""
+    contrast = setup.contrasts[n]
+    alive = (contrast.density > 0) & (contrast.density <= max_density) & ~contrast.at_start
+    pool = torch.nonzero(alive)[:, 0]
+    if len(pool) < k:
+        raise ResearchError(
+            f"only {len(pool)} latents of block {n} fire on the pairs; ask for fewer than {k}."
+        )
+    return pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:k]]
+
+
+def _random_span(setup: Setup, choice: Choice) -> dict:
+    found = {}
+    for n, sae in setup.saes.items():
+        latents = random_features(setup, n, choice.n_features, setup.seed + 100, choice.max_density)
+        rows = subspace.decoder_rows(sae, latents)
+        found[n] = subspace.build_basis(rows, rank=choice.rank)
+    return found
+
+
+def _shuffled(setup: Setup) -> dict[int, Contrast]:
+    """The contrasts after aligned and unaligned changed places in half of the pairs."""
+    g = torch.Generator().manual_seed(setup.seed + 200)
+    swap = torch.rand(len(setup.safety.aligned), 1, generator=g) < 0.5
+    return {
+        n: Contrast(
+            torch.where(swap, c.unaligned, c.aligned),
+            torch.where(swap, c.aligned, c.unaligned),
+            c.density,
+            c.at_start,
+        )
+        for n, c in setup.contrasts.items()
+    }
+
+
+def _from_residuals(setup: Setup, choice: Choice, estimate: Callable) -> dict:
+    """Bases that an estimator finds in the residuals themselves, filled up with random ones."""
+    found = {}
+    for n, pair in setup.reply_residuals.items():
+        own = estimate(*pair)[:, : choice.rank]
+        d = own.shape[0]
+        rest = theory.random_basis(d, choice.rank, setup.seed + n)[:, own.shape[1] :]
+        found[n] = torch.linalg.qr(torch.cat([own, rest], 1)).Q
+    return found
+
+
+SUBSPACES: dict[str, Callable[[Setup, Choice], dict]] = {
+    "mean difference": lambda s, c: _from_residuals(s, c, theory.mean_difference),
+    "paired PCA": lambda s, c: _from_residuals(s, c, lambda a, b: theory.paired_pca(a, b, c.rank)),
+    "covariance difference": lambda s, c: _from_residuals(
+        s, c, lambda a, b: theory.covariance_difference(a, b, c.rank)
+    ),
+    SAILS: lambda s, c: _span(s, s.contrasts, c),
+    FROZEN: lambda s, c: _span(s, s.contrasts, c),
+    RANDOM: _random_span,
+    SHUFFLED: lambda s, c: _span(s, _shuffled(s), c),
+    USEFUL: lambda s, c: _span(s, s.useful_contrasts, c),
+    "random subspace": lambda s, c: {
+        n: theory.random_basis(s.model.d_model, c.rank, s.seed + 300 + n) for n in s.saes
+    },
+}
+"""Methods whose adapters start in a subspace, and how each finds it at the blocks with an SAE."""
+METHODS = (FULL, *STOCK, *SUBSPACES)
+
+
+def find_bases(setup: Setup, method: str, choice: Choice) -> dict[int, Tensor]:
+    """The subspace of a method at every block."""
+    if method in setup.nulls:
+        saes = setup.nulls[method]
+        found = _span(setup, measure_contrasts(setup, saes, setup.safety), choice, saes)
+    else:
+        found = SUBSPACES[method](setup, choice)
+    return subspace.assign_bases(found, setup.model.n_layers, choice.assignment)
+
+
+def prepare(setup: Setup, method: str, choice: Choice) -> "torch.nn.Module":
+    """A copy of the base model with what the method trains."""
+    torch.manual_seed(setup.seed)
+    base = copy.deepcopy(setup.base)
+    if method == FULL:
+        return base.requires_grad_(True)
+    if method in STOCK:
+        return _stock_adapter(setup, base, STOCK[method], choice.rank)
+    bases = find_bases(setup, method, choice)
+    return adapter.make_adapter(base, bases, frozen=method == FROZEN)
+
+
+def _stock_adapter(setup: Setup, base: "PreTrainedModel", given: dict, rank: int):
+    from peft import EvaConfig, get_peft_model, initialize_lora_eva_weights
+
+    ranks = dict.fromkeys(range(setup.model.n_layers), rank)
+    eva = given.get("init_lora_weights") == "eva"
+    if eva:
+        given = {**given, "eva_config": EvaConfig(rho=1.0)}  # the same rank everywhere
+    model = get_peft_model(base, adapter.lora_config(ranks, **given))
+    if eva:
+        rows = training_rows(setup.safety, setup.useful)
+        batches = [{"input_ids": part, "attention_mask": part > 0} for part in rows.split(32)]
+        initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    return model
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of fine-tuning."""
+
+    steps: int
+    """Steps of AdamW."""
+    batch_size: int
+    """Requests a step."""
+    lr: float
+    """First learning rate, which falls linearly to zero."""
+
+
+def fine_tune(
+    model: "torch.nn.Module", rows: LongTensor, training: Training, seed: int
+) -> Iterator[int]:
+    """Train on the replies of `rows`; yields the number of steps done after each."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, training.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, training.steps)
+    g = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    for step in range(1, training.steps + 1):
+        while len(order) < training.batch_size:
+            order = torch.cat([order, torch.randperm(len(rows), generator=g)])
+        loss = reply_losses(model, rows[order[: training.batch_size]]).mean()
+        order = order[training.batch_size :]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield step
+
+
+def merged(model: "torch.nn.Module") -> "PreTrainedModel":
+    """The model with its adapter added to its weights, if it has one; frozen."""
+    done = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    return done.requires_grad_(False).eval()
+
+
+def project_update(
+    base: "PreTrainedModel",
+    tuned: "PreTrainedModel",
+    bases: subspace.Bases,
+    inside: bool,
+    targets: tuple[str, ...] = adapter.ATTENTION,
+) -> tuple["PreTrainedModel", float]:
+    """The part of an update inside or outside a subspace, at the whole update's energy.
+
+    Only matrices that face the residual are kept. Also returns the share of the energy that the
+    part had before (Ponkshe et al. 2025 compare parallel and orthogonal parts).
+    """
+    model = copy.deepcopy(base)
+    whole, kept = 0.0, 0.0
+    parts = []
+    for n, block in enumerate(model.model.layers):
+        theirs = tuned.model.layers[n].self_attn
+        for name in targets:
+            weight = getattr(block.self_attn, name).weight
+            update = getattr(theirs, name).weight - weight
+            reads = name in adapter.READERS
+            gain = block.input_layernorm.weight if reads else 1.0
+            rows = update * gain if reads else update.T
+            part = rows @ bases[n] @ bases[n].T
+            part = part if inside else rows - part
+            part = part / gain if reads else part.T
+            parts.append((weight, part))
+            whole += float(update.square().sum())
+            kept += float(part.square().sum())
+    with torch.no_grad():
+        for weight, part in parts:
+            weight += part * (whole / max(kept, 1e-12)) ** 0.5
+    return model, kept / whole
