@@ -8,7 +8,6 @@ paper initialises is unknown.
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -142,17 +141,27 @@ def write_basis(
     fixed.requires_grad_(not frozen)
 
 
-def penalty(model: "PeftModel", bases: Bases) -> Tensor:
-    """Squared size of what lies outside the subspace in the factors that face the residual.
-
-    Ours: a soft form of freezing them, for models without gains around the matrices.
+def part_in_span(block: torch.nn.Module, name: str, weight: Tensor, basis: Tensor) -> Tensor:
+    """The part of a matrix's update, or of the factor that faces the residual, that reads from or
+    writes to a subspace; gains of the norms in between count.
     """
+    reads = name in READERS
+    gain = _gain_around(block, name)
+    rows = (weight if reads else weight.T) * gain
+    part = rows @ basis @ basis.T / gain
+    return part if reads else part.T
+
+
+def penalty(model: "PeftModel", bases: Bases) -> Tensor:
+    """Squared size of what lies outside the subspace in the factors that face the residual: ours, a
+    soft form of freezing them.
+    """
+    blocks = model.base_model.model.model.layers
     terms = []
     for n, name, layer in lora_layers(model):
-        reads = name in READERS
-        factor = layer.lora_A["default"].weight.T if reads else layer.lora_B["default"].weight
-        basis = bases[n].to(factor)
-        terms.append((factor - basis @ (basis.T @ factor)).square().sum())
+        weight = (layer.lora_A if name in READERS else layer.lora_B)["default"].weight
+        inside = part_in_span(blocks[n], name, weight, bases[n])
+        terms.append((weight - inside).square().sum())
     return torch.stack(terms).sum()
 
 
@@ -193,13 +202,6 @@ def measure_out_of_span(
             change = after(layer(x)) - after(layer.base_layer(x))
             found[n, name] = out_of_span(bases[n].to(change), change)
     return found
-
-
-def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
-    """An adapter that stock peft saved, on its base model."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(base, folder)
 
 
 def bridge(model: "PeftModel | PreTrainedModel", tokenizer, name: str) -> models.LanguageModel:

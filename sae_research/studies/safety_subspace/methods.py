@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import LongTensor, Tensor
 
+from sae_research.attack import reply_losses
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
 from sae_research.studies.safety_subspace import adapter, subspace, theory
 from sae_research.studies.safety_subspace.data import REPLY, Pairs, training_rows
-from sae_research.studies.safety_subspace.evaluate import reply_losses
 from sae_research.studies.safety_subspace.subspace import Contrast, Selection
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REPLIES = slice(-REPLY, None)
-FULL, SAILS, FROZEN = "full fine-tuning", "SAILS", "SAILS, frozen"
+FULL, SAILS = "full fine-tuning", "SAILS"
+FROZEN, PENALISED = "SAILS, frozen", "SAILS, penalised"
 RANDOM, SHUFFLED, USEFUL = "random SAE features", "shuffled labels", "useful behaviour"
 STOCK: dict[str, dict] = {
     "LoRA": {},
@@ -45,6 +46,8 @@ class Choice:
     """Features that span an SAE's subspace, of which the leading components are taken."""
     max_density: float
     """Features that fire on a larger share of tokens are passed over."""
+    penalty: float
+    """Weight of what lies outside the subspace, in the method that penalises it."""
     assignment: str
     """What blocks without an SAE get."""
 
@@ -63,8 +66,6 @@ class Setup:
     """Harmful requests, refused and answered."""
     useful: Pairs
     """Harmless requests, answered rightly and wrongly."""
-    validation: LongTensor
-    """Requests with the wanted replies, on which learning rates are chosen."""
     seed: int
     """Draws features, orders of training and initial weights."""
     nulls: "Mapping[str, Mapping[int, SAE]]" = field(default_factory=dict)
@@ -175,6 +176,7 @@ SUBSPACES: dict[str, Callable[[Setup, Choice], dict]] = {
     ),
     SAILS: lambda s, c: _span(s, s.contrasts, c),
     FROZEN: lambda s, c: _span(s, s.contrasts, c),
+    PENALISED: lambda s, c: _span(s, s.contrasts, c),
     RANDOM: _random_span,
     SHUFFLED: lambda s, c: _span(s, _shuffled(s), c),
     USEFUL: lambda s, c: _span(s, s.useful_contrasts, c),
@@ -208,6 +210,14 @@ def prepare(setup: Setup, method: str, choice: Choice) -> "torch.nn.Module":
     return adapter.make_adapter(base, bases, frozen=method == FROZEN)
 
 
+def find_penalty(setup: Setup, method: str, choice: Choice, model: "torch.nn.Module") -> Callable:
+    """What the method adds to its loss."""
+    if method != PENALISED:
+        return lambda: 0.0
+    bases = find_bases(setup, method, choice)
+    return lambda: choice.penalty * adapter.penalty(model, bases)
+
+
 def _stock_adapter(setup: Setup, base: "PreTrainedModel", given: dict, rank: int):
     from peft import EvaConfig, get_peft_model, initialize_lora_eva_weights
 
@@ -236,7 +246,11 @@ class Training:
 
 
 def fine_tune(
-    model: "torch.nn.Module", rows: LongTensor, training: Training, seed: int
+    model: "torch.nn.Module",
+    rows: LongTensor,
+    training: Training,
+    seed: int,
+    penalty: Callable[[], Tensor | float] = lambda: 0.0,
 ) -> Iterator[int]:
     """Train on the replies of `rows`; yields the number of steps done after each."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -247,7 +261,8 @@ def fine_tune(
     for step in range(1, training.steps + 1):
         while len(order) < training.batch_size:
             order = torch.cat([order, torch.randperm(len(rows), generator=g)])
-        loss = reply_losses(model, rows[order[: training.batch_size]]).mean()
+        batch = rows[order[: training.batch_size]]
+        loss = reply_losses(model, batch, REPLY).mean() + penalty()
         order = order[training.batch_size :]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -263,36 +278,24 @@ def merged(model: "torch.nn.Module") -> "PreTrainedModel":
     return done.requires_grad_(False).eval()
 
 
+@torch.no_grad()
 def project_update(
-    base: "PreTrainedModel",
-    tuned: "PreTrainedModel",
-    bases: subspace.Bases,
-    inside: bool,
-    targets: tuple[str, ...] = adapter.ATTENTION,
+    base: "PreTrainedModel", tuned: "PreTrainedModel", bases: subspace.Bases, inside: bool
 ) -> tuple["PreTrainedModel", float]:
-    """The part of an update inside or outside a subspace, at the whole update's energy.
-
-    Only matrices that face the residual are kept. Also returns the share of the energy that the
-    part had before (Ponkshe et al. 2025 compare parallel and orthogonal parts).
+    """The part of attention's update inside or outside a subspace, at the whole update's energy,
+    and the share of the energy that it had (compared by Ponkshe et al. 2025).
     """
     model = copy.deepcopy(base)
-    whole, kept = 0.0, 0.0
     parts = []
+    whole = 0.0
     for n, block in enumerate(model.model.layers):
-        theirs = tuned.model.layers[n].self_attn
-        for name in targets:
+        for name in adapter.ATTENTION:
             weight = getattr(block.self_attn, name).weight
-            update = getattr(theirs, name).weight - weight
-            reads = name in adapter.READERS
-            gain = block.input_layernorm.weight if reads else 1.0
-            rows = update * gain if reads else update.T
-            part = rows @ bases[n] @ bases[n].T
-            part = part if inside else rows - part
-            part = part / gain if reads else part.T
-            parts.append((weight, part))
+            update = getattr(tuned.model.layers[n].self_attn, name).weight - weight
+            part = adapter.part_in_span(block, name, update, bases[n])
+            parts.append((weight, part if inside else update - part))
             whole += float(update.square().sum())
-            kept += float(part.square().sum())
-    with torch.no_grad():
-        for weight, part in parts:
-            weight += part * (whole / max(kept, 1e-12)) ** 0.5
+    kept = sum(float(part.square().sum()) for _, part in parts)
+    for weight, part in parts:
+        weight += part * (whole / max(kept, 1e-12)) ** 0.5
     return model, kept / whole

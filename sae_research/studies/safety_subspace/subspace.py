@@ -1,6 +1,6 @@
 """From SAE features to an orthonormal basis: selection by contrast, decoder rows, SVD, QR."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -145,8 +145,12 @@ def assign_bases(
         rank = min(basis.shape[1] for basis in found.values())
         both = build_basis(torch.cat([b.T for b in found.values()]), rank=rank)
         return dict.fromkeys(range(n_layers), both)
-    nearest = {n: min(found, key=lambda layer: abs(layer - n)) for n in range(n_layers)}
-    return {n: found[layer] for n, layer in nearest.items()}
+    return {n: found[owner] for n, owner in nearest(found, n_layers).items()}
+
+
+def nearest(blocks: Iterable[int], n_layers: int) -> dict[int, int]:
+    """For each block of a model the nearest of some blocks, the earlier one of two as near."""
+    return {n: min(sorted(blocks), key=lambda block: abs(block - n)) for n in range(n_layers)}
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:

@@ -1,0 +1,287 @@
+"""Study 5 for the runner: planted worlds, the alignment of toy models, the judge of free text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sae_research import catalogue, paths, saes, training
+from sae_research.config import Profile
+from sae_research.errors import ResearchError
+from sae_research.hub import quiet
+from sae_research.studies.runner import Result, Task
+from sae_research.studies.safety_subspace import (
+    adapter,
+    data,
+    evaluate,
+    interpret,
+    judge,
+    methods,
+    theory,
+)
+from sae_research.studies.safety_subspace.methods import FULL, SAILS, Choice, Setup, Training
+from sae_research.studies.safety_subspace.settings import Settings
+from sae_research.world.text.corpus import KINDS
+from sae_research.world.text.documents import make_mixture
+
+TAUS = (0.8, 0.9, 0.95, 1.0)
+_XSTEST = paths.DATA / "private" / "xstest"
+
+
+def tasks(profile: Profile) -> list[Task]:
+    """A task for each seed of the toy models, for each planted world, and one for the judge."""
+    settings = profile.safety_subspace
+    toys = [name for name in settings.models if catalogue.get(name).embedded]
+    seeds = range(profile.runtime.seeds) if toys else ()
+    found = [{"part": "alignment", "model": toys[s % len(toys)], "seed": s} for s in seeds]
+    found += [{"part": "theory", "seed": s} for s in range(settings.theory.seeds)]
+    judged = settings.judge and _XSTEST.is_dir()
+    return [*found, {"part": "judge"}] if judged else found
+
+
+def data_files(task: Task, profile: Profile) -> list[Path]:
+    """The reader's labelled completions, for the judge."""
+    return sorted(_XSTEST.glob("completions_*.csv")) if task["part"] == "judge" else []
+
+
+def run(task: Task, profile: Profile) -> Result:
+    """One part with one seed."""
+    settings = profile.safety_subspace
+    if task["part"] == "judge":
+        agreement = judge.measure_agreement(judge.read_completions(_XSTEST))
+        return Result({"agreement": agreement}, {"judge": judge.choose_judge(agreement)})
+    if task["part"] == "theory":
+        return _recover(task["seed"], settings)
+    return Alignment(task["model"], task["seed"], settings).run()
+
+
+def _recover(seed: int, settings: Settings) -> Result:
+    sizes = settings.theory
+    worlds = [theory.SMALL, *([replace(theory.SMALL, loud=3.0)] if sizes.loud else [])]
+    trained = [
+        row for world in worlds for row in theory.trained_sae(world, seed, sizes.sae_steps, TAUS)
+    ]
+    rows = theory.sweep(range(seed, seed + 1), sizes.samples)
+    return Result({"recovery": pd.DataFrame(rows), "trained_sae": pd.DataFrame(trained)})
+
+
+@dataclass
+class Alignment:
+    """Everything that is done with one model and one seed."""
+
+    model: str
+    """Name in the catalogue."""
+    seed: int
+    """Draws splits, pairs, orders and initial weights."""
+    settings: Settings
+    """The study's."""
+    tables: dict[str, list[dict]] = field(default_factory=dict)
+    """Rows so far, by table."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Learning rate chosen for each method."""
+    tuned: dict = field(default_factory=dict)
+    """Tuned models that later steps need, by method."""
+
+    def run(self) -> Result:
+        """Compare the methods, then look into them."""
+        s = self.settings
+        if s.n_pairs is None or s.steps is None or not s.learning_rates:
+            raise ResearchError(
+                "set n_pairs, steps and learning_rates of safety_subspace in params.yaml; no "
+                "source says what the paper took."
+            )
+        self.split = data.split_requests(self.seed)
+        self.choice = Choice(s.rank, s.n_features, s.max_density, s.penalty, s.assignment)
+        self.setup = self._make_setup()
+        rng = np.random.default_rng([self.seed, 55])
+        texts = make_mixture(96, rng)
+        self.other_text = torch.from_numpy(texts.tokens[texts.kind != KINDS.index("chat")]).long()
+        self.base_loss = evaluate.measure_loss(self.setup.base, self.other_text)
+        self._judge("base", self.setup.base)
+        for method in (*s.methods, *self.setup.nulls):
+            self._compare(method)
+        self._sweep()
+        self._project()
+        self._interpret()
+        return Result({name: pd.DataFrame(rows) for name, rows in self.tables.items()})
+
+    def _add(self, table: str, rows: Iterator[dict] | list[dict], **keys: object) -> None:
+        self.tables.setdefault(table, []).extend({**keys, **row} for row in rows)
+
+    def _make_setup(self) -> Setup:
+        """Teach the model to answer everything, and look at it through its SAEs."""
+        from transformers import AutoModelForCausalLM
+
+        from sae_research.world import build
+
+        spec = catalogue.get(self.model)
+        folder = build.model_folder(spec.model)
+        with quiet():
+            base = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            )
+        s = self.settings
+        rng = np.random.default_rng([self.seed, 54])
+        requests = data.all_requests()
+        rows = torch.cat([requests.tokens, data.answer(requests, rng)], 1)
+        harmful = rows[requests.harmful].repeat(5, 1)  # as many as there are harmless ones
+        answering = Training(s.base_steps, 32, 3e-4)
+        for _ in methods.fine_tune(base, torch.cat([rows, harmful]), answering, self.seed):
+            pass
+        base.requires_grad_(False).eval()
+        model = adapter.bridge(base, spec.load().tokenizer, spec.name)
+        at = {role: spec.sae(role) for role in s.sae_roles if role in spec.roles()}
+        nulls = [spec.sae(n) if n in spec.roles() else saes.load_sae(n) for n in s.null_saes]
+        pairs = data.safety_pairs(self.split.train, s.n_pairs, self.seed)
+        useful = data.useful_pairs(self.split.train, s.n_pairs, self.seed)
+        by_block = [
+            {max(0, model.depth(saes.check_fit(model, sae)) - 1): sae for sae in group}
+            for group in (at.values(), nulls)
+        ]
+        named = {"null dictionary": by_block[1]} if nulls else {}
+        return Setup(base, model, by_block[0], pairs, useful, self.seed, named)
+
+    def _train(
+        self, method: str, lr: float, setup: Setup, choice: Choice, curve: bool = False
+    ) -> torch.nn.Module:
+        """Fine-tune with one method; `curve` records how refusals come on validation requests."""
+        s = self.settings
+        model = methods.prepare(setup, method, choice)
+        rows = data.training_rows(setup.safety, setup.useful)
+        penalty = methods.find_penalty(setup, method, choice, model)
+        recipe = Training(s.steps, s.batch_size, lr)
+        requests = self.split.validation
+        for step in methods.fine_tune(model, rows, recipe, self.seed, penalty):
+            if curve and step % max(1, s.steps // 6) == 0:
+                p = evaluate.refusal_probability(model, requests)
+                found = {
+                    "harmful": float(p[requests.harmful].mean()),
+                    "harmless": float(p[~requests.harmful].mean()),
+                }
+                self._add("curves", [{"method": method, "lr": lr, "step": step} | found])
+        return model
+
+    def _compare(self, method: str) -> None:
+        """Choose the learning rate; judge on test requests, under attack, after benign tuning."""
+        s = self.settings
+        found = []
+        for lr in s.learning_rates:
+            model = self._train(method, lr, self.setup, self.choice, curve=True)
+            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            leaves = self._leaves(model) if method.startswith(SAILS) else float("nan")
+            tuned = methods.merged(model)
+            balance = evaluate.measure_balance(tuned, self.split.validation, s.draws, self.seed)
+            found.append((balance, lr, tuned, leaves))
+        balance, lr, tuned, leaves = max(found, key=lambda item: item[0])
+        about = {"method": method, "lr": lr, "validation": balance, "parameters": trainable}
+        about |= {"loss": evaluate.measure_loss(tuned, self.other_text), "out_of_span": leaves}
+        about["added_loss"] = about.pop("loss") - self.base_loss
+        self._add("methods", [about])
+        self._judge(method, tuned)
+        self.rates[method] = lr
+        if method in (*s.sweep_methods, SAILS):
+            self.tuned[method] = tuned
+        if method in s.sweep_methods:
+            self._attack(method, tuned)
+        self._tune_on_benign(method, tuned)
+
+    def _leaves(self, model: torch.nn.Module) -> float:
+        """Share of what attention newly adds to the residual outside the subspace, block mean."""
+        bases = methods.find_bases(self.setup, SAILS, self.choice)
+        rows = self.setup.safety.aligned
+        return float(np.mean([*adapter.measure_out_of_span(model, rows, bases).values()]))
+
+    def _sets(self) -> dict[str, data.Requests]:
+        test, new = self.split.test, self.split.new_topics
+        named = {
+            "harmful": test[test.harmful],
+            "new topics": new[new.harmful],
+            "new look-alikes": new[~new.harmful],
+        }
+        topic, action = test.restricted
+        return named | {"look-alikes": test[topic ^ action], "plain": test[~topic & ~action]}
+
+    def _judge(self, method: str, model: torch.nn.Module, table: str = "outcomes", **keys) -> None:
+        rows = evaluate.judge_replies(model, self._sets(), self.settings.draws, self.seed)
+        self._add(table, rows, method=method, **keys)
+
+    def _attack(self, method: str, tuned: torch.nn.Module) -> None:
+        s = self.settings
+        attack = evaluate.Attack(steps=s.attack_steps, candidates=s.attack_candidates)
+        known, tested = self.split.train, self.split.test
+        rows = evaluate.attack_rows(
+            tuned, known[known.harmful], tested[tested.harmful], attack, self.seed
+        )
+        self._add("attacks", rows, method=method)
+
+    def _tune_on_benign(self, method: str, tuned: torch.nn.Module) -> None:
+        """Go on training all weights of the merged model on harmless requests, then judge again."""
+        s = self.settings
+        later = replace(self.setup, base=tuned)
+        model = methods.prepare(later, FULL, self.choice)
+        rows = data.benign_rows(self.split.train, 256, self.seed)
+        recipe = Training(s.benign_steps, s.batch_size, s.benign_lr)
+        for _ in methods.fine_tune(model, rows, recipe, self.seed):
+            pass
+        self._judge(method, methods.merged(model), "benign")
+
+    def _sweep(self) -> None:
+        """Other numbers of pairs and other ranks, at the learning rate of the main comparison."""
+        s = self.settings
+        for n in s.pair_budgets:
+            pairs = [
+                f(self.split.train, n, self.seed) for f in (data.safety_pairs, data.useful_pairs)
+            ]
+            setup = replace(self.setup, safety=pairs[0], useful=pairs[1])
+            for method in s.sweep_methods:
+                model = self._train(method, self.rates[method], setup, self.choice)
+                self._judge(method, methods.merged(model), "budgets", n_pairs=n)
+        for rank in s.ranks:
+            features = -(-rank * s.n_features // s.rank)
+            choice = replace(self.choice, rank=rank, n_features=features)
+            for method in s.sweep_methods:
+                if method != FULL:
+                    model = self._train(method, self.rates[method], self.setup, choice)
+                    self._judge(method, methods.merged(model), "ranks", rank=rank)
+
+    def _project(self) -> None:
+        """What of LoRA's update works: its part in a subspace, or the rest, at equal energy."""
+        for name in (SAILS, methods.USEFUL, methods.RANDOM) if "LoRA" in self.tuned else ():
+            bases = methods.find_bases(self.setup, name, self.choice)
+            for part, inside in (("parallel", True), ("orthogonal", False)):
+                tuned = self.tuned["LoRA"]
+                model, share = methods.project_update(self.setup.base, tuned, bases, inside)
+                keys = {"subspace": name, "part": part, "energy": share}
+                self._judge("LoRA", model, "projections", **keys)
+
+    def _interpret(self) -> None:
+        s, setup = self.settings, self.setup
+        if SAILS not in self.tuned:
+            return
+        self._add("features", interpret.describe_features(setup, self.choice))
+        tested = self.split.test[self.split.test.harmful]
+        tuned = self.tuned[SAILS]
+        self._add(
+            "removal",
+            interpret.measure_removal(setup, tuned, self.choice, tested, s.n_random_features),
+        )
+        block, sae = next(iter(setup.saes.items()))
+        others = {}
+        rows = torch.from_numpy(make_mixture(2048, [self.seed, 56]).tokens).long()
+        for n in range(s.sae_seeds):
+            others[f"seed {n + 1}"] = training.train_sae(
+                setup.model, saes.hook_of(sae), rows, width=sae.cfg.d_sae, k=10, seed=n + 1
+            )
+        self._add("subspaces", interpret.compare_subspaces(setup, self.choice, others, block))
+        bases = methods.find_bases(setup, SAILS, self.choice)
+        learned = [
+            {
+                "other": f"learned by {m}",
+                "overlap": interpret.learned_overlap(setup.base, t, bases, s.rank),
+            }
+            for m, t in self.tuned.items()
+        ]
+        self._add("subspaces", learned)
