@@ -15,6 +15,7 @@ from torch import LongTensor, Tensor
 
 from sae_research import models
 from sae_research.errors import ResearchError
+from sae_research.hub import quiet
 from sae_research.studies.safety_subspace.subspace import Bases
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def bridge(model: "PeftModel | PreTrainedModel", tokenizer, name: str) -> models
                 "returns, or call `unmerge_adapter` first."
             )
         model = merge(model)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return models.load_model(folder, name=name)

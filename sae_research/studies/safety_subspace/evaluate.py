@@ -1,4 +1,4 @@
-"""How safe and how useful a model of the toy world is: exact scores of sampled replies, under attack too."""
+"""How safe and how useful a model of the toy world is: exact scores of sampled replies."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

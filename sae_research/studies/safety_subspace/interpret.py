@@ -13,6 +13,7 @@ from sae_research.studies.safety_subspace import adapter, methods, subspace
 from sae_research.studies.safety_subspace.data import Pairs, Requests
 from sae_research.studies.safety_subspace.evaluate import refusal_probability
 from sae_research.studies.safety_subspace.methods import REPLIES, Choice, Setup
+from sae_research.studies.safety_subspace.settings import RANDOM, SAILS
 from sae_research.studies.safety_subspace.subspace import Bases
 
 if TYPE_CHECKING:
@@ -117,9 +118,9 @@ def compare_subspaces(
     """Mean squared cosine of the principal angles between the subspace that one SAE gives at a
     block and those of other SAEs, and of random features, there.
     """
-    own = methods.find_bases(setup, methods.SAILS, choice)[block]
-    random = methods.find_bases(setup, methods.RANDOM, choice)[block]
-    yield {"other": methods.RANDOM, "overlap": overlap(own, random)}
+    own = methods.find_bases(setup, SAILS, choice)[block]
+    random = methods.find_bases(setup, RANDOM, choice)[block]
+    yield {"other": RANDOM, "overlap": overlap(own, random)}
     for name, sae in others.items():
         contrast = methods.measure_contrasts(setup, {block: sae}, setup.safety)[block]
         found = methods.select(setup, contrast, choice)

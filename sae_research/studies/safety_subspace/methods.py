@@ -14,6 +14,16 @@ from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
 from sae_research.studies.safety_subspace import adapter, subspace, theory
 from sae_research.studies.safety_subspace.data import REPLY, Pairs, training_rows
+from sae_research.studies.safety_subspace.settings import (
+    FROZEN,
+    FULL,
+    LORA,
+    PENALISED,
+    RANDOM,
+    SAILS,
+    SHUFFLED,
+    USEFUL,
+)
 from sae_research.studies.safety_subspace.subspace import Contrast, Selection
 
 if TYPE_CHECKING:
@@ -21,11 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REPLIES = slice(-REPLY, None)
-FULL, SAILS = "full fine-tuning", "SAILS"
-FROZEN, PENALISED = "SAILS, frozen", "SAILS, penalised"
-RANDOM, SHUFFLED, USEFUL = "random SAE features", "shuffled labels", "useful behaviour"
 STOCK: dict[str, dict] = {
-    "LoRA": {},
+    LORA: {},
     "LoRA, orthogonal": {"init_lora_weights": "orthogonal"},
     "OLoRA": {"init_lora_weights": "olora"},
     "PiSSA": {"init_lora_weights": "pissa"},
@@ -185,7 +192,6 @@ SUBSPACES: dict[str, Callable[[Setup, Choice], dict]] = {
     },
 }
 """Methods whose adapters start in a subspace, and how each finds it at the blocks with an SAE."""
-METHODS = (FULL, *STOCK, *SUBSPACES)
 
 
 def find_bases(setup: Setup, method: str, choice: Choice) -> dict[int, Tensor]:

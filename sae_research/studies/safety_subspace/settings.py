@@ -3,7 +3,16 @@
 from typing import ClassVar, Literal
 
 from sae_research.config import settings
-from sae_research.studies.safety_subspace.methods import FULL, METHODS, RANDOM, SAILS
+
+FULL, LORA, SAILS = "full fine-tuning", "LoRA", "SAILS"
+FROZEN, PENALISED = "SAILS, frozen", "SAILS, penalised"
+RANDOM, SHUFFLED, USEFUL = "random SAE features", "shuffled labels", "useful behaviour"
+METHODS = (
+    *(FULL, LORA, "LoRA, orthogonal", "OLoRA", "PiSSA", "MiCA", "EVA", "DoRA"),
+    *("mean difference", "paired PCA", "covariance difference", SAILS, FROZEN, PENALISED),
+    *(RANDOM, SHUFFLED, USEFUL, "random subspace"),
+)
+"""Everything that can be compared."""
 
 
 @settings
@@ -54,7 +63,7 @@ class Settings:
     """Further numbers of pairs."""
     ranks: tuple[int, ...] = ()
     """Further ranks."""
-    sweep_methods: tuple[str, ...] = (FULL, "LoRA", SAILS, RANDOM)
+    sweep_methods: tuple[str, ...] = (FULL, LORA, SAILS, RANDOM)
     """What is compared at further numbers of pairs and ranks, and attacked."""
     base_steps: int = 60
     """Steps that teach the toy model to answer everything (ours)."""

@@ -22,8 +22,15 @@ from sae_research.studies.safety_subspace import (
     methods,
     theory,
 )
-from sae_research.studies.safety_subspace.methods import FULL, SAILS, Choice, Setup, Training
-from sae_research.studies.safety_subspace.settings import Settings
+from sae_research.studies.safety_subspace.methods import Choice, Setup, Training
+from sae_research.studies.safety_subspace.settings import (
+    FULL,
+    LORA,
+    RANDOM,
+    SAILS,
+    USEFUL,
+    Settings,
+)
 from sae_research.world.text.corpus import KINDS
 from sae_research.world.text.documents import make_mixture
 
@@ -249,13 +256,13 @@ class Alignment:
 
     def _project(self) -> None:
         """What of LoRA's update works: its part in a subspace, or the rest, at equal energy."""
-        for name in (SAILS, methods.USEFUL, methods.RANDOM) if "LoRA" in self.tuned else ():
+        for name in (SAILS, USEFUL, RANDOM) if LORA in self.tuned else ():
             bases = methods.find_bases(self.setup, name, self.choice)
             for part, inside in (("parallel", True), ("orthogonal", False)):
-                tuned = self.tuned["LoRA"]
+                tuned = self.tuned[LORA]
                 model, share = methods.project_update(self.setup.base, tuned, bases, inside)
                 keys = {"subspace": name, "part": part, "energy": share}
-                self._judge("LoRA", model, "projections", **keys)
+                self._judge(LORA, model, "projections", **keys)
 
     def _interpret(self) -> None:
         s, setup = self.settings, self.setup
