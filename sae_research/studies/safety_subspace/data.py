@@ -167,11 +167,6 @@ def useful_pairs(pool: Requests, n: int, seed: int) -> Pairs:
     return Pairs(requests, *(torch.cat([requests.tokens, reply], 1) for reply in replies))
 
 
-def training_rows(safety: Pairs, useful: Pairs) -> LongTensor:
-    """What adapters are trained on: harmful requests refused and as many harmless ones answered."""
-    return torch.cat([safety.aligned, useful.aligned])
-
-
 def benign_rows(pool: Requests, n: int, seed: int) -> LongTensor:
     """Requests without any restricted word, answered: a later user's own training data."""
     rng = np.random.default_rng([seed, 53])

@@ -12,8 +12,8 @@ from sae_research.models import LanguageModel
 from sae_research.studies.safety_subspace import adapter, methods, subspace
 from sae_research.studies.safety_subspace.data import Pairs, Requests
 from sae_research.studies.safety_subspace.evaluate import refusal_probability
-from sae_research.studies.safety_subspace.methods import REPLIES, Choice, Setup
-from sae_research.studies.safety_subspace.settings import RANDOM, SAILS
+from sae_research.studies.safety_subspace.methods import REPLIES, Setup
+from sae_research.studies.safety_subspace.settings import RANDOM, SAILS, Settings
 from sae_research.studies.safety_subspace.subspace import Bases
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ NEURONPEDIA = "https://www.neuronpedia.org/{id}/{latent}"
 """Page of a latent; `id` is in the SAE's metadata."""
 
 
-def describe_features(setup: Setup, choice: Choice, n_tokens: int = 4) -> Iterator[dict]:
+def describe_features(setup: Setup, s: Settings, n_tokens: int = 4) -> Iterator[dict]:
     """A row for each selected feature: contrast, rates, tokens on which it fires most, its page."""
     for block, contrast in setup.contrasts.items():
         sae = setup.saes[block]
-        found = methods.select(setup, contrast, choice)
+        found = methods.select(setup, contrast, s)
         tokens, means = top_tokens(setup.model, sae, setup.safety, found.latents, n_tokens)
         page = getattr(sae.cfg.metadata, "neuronpedia_id", None)
         for i, latent in enumerate(found.latents.tolist()):
@@ -87,7 +87,7 @@ def remove_directions(
 
 
 def measure_removal(
-    setup: Setup, tuned: "PreTrainedModel", choice: Choice, tested: Requests, n_random: int
+    setup: Setup, tuned: "PreTrainedModel", s: Settings, tested: Requests, n_random: int
 ) -> Iterator[dict]:
     """How much less a tuned model refuses without single features, against random ones.
 
@@ -98,9 +98,9 @@ def measure_removal(
     owners = subspace.nearest(setup.saes, setup.model.n_layers)
     for block, sae in setup.saes.items():
         blocks = [n for n, owner in owners.items() if owner == block]
-        top = methods.select(setup, setup.contrasts[block], choice).latents
+        top = methods.select(setup, setup.contrasts[block], s).latents
         seed = setup.seed + 400
-        drawn = methods.random_features(setup, block, n_random, seed, choice.max_density)
+        drawn = methods.random_features(setup, block, n_random, seed, s.max_density)
         drawn = drawn[~torch.isin(drawn, top)]
         for kind, latents in (("top", top), ("random", drawn)):
             for latent in latents.tolist():
@@ -113,19 +113,19 @@ def measure_removal(
 
 
 def compare_subspaces(
-    setup: Setup, choice: Choice, others: "dict[str, SAE]", block: int
+    setup: Setup, s: Settings, others: "dict[str, SAE]", block: int
 ) -> Iterator[dict]:
     """Mean squared cosine of the principal angles between the subspace that one SAE gives at a
     block and those of other SAEs, and of random features, there.
     """
-    own = methods.find_bases(setup, SAILS, choice)[block]
-    random = methods.find_bases(setup, RANDOM, choice)[block]
+    own = methods.find_bases(setup, SAILS, s)[block]
+    random = methods.find_bases(setup, RANDOM, s)[block]
     yield {"other": RANDOM, "overlap": overlap(own, random)}
     for name, sae in others.items():
         contrast = methods.measure_contrasts(setup, {block: sae}, setup.safety)[block]
-        found = methods.select(setup, contrast, choice)
+        found = methods.select(setup, contrast, s)
         rows = subspace.decoder_rows(sae, found.latents)
-        yield {"other": name, "overlap": overlap(own, subspace.build_basis(rows, rank=choice.rank))}
+        yield {"other": name, "overlap": overlap(own, subspace.build_basis(rows, rank=s.rank))}
 
 
 def overlap(first: Tensor, second: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Everything that is fine-tuned for safety at equal data, rank and freedom of choice."""
+"""Everything that is fine-tuned for safety at equal data, rank and freedom of s."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ from sae_research.attack import reply_losses
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
 from sae_research.studies.safety_subspace import adapter, subspace, theory
-from sae_research.studies.safety_subspace.data import REPLY, Pairs, training_rows
+from sae_research.studies.safety_subspace.data import REPLY, Pairs
 from sae_research.studies.safety_subspace.settings import (
     FROZEN,
     FULL,
@@ -23,6 +23,7 @@ from sae_research.studies.safety_subspace.settings import (
     SAILS,
     SHUFFLED,
     USEFUL,
+    Settings,
 )
 from sae_research.studies.safety_subspace.subspace import Contrast, Selection
 
@@ -41,22 +42,6 @@ STOCK: dict[str, dict] = {
     "DoRA": {"use_dora": True},
 }
 """Initialisations that peft brings along."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a subspace is chosen."""
-
-    rank: int
-    """Rank of every adapter."""
-    n_features: int
-    """Features that span an SAE's subspace, of which the leading components are taken."""
-    max_density: float
-    """Features that fire on a larger share of tokens are passed over."""
-    penalty: float
-    """Weight of what lies outside the subspace, in the method that penalises it."""
-    assignment: str
-    """What blocks without an SAE get."""
 
 
 @dataclass
@@ -78,6 +63,11 @@ class Setup:
     nulls: "Mapping[str, Mapping[int, SAE]]" = field(default_factory=dict)
     """Dictionaries whose training leaves out what SAEs learn, by name and block: each becomes a
     method."""
+
+    @property
+    def training_rows(self) -> LongTensor:
+        """Harmful requests refused and as many harmless ones answered."""
+        return torch.cat([self.safety.aligned, self.useful.aligned])
 
     @cached_property
     def contrasts(self) -> dict[int, Contrast]:
@@ -110,19 +100,19 @@ def measure_contrasts(setup: Setup, saes: "Mapping[int, SAE]", pairs: Pairs) -> 
     }
 
 
-def select(setup: Setup, contrast: Contrast, choice: Choice) -> Selection:
+def select(setup: Setup, contrast: Contrast, s: Settings) -> Selection:
     """The features of largest contrast at one block."""
-    k = choice.n_features
-    return subspace.select_features(contrast, k, max_density=choice.max_density, seed=setup.seed)
+    k = s.n_features
+    return subspace.select_features(contrast, k, max_density=s.max_density, seed=setup.seed)
 
 
-def _span(setup: Setup, contrasts: Mapping[int, Contrast], choice: Choice, saes=None) -> dict:
+def _span(setup: Setup, contrasts: Mapping[int, Contrast], s: Settings, saes=None) -> dict:
     """Bases of the features with the largest contrasts."""
     saes = saes or setup.saes
     return {
         n: subspace.build_basis(
-            subspace.decoder_rows(saes[n], select(setup, contrast, choice).latents),
-            rank=choice.rank,
+            subspace.decoder_rows(saes[n], select(setup, contrast, s).latents),
+            rank=s.rank,
         )
         for n, contrast in contrasts.items()
     }
@@ -140,12 +130,12 @@ def random_features(setup: Setup, n: int, k: int, seed: int, max_density: float)
     return pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:k]]
 
 
-def _random_span(setup: Setup, choice: Choice) -> dict:
+def _random_span(setup: Setup, s: Settings) -> dict:
     found = {}
     for n, sae in setup.saes.items():
-        latents = random_features(setup, n, choice.n_features, setup.seed + 100, choice.max_density)
+        latents = random_features(setup, n, s.n_features, setup.seed + 100, s.max_density)
         rows = subspace.decoder_rows(sae, latents)
-        found[n] = subspace.build_basis(rows, rank=choice.rank)
+        found[n] = subspace.build_basis(rows, rank=s.rank)
     return found
 
 
@@ -164,18 +154,18 @@ def _shuffled(setup: Setup) -> dict[int, Contrast]:
     }
 
 
-def _from_residuals(setup: Setup, choice: Choice, estimate: Callable) -> dict:
+def _from_residuals(setup: Setup, s: Settings, estimate: Callable) -> dict:
     """Bases that an estimator finds in the residuals themselves, filled up with random ones."""
     found = {}
     for n, pair in setup.reply_residuals.items():
-        own = estimate(*pair)[:, : choice.rank]
+        own = estimate(*pair)[:, : s.rank]
         d = own.shape[0]
-        rest = theory.random_basis(d, choice.rank, setup.seed + n)[:, own.shape[1] :]
+        rest = theory.random_basis(d, s.rank, setup.seed + n)[:, own.shape[1] :]
         found[n] = torch.linalg.qr(torch.cat([own, rest], 1)).Q
     return found
 
 
-SUBSPACES: dict[str, Callable[[Setup, Choice], dict]] = {
+SUBSPACES: dict[str, Callable[[Setup, Settings], dict]] = {
     "mean difference": lambda s, c: _from_residuals(s, c, theory.mean_difference),
     "paired PCA": lambda s, c: _from_residuals(s, c, lambda a, b: theory.paired_pca(a, b, c.rank)),
     "covariance difference": lambda s, c: _from_residuals(
@@ -194,34 +184,34 @@ SUBSPACES: dict[str, Callable[[Setup, Choice], dict]] = {
 """Methods whose adapters start in a subspace, and how each finds it at the blocks with an SAE."""
 
 
-def find_bases(setup: Setup, method: str, choice: Choice) -> dict[int, Tensor]:
+def find_bases(setup: Setup, method: str, s: Settings) -> dict[int, Tensor]:
     """The subspace of a method at every block."""
     if method in setup.nulls:
         saes = setup.nulls[method]
-        found = _span(setup, measure_contrasts(setup, saes, setup.safety), choice, saes)
+        found = _span(setup, measure_contrasts(setup, saes, setup.safety), s, saes)
     else:
-        found = SUBSPACES[method](setup, choice)
-    return subspace.assign_bases(found, setup.model.n_layers, choice.assignment)
+        found = SUBSPACES[method](setup, s)
+    return subspace.assign_bases(found, setup.model.n_layers, s.assignment)
 
 
-def prepare(setup: Setup, method: str, choice: Choice) -> "torch.nn.Module":
+def prepare(setup: Setup, method: str, s: Settings) -> "torch.nn.Module":
     """A copy of the base model with what the method trains."""
     torch.manual_seed(setup.seed)
     base = copy.deepcopy(setup.base)
     if method == FULL:
         return base.requires_grad_(True)
     if method in STOCK:
-        return _stock_adapter(setup, base, STOCK[method], choice.rank)
-    bases = find_bases(setup, method, choice)
+        return _stock_adapter(setup, base, STOCK[method], s.rank)
+    bases = find_bases(setup, method, s)
     return adapter.make_adapter(base, bases, frozen=method == FROZEN)
 
 
-def find_penalty(setup: Setup, method: str, choice: Choice, model: "torch.nn.Module") -> Callable:
+def find_penalty(setup: Setup, method: str, s: Settings, model: "torch.nn.Module") -> Callable:
     """What the method adds to its loss."""
     if method != PENALISED:
         return lambda: 0.0
-    bases = find_bases(setup, method, choice)
-    return lambda: choice.penalty * adapter.penalty(model, bases)
+    bases = find_bases(setup, method, s)
+    return lambda: s.penalty * adapter.penalty(model, bases)
 
 
 def _stock_adapter(setup: Setup, base: "PreTrainedModel", given: dict, rank: int):
@@ -233,43 +223,36 @@ def _stock_adapter(setup: Setup, base: "PreTrainedModel", given: dict, rank: int
         given = {**given, "eva_config": EvaConfig(rho=1.0)}  # the same rank everywhere
     model = get_peft_model(base, adapter.lora_config(ranks, **given))
     if eva:
-        rows = training_rows(setup.safety, setup.useful)
+        rows = setup.training_rows
         batches = [{"input_ids": part, "attention_mask": part > 0} for part in rows.split(32)]
         initialize_lora_eva_weights(model, batches, show_progress_bar=False)
     return model
 
 
-@dataclass(frozen=True)
-class Training:
-    """One run of fine-tuning."""
-
-    steps: int
-    """Steps of AdamW."""
-    batch_size: int
-    """Requests a step."""
-    lr: float
-    """First learning rate, which falls linearly to zero."""
-
-
 def fine_tune(
     model: "torch.nn.Module",
     rows: LongTensor,
-    training: Training,
+    *,
+    steps: int,
+    lr: float,
     seed: int,
+    batch_size: int = 16,
     penalty: Callable[[], Tensor | float] = lambda: 0.0,
 ) -> Iterator[int]:
-    """Train on the replies of `rows`; yields the number of steps done after each."""
+    """Train on the replies of `rows` with AdamW, whose rate falls linearly to zero; yields the
+    number of steps done after each.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, training.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, training.steps)
+    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     g = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
-    for step in range(1, training.steps + 1):
-        while len(order) < training.batch_size:
+    for step in range(1, steps + 1):
+        while len(order) < batch_size:
             order = torch.cat([order, torch.randperm(len(rows), generator=g)])
-        batch = rows[order[: training.batch_size]]
+        batch = rows[order[:batch_size]]
         loss = reply_losses(model, batch, REPLY).mean() + penalty()
-        order = order[training.batch_size :]
+        order = order[batch_size:]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

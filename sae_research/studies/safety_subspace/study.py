@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sae_research import catalogue, paths, saes, training
+from sae_research import catalogue, judge, paths, saes, training
 from sae_research.config import Profile
 from sae_research.errors import ResearchError
 from sae_research.hub import quiet
@@ -18,11 +18,10 @@ from sae_research.studies.safety_subspace import (
     data,
     evaluate,
     interpret,
-    judge,
     methods,
     theory,
 )
-from sae_research.studies.safety_subspace.methods import Choice, Setup, Training
+from sae_research.studies.safety_subspace.methods import Setup
 from sae_research.studies.safety_subspace.settings import (
     FULL,
     LORA,
@@ -101,7 +100,6 @@ class Alignment:
                 "source says what the paper took."
             )
         self.split = data.split_requests(self.seed)
-        self.choice = Choice(s.rank, s.n_features, s.max_density, s.penalty, s.assignment)
         self.setup = self._make_setup()
         rng = np.random.default_rng([self.seed, 55])
         texts = make_mixture(96, rng)
@@ -135,8 +133,8 @@ class Alignment:
         requests = data.all_requests()
         rows = torch.cat([requests.tokens, data.answer(requests, rng)], 1)
         harmful = rows[requests.harmful].repeat(5, 1)  # as many as there are harmless ones
-        answering = Training(s.base_steps, 32, 3e-4)
-        for _ in methods.fine_tune(base, torch.cat([rows, harmful]), answering, self.seed):
+        how = {"steps": s.base_steps, "lr": 3e-4, "batch_size": 32, "seed": self.seed}
+        for _ in methods.fine_tune(base, torch.cat([rows, harmful]), **how):
             pass
         base.requires_grad_(False).eval()
         model = adapter.bridge(base, spec.load().tokenizer, spec.name)
@@ -152,16 +150,14 @@ class Alignment:
         return Setup(base, model, by_block[0], pairs, useful, self.seed, named)
 
     def _train(
-        self, method: str, lr: float, setup: Setup, choice: Choice, curve: bool = False
+        self, method: str, lr: float, setup: Setup, s: Settings, curve: bool = False
     ) -> torch.nn.Module:
         """Fine-tune with one method; `curve` records how refusals come on validation requests."""
-        s = self.settings
-        model = methods.prepare(setup, method, choice)
-        rows = data.training_rows(setup.safety, setup.useful)
-        penalty = methods.find_penalty(setup, method, choice, model)
-        recipe = Training(s.steps, s.batch_size, lr)
+        model = methods.prepare(setup, method, s)
         requests = self.split.validation
-        for step in methods.fine_tune(model, rows, recipe, self.seed, penalty):
+        how = {"steps": s.steps, "lr": lr, "batch_size": s.batch_size, "seed": self.seed}
+        how["penalty"] = methods.find_penalty(setup, method, s, model)
+        for step in methods.fine_tune(model, setup.training_rows, **how):
             if curve and step % max(1, s.steps // 6) == 0:
                 p = evaluate.refusal_probability(model, requests)
                 found = {
@@ -176,7 +172,7 @@ class Alignment:
         s = self.settings
         found = []
         for lr in s.learning_rates:
-            model = self._train(method, lr, self.setup, self.choice, curve=True)
+            model = self._train(method, lr, self.setup, s, curve=True)
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             leaves = self._leaves(model) if method.startswith(SAILS) else float("nan")
             tuned = methods.merged(model)
@@ -197,7 +193,7 @@ class Alignment:
 
     def _leaves(self, model: torch.nn.Module) -> float:
         """Share of what attention newly adds to the residual outside the subspace, block mean."""
-        bases = methods.find_bases(self.setup, SAILS, self.choice)
+        bases = methods.find_bases(self.setup, SAILS, self.settings)
         rows = self.setup.safety.aligned
         return float(np.mean([*adapter.measure_out_of_span(model, rows, bases).values()]))
 
@@ -228,10 +224,10 @@ class Alignment:
         """Go on training all weights of the merged model on harmless requests, then judge again."""
         s = self.settings
         later = replace(self.setup, base=tuned)
-        model = methods.prepare(later, FULL, self.choice)
+        model = methods.prepare(later, FULL, s)
         rows = data.benign_rows(self.split.train, 256, self.seed)
-        recipe = Training(s.benign_steps, s.batch_size, s.benign_lr)
-        for _ in methods.fine_tune(model, rows, recipe, self.seed):
+        how = {"steps": s.benign_steps, "lr": s.benign_lr, "batch_size": s.batch_size}
+        for _ in methods.fine_tune(model, rows, seed=self.seed, **how):
             pass
         self._judge(method, methods.merged(model), "benign")
 
@@ -244,20 +240,20 @@ class Alignment:
             ]
             setup = replace(self.setup, safety=pairs[0], useful=pairs[1])
             for method in s.sweep_methods:
-                model = self._train(method, self.rates[method], setup, self.choice)
+                model = self._train(method, self.rates[method], setup, s)
                 self._judge(method, methods.merged(model), "budgets", n_pairs=n)
         for rank in s.ranks:
             features = -(-rank * s.n_features // s.rank)
-            choice = replace(self.choice, rank=rank, n_features=features)
+            other = replace(s, rank=rank, n_features=features)
             for method in s.sweep_methods:
                 if method != FULL:
-                    model = self._train(method, self.rates[method], self.setup, choice)
+                    model = self._train(method, self.rates[method], self.setup, other)
                     self._judge(method, methods.merged(model), "ranks", rank=rank)
 
     def _project(self) -> None:
         """What of LoRA's update works: its part in a subspace, or the rest, at equal energy."""
         for name in (SAILS, USEFUL, RANDOM) if LORA in self.tuned else ():
-            bases = methods.find_bases(self.setup, name, self.choice)
+            bases = methods.find_bases(self.setup, name, self.settings)
             for part, inside in (("parallel", True), ("orthogonal", False)):
                 tuned = self.tuned[LORA]
                 model, share = methods.project_update(self.setup.base, tuned, bases, inside)
@@ -268,12 +264,12 @@ class Alignment:
         s, setup = self.settings, self.setup
         if SAILS not in self.tuned:
             return
-        self._add("features", interpret.describe_features(setup, self.choice))
+        self._add("features", interpret.describe_features(setup, s))
         tested = self.split.test[self.split.test.harmful]
         tuned = self.tuned[SAILS]
         self._add(
             "removal",
-            interpret.measure_removal(setup, tuned, self.choice, tested, s.n_random_features),
+            interpret.measure_removal(setup, tuned, s, tested, s.n_random_features),
         )
         block, sae = next(iter(setup.saes.items()))
         others = {}
@@ -282,8 +278,8 @@ class Alignment:
             others[f"seed {n + 1}"] = training.train_sae(
                 setup.model, saes.hook_of(sae), rows, width=sae.cfg.d_sae, k=10, seed=n + 1
             )
-        self._add("subspaces", interpret.compare_subspaces(setup, self.choice, others, block))
-        bases = methods.find_bases(setup, SAILS, self.choice)
+        self._add("subspaces", interpret.compare_subspaces(setup, s, others, block))
+        bases = methods.find_bases(setup, SAILS, s)
         learned = [
             {
                 "other": f"learned by {m}",
