@@ -56,10 +56,16 @@ def share_of_parameters(rank: int = 16) -> pd.Series:
     return pd.Series(found)
 
 
-def by_seed(table: pd.DataFrame, column: str, **keys: object) -> pd.Series:
-    """Mean of a column by seed, over the rows that match."""
+def select(table: pd.DataFrame, **keys: object) -> pd.DataFrame:
+    """The rows whose columns have these values."""
     for name, value in keys.items():
         table = table[table[name] == value]
+    return table
+
+
+def by_seed(table: pd.DataFrame, column: str, **keys: object) -> pd.Series:
+    """Mean of a column by seed, over the rows that match."""
+    table = select(table, **keys)
     return table.groupby(["model", "seed"] if "model" in table else "seed")[column].mean()
 
 
