@@ -60,7 +60,7 @@ class Shift:
     probe_batch: int = 128
     """Batch of the probe."""
     examples: int = 100
-    """Balanced training texts on which effects are averaged."""
+    """Training texts on which effects are averaged."""
     steps: int = 10
     """Steps of integrated gradients."""
     node_threshold: float = 0.1

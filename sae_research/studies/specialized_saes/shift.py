@@ -89,14 +89,16 @@ class Case:
         return [fit_probe(x, texts.profession, self.settings, seed) for seed in seeds]
 
     def circuit(self, saes: "Mapping[str, SAE]", probe: Probe, by_gender: bool = False) -> Circuit:
-        """Effects on a probe's decision over balanced training texts, or on its gender.
+        """Effects on a probe's decision over the ambiguous texts it learned from, which is all that
+        SHIFT may see, or for the skylines on gender over balanced ones.
 
-        All four groups have as many: otherwise latents that are always active have an effect.
+        All groups have as many texts: otherwise latents that are always active have an effect.
         """
-        texts = self.data.balanced
-        group = 2 * texts.gender + texts.profession
-        n = max(1, self.settings.examples // 4)
-        texts = texts[torch.cat([(group == g).nonzero()[:n, 0] for g in range(4)])]
+        texts = self.data.balanced if by_gender else self.data.ambiguous
+        groups = 2 * texts.gender + texts.profession
+        present = groups.unique().tolist()
+        n = max(1, self.settings.examples // len(present))
+        texts = texts[torch.cat([(groups == g).nonzero()[:n, 0] for g in present])]
         labels = texts.gender if by_gender else texts.profession
         return Circuit(self.model, saes, probe, self.settings.probe_hook, texts.tokens, labels)
 
