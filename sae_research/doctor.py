@@ -38,10 +38,13 @@ def run(profile: str | None = None) -> tuple[str, int]:
 
 def judge(profile: config.Profile, machine: Machine) -> dict[str, list[str]]:
     """For each study of a profile, what keeps it from running on `machine`."""
-    return {
-        study: _here(machine) + _needs(profile.runtime, getattr(profile, study).models, machine)
-        for study in config.study_names()
-    }
+    found = {}
+    for study in config.study_names():
+        models = getattr(profile, study).models
+        found[study] = _here(machine) + _needs(profile.runtime, models, machine)
+        if study in machine.no_data and not all(catalogue.get(m).embedded for m in models):
+            found[study].append(f"your data in {machine.no_data[study]} (README says which)")
+    return found
 
 
 def _here(machine: Machine) -> list[str]:
@@ -61,13 +64,14 @@ def _here(machine: Machine) -> list[str]:
 def _needs(runtime: config.Runtime, names: Sequence[str], machine: Machine) -> list[str]:
     specs = [catalogue.get(name) for name in names]
     missing = [machine.world[s.model] for s in specs if s.embedded and s.model in machine.world]
+    missing += [machine.wheels[s.name] for s in specs if s.name in machine.wheels]
     weights = max((s.parameters or 0) * _BYTES.get(runtime.dtype, 4) for s in specs) / GB
     needed = weights * _OVERHEAD + _WORKING_MEMORY
     if runtime.device.startswith("cuda"):
         missing += _gpu(needed, machine)
     elif needed > machine.memory:
         missing.append(f"{needed:.0f} GB of memory at least ({machine.memory:.0f} here)")
-    return missing + _from_hub(runtime, [s for s in specs if not s.embedded], machine)
+    return missing + _from_hub(runtime, [s for s in specs if s.from_hub], machine)
 
 
 def _gpu(needed: float, machine: Machine) -> list[str]:

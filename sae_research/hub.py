@@ -44,7 +44,9 @@ def canonical_name(model: str) -> str:
     )
 
 
-def download(repository: str, patterns: tuple[str, ...] = _MODEL_FILES) -> Path:
+def download(
+    repository: str, patterns: tuple[str, ...] = _MODEL_FILES, revision: str | None = None
+) -> Path:
     """The folder, named by its commit, with those files of a hub repository that `patterns` name;
     fetched unless already on this machine.
     """
@@ -52,7 +54,8 @@ def download(repository: str, patterns: tuple[str, ...] = _MODEL_FILES) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+        folder = snapshot_download(repository, revision=revision, allow_patterns=list(patterns))
+        return Path(folder)
     except GatedRepoError as error:
         raise ResearchError(
             f"{repository} is gated: accept its licence on its page of the Hugging Face hub, then "
@@ -63,6 +66,24 @@ def download(repository: str, patterns: tuple[str, ...] = _MODEL_FILES) -> Path:
             f"there is no '{repository}' on the hub, and no such folder here; check the name."
         ) from error
     except OSError as error:
+        raise unreachable(repository) from error
+
+
+def sae_commit(release: str) -> str:
+    """The commit of the repository that holds a SAELens release: this machine's, or the hub's."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.file_download import repo_folder_name
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    repository = get_pretrained_saes_directory()[release].repo_id
+    folder = repo_folder_name(repo_id=repository, repo_type="model")
+    reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / "main"
+    if reference.is_file():
+        return reference.read_text().strip()
+    try:
+        return str(HfApi().model_info(repository).sha)
+    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise unreachable(repository) from error
 
 

@@ -19,6 +19,8 @@ VERDICTS = ("reproduced", "direction only", "confounded", "not reproduced", "not
 """From the best to the worst; notebook 90 says what each means."""
 PUBLISHED = "cpu"
 """The profile whose verdicts are published: `full` has not been run under the present rules."""
+GROUNDS = {"world": PUBLISHED, "real": "real", "paper": "gpu"}
+"""The profile whose ledger speaks for each ground."""
 README = paths.ROOT / "README.md"
 HIGHLIGHTS = {
     "opinion_qa.shift.fit": "of the distance is left",
@@ -80,6 +82,8 @@ def table(lines: list[dict]) -> "pd.DataFrame":
     rows = []
     for line in lines:
         changed = "".join(f" (until {c['date']}: {c['old']})" for c in line.get("history", []))
+        if line.get("planted") and line.get("ground") == "world":
+            changed += f" (planted: {line['planted']})"
         inner = {name: line.get(name) for name in ("control", "difference")}
         row = {
             "claim": line["statement"] + changed,
@@ -139,6 +143,27 @@ def agreement(lines: list[dict], published: list[dict]) -> tuple[int, list[tuple
     theirs = {line["id"]: line["verdict"] for line in published}
     both = [(e["id"], e["verdict"], theirs[e["id"]]) for e in lines if e["id"] in theirs]
     return sum(a == b for _, a, b in both), [line for line in both if line[1] != line[2]]
+
+
+def read_grounds() -> dict[str, list[dict]]:
+    """The published ledger of each ground that has one."""
+    from sae_research import claims
+
+    present = {g: p for g, p in GROUNDS.items() if (paths.DATA / p / "claims.json").is_file()}
+    return {ground: claims.read(profile) for ground, profile in present.items()}
+
+
+def compare_grounds(ledgers: dict[str, list[dict]]) -> "pd.DataFrame":
+    """What each ground says of a claim: verdict and number side by side; checks are left out."""
+    import pandas as pd
+
+    rows: dict[str, dict[str, str]] = {}
+    for ground, lines in ledgers.items():
+        for line in lines:
+            if line["study"] != TESTBED:
+                row = rows.setdefault(line["id"], {"claim": line["statement"]})
+                row[ground] = " ".join(filter(None, (line["verdict"], _interval(line))))
+    return pd.DataFrame(rows.values(), columns=["claim", *ledgers]).fillna("").assign(id=list(rows))
 
 
 def highlights(lines: list[dict]) -> str:

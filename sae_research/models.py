@@ -279,21 +279,31 @@ class LanguageModel:
         self, tokens: LongTensor, hook: str, edits: dict[str, Edit] | None = None
     ) -> Tensor:
         """Activations [batch, positions, d] at a hook; nothing above the hook is computed."""
-        found = []
+        return self.residuals(tokens, [hook], edits)[0]
 
-        def stop(value: Tensor) -> None:
-            found.append(value)
-            raise _Reached
+    def residuals(
+        self, tokens: LongTensor, hooks: list[str], edits: dict[str, Edit] | None = None
+    ) -> list[Tensor]:
+        """Activations [batch, positions, d] at some hooks, from one pass that ends at the last."""
+        own = [self.hook(name) for name in hooks]
+        found: dict[str, Tensor] = {}
 
-        edits = {self.hook(name): edit for name, edit in (edits or {}).items()}
-        before = edits.pop(self.hook(hook), lambda value: value)
+        def record(name: str, value: Tensor) -> Tensor:
+            found[name] = before.get(name, lambda value: value)(value)
+            if len(found) == len(set(own)):
+                raise _Reached
+            return found[name]
+
+        before = {self.hook(name): edit for name, edit in (edits or {}).items()}
+        recorders = {name: functools.partial(record, name) for name in own}
         with torch.no_grad(), contextlib.suppress(_Reached):
-            self._run(tokens, {**edits, hook: lambda value: stop(before(value))})
-        if not found:
+            self._run(tokens, {**before, **recorders})
+        if missing := [name for name in own if name not in found]:
             raise ResearchError(
-                f"{self.name} does not compute '{hook}' in its forward pass; choose another hook."
+                f"{self.name} does not compute '{missing[0]}' in its forward pass; choose another "
+                "hook."
             )
-        return found[0]
+        return [found[name] for name in own]
 
     def logits(self, tokens: LongTensor, edits: dict[str, Edit] | None = None) -> Tensor:
         """Next-token logits [batch, positions, vocabulary], float32; edits may carry gradients."""

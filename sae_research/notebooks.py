@@ -225,6 +225,26 @@ def _execute(name: str, profile: config.Profile, folder: Path) -> "NotebookNode"
         ) from error
 
 
+def _is_left_out(name: str, profile: config.Profile) -> bool:
+    """Whether the notebook belongs to a study that has no model in the profile."""
+    match = re.fullmatch(r"\d\d_(.+)_(run|results)", name)
+    return match is not None and not getattr(profile.studies[match[1]], "models", True)
+
+
+def _leave_out(name: str, profile: str, outputs: list[Path]) -> "NotebookNode":
+    """Empty outputs, and in place of the executed notebook a page that says so."""
+    from nbformat import v4
+
+    for out in outputs:
+        if out.suffix == ".json":
+            store.write_json(out, [])
+        elif not out.suffix:
+            with store.writing(out) as folder:
+                (folder / "README.md").write_text(f"Not part of the profile `{profile}`.\n")
+    words = f"# {name}\n\nThis study has no model in the profile `{profile}`: nothing was run."
+    return _steady(v4.new_notebook(cells=[v4.new_markdown_cell(words)]))
+
+
 def run(name: str, profile: str) -> Path:
     """Execute one notebook of a profile, publish its normalised copy and stamp what it wrote."""
     import nbformat
@@ -241,14 +261,18 @@ def run(name: str, profile: str) -> Path:
         )
     scratch = paths.scratch(profile, name)
     published = paths.executed(profile) / f"{name}.ipynb"
+    own = [stamp(profile, name), published]
     _die_with_pipeline()
     started = time.monotonic()
     with hold_lock(scratch.with_name(f"{name}.lock"), f"notebook {name} ({profile})"):
         scratch.mkdir(parents=True, exist_ok=True)
-        with patch.dict(os.environ, environment(settings, scratch)):
-            notebook = normalised(_execute(name, settings, scratch), profile)
+        if _is_left_out(name, settings):
+            notebook = _leave_out(name, profile, [o for o in declared if o not in own])
+        else:
+            with patch.dict(os.environ, environment(settings, scratch)):
+                notebook = normalised(_execute(name, settings, scratch), profile)
         store.write_text(published, nbformat.writes(notebook) + "\n")
-        _stamp(profile, name, [out for out in declared if out != stamp(profile, name)])
+        _stamp(profile, name, [out for out in declared if out != own[0]])
         shutil.rmtree(scratch, ignore_errors=True)
         study = re.fullmatch(r"\d\d_(.+)_run", name)
         if study:  # its shards are published now

@@ -1,5 +1,6 @@
 """Where things live; every path is absolute, so the working folder never matters."""
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -9,6 +10,10 @@ CONSTRAINTS = ROOT / "constraints.txt"
 NOTEBOOKS = ROOT / "notebooks"
 DATA = ROOT / "data"
 EMBEDDED = DATA / "embedded"
+REAL_SAES = DATA / "real_saes"
+"""SAEs of real models that were trained here: `<model>/<role>`, in SAELens format."""
+CACHE = Path(os.environ.get("SAE_RESEARCH_CACHE") or DATA / "cache").expanduser().resolve()
+"""What can be fetched or made again: real models, their text and residuals."""
 
 
 def study_data(profile: str, study: str) -> Path:

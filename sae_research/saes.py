@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import LongTensor, Tensor
 
@@ -343,3 +344,17 @@ def quality(
         **losses,
         "tokens": len(x),
     }
+
+
+def match_decoders(one: "SAE", other: "SAE") -> np.ndarray:
+    """Cosine of each latent's decoder row with the row of the other SAE that it is paired with.
+
+    Pairs are one to one and maximise the sum; the mean is PW-MCC (arXiv:2505.20254).
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    rows = [
+        torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=-1) for sae in (one, other)
+    ]
+    cosines = (rows[0] @ rows[1].T).cpu().numpy()
+    return cosines[linear_sum_assignment(cosines, maximize=True)]

@@ -6,8 +6,9 @@ subclasses `SAETrainer` and hands it over in `trainers`. Everything else (batche
 checks) stays the same for all SAEs.
 """
 
+import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from tempfile import TemporaryDirectory
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
-from sae_research import activations, saes
+from sae_research import activations, fast_training, saes
 from sae_research.errors import ResearchError
 from sae_research.hub import quiet
 from sae_research.models import LanguageModel
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
     from sae_lens.training.sae_trainer import SAETrainer
 
     MakeTrainer = Callable[["TrainingSAE", "SAETraining"], "SAETrainer"]
+
+NULLS = ("frozen_decoder", "soft_frozen_decoder", "frozen_encoder")
+"""The null dictionaries of arXiv:2602.14111: SAEs that hardly learn directions of their own."""
+SOFT_COSINE = 0.8
+"""Least cosine of a soft-frozen decoder row to where it started."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,9 @@ def trainer(
         feature_sampling_window=settings.steps + 1,
         device=sae.cfg.device,
     )
-    return (kind or SAETrainer)(config, sae, data_provider=iter(()))
+    run = (kind or SAETrainer)(config, sae, data_provider=iter(()))
+    run.optimizer.param_groups[0]["fused"] = True
+    return run
 
 
 def train(
@@ -99,7 +108,8 @@ def train(
     with quiet():
         for name, config in configs.items():
             torch.manual_seed(seed)
-            sae = TrainingSAE.get_sae_class_for_architecture(config.architecture())(config)
+            kind = TrainingSAE.get_sae_class_for_architecture(config.architecture())
+            sae = fast_training.fast_class(kind)(config)
             running[name] = (trainers or {}).get(name, trainer)(sae, settings)
             scaled = config.normalize_activations == "expected_average_only_in"
             if scaled:
@@ -127,6 +137,7 @@ def train(
             run.sae.fold_activation_norm_scaling_factor(run.activation_scaler.scaling_factor)
             run.activation_scaler.scaling_factor = None
         run.set_final_sae_metadata()
+        run.sae.W_enc.data = run.sae.W_enc.data.contiguous()
     return {name: run.sae.eval() for name, run in running.items()}
 
 
@@ -234,6 +245,57 @@ def held_at(l0: float, rate: float = 0.005) -> "MakeTrainer":
             return output
 
     return lambda sae, settings: trainer(sae, settings, HeldTrainer)
+
+
+def with_nulls(
+    configs: "Mapping[str, TrainingSAEConfig]",
+    trainers: "Mapping[str, MakeTrainer] | None" = None,
+) -> "tuple[dict[str, TrainingSAEConfig], dict[str, MakeTrainer]]":
+    """The SAEs and the three null dictionaries of each, `<name>_<null>`: what `train` takes.
+
+    Nulls have the same config, trainer and calibration as the SAE that they stand beside.
+    """
+    all_configs = dict(configs)
+    all_trainers = dict(trainers or {})
+    for name, config in configs.items():
+        for null in NULLS:
+            all_configs[f"{name}_{null}"] = copy.deepcopy(config)
+            all_trainers[f"{name}_{null}"] = freeze(null, (trainers or {}).get(name, trainer))
+    return all_configs, all_trainers
+
+
+def freeze(null: str, make: "MakeTrainer" = trainer) -> "MakeTrainer":
+    """The trainer of a null dictionary: `make`'s, with decoder or encoder kept where it starts."""
+
+    def make_frozen(sae: "TrainingSAE", settings: SAETraining) -> "SAETrainer":
+        if null == "frozen_encoder":
+            sae.W_enc.requires_grad_(False)
+            sae.b_enc.requires_grad_(False)
+        elif null == "frozen_decoder":
+            sae.W_dec.requires_grad_(False)
+        run = make(sae, settings)
+        if null == "soft_frozen_decoder":
+            start = normalize(sae.W_dec.detach().clone(), dim=-1)
+            step = run.step
+
+            def step_and_return(batch: Tensor):
+                output = step(batch)
+                sae.W_dec.data = keep_near(sae.W_dec.data, start)
+                return output
+
+            run.step = step_and_return
+        return run
+
+    return make_frozen
+
+
+def keep_near(rows: Tensor, start: Tensor, cosine: float = SOFT_COSINE) -> Tensor:
+    """Rows turned towards their unit `start`, as little as a cosine of at least `cosine` asks."""
+    norms = rows.norm(dim=-1, keepdim=True)
+    along = (rows * start).sum(-1, keepdim=True)
+    across = normalize(rows - along * start, dim=-1)
+    turned = norms * (cosine * start + math.sqrt(1 - cosine**2) * across)
+    return torch.where(along < cosine * norms, turned, rows)
 
 
 def inference(sae: "TrainingSAE", activations: Tensor, k: float | None = None) -> "SAE":

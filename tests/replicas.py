@@ -24,14 +24,15 @@ BLOCKS = {
     "gemma-2-2b-it": 26,
     "gemma-2-9b": 42,
     "Llama-3.1-8B": 32,
+    "SmolLM2-135M-Instruct": 30,
 }
 
 
 def write_cache(cache: Path) -> None:
     """Fill `cache` with a replica of every model and SAE of the catalogue."""
-    models = {spec.model for spec in MODEL_SPECS.values() if not spec.embedded}
-    for repository in sorted(models):
-        _publish(cache, repository, _model_files(repository))
+    models = {spec.model: spec.revision for spec in MODEL_SPECS.values() if spec.from_hub}
+    for repository, revision in sorted(models.items()):
+        _publish(cache, repository, _model_files(repository), revision)
     for repository, files in _sae_files():
         _publish(cache, repository, files)
 
@@ -44,7 +45,9 @@ def gemma_overrides() -> dict[str, dict]:
     return {f"gemma-scope-{size}-pt-res-canonical": sizes for size in ("2b", "9b")}
 
 
-def _publish(cache: Path, repository: str, fill: Callable[[Path], None]) -> None:
+def _publish(
+    cache: Path, repository: str, fill: Callable[[Path], None], revision: str | None = None
+) -> None:
     """Put the files that `fill` writes into the cache, as the hub client would after a download."""
     root = cache / f"models--{repository.replace('/', '--')}"
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +57,7 @@ def _publish(cache: Path, repository: str, fill: Callable[[Path], None]) -> None
             for p in sorted(Path(folder).rglob("*"))
             if p.is_file()
         }
-    commit = hashlib.sha1(repository.encode()).hexdigest()
+    commit = revision or hashlib.sha1(repository.encode()).hexdigest()
     (root / "refs").mkdir(parents=True)
     (root / "refs" / "main").write_text(commit)
     (root / "blobs").mkdir()
@@ -99,7 +102,8 @@ def _model_files(repository: str) -> Callable[[Path], None]:
 
 
 def _dtype(name: str) -> str:
-    return {"pythia-70m-deduped": "float16", "Llama-3.1-8B": "bfloat16"}.get(name, "float32")
+    halves = {"pythia-70m-deduped": "float16", "Llama-3.1-8B": "bfloat16"}
+    return {**halves, "SmolLM2-135M-Instruct": "bfloat16"}.get(name, "float32")
 
 
 def _config(name: str, vocabulary: int):
@@ -132,6 +136,17 @@ def _config(name: str, vocabulary: int):
             query_pre_attn_scalar=8,
             sliding_window=4096,
             max_position_embeddings=8192,
+        )
+    if name.startswith("Smol"):
+        return LlamaConfig(
+            **shape,
+            num_key_value_heads=2,
+            max_position_embeddings=8192,
+            rope_theta=100000.0,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+            tie_word_embeddings=True,
         )
     return LlamaConfig(
         **shape,
@@ -204,6 +219,12 @@ def _tokenizer(name: str):
             "bos_token": "<bos>",
             "eos_token": "<eos>",
             "unk_token": "<unk>",
+        },
+        "SmolL": {
+            "unk_token": "<|endoftext|>",
+            "bos_token": "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|im_end|>",
         },
         "Llama": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
         "pythi": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),

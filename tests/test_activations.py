@@ -63,3 +63,61 @@ def test_a_batch_larger_than_the_pool_is_refused():
 
     with pytest.raises(ResearchError, match="batches of 8 do not fit: there are 4 activations"):
         next(activations.batches(torch.zeros(4, 2), 8, 1, 0))
+
+
+def test_two_hooks_share_one_pass_and_edits_reach_both(llama):
+    rows = llama.tokens(["w0 w1 w2", "w3"])
+    hooks = ["blocks.2.hook_resid_post", HOOK]
+    with llama.edited({"blocks.0.hook_resid_post": lambda x: 2 * x}):
+        found = llama.residuals(rows, hooks, {HOOK: lambda x: x + 1})
+        alone = [llama.residual(rows, hook, {HOOK: lambda x: x + 1}) for hook in hooks]
+    assert all(ours.equal(theirs) for ours, theirs in zip(found, alone, strict=True))
+    assert not found[1].allclose(llama.residual(rows, HOOK))
+
+
+@pytest.fixture
+def stored(llama, tmp_path):
+    """Residuals on disk of six rows in three parts, with how they were asked for."""
+    rows = llama.tokens([f"w{i} w{i + 1} w{i + 2}" for i in range(6)])
+    asked = (llama, rows, ["blocks.2.hook_resid_post", HOOK], tmp_path / "residuals")
+    return asked, activations.collect_on_disk(*asked, batch=2, rows_per_part=2)
+
+
+def test_residuals_on_disk_are_those_in_memory(llama, stored):
+    import torch
+
+    (_, rows, hooks, _), found = stored
+    positions = torch.tensor([17, 0, 5, 5, 11])
+    for hook, ours in zip(hooks, found, strict=True):
+        memory = activations.collect(llama, rows, hook)
+        assert ours.shape == memory.shape == (18, llama.d_model)
+        assert ours[positions].equal(memory[positions].half().float())
+        streams = (next(activations.batches(acts, 8, 1, seed=3)) for acts in (ours, memory.half()))
+        assert next(streams).equal(next(streams).float())
+
+
+def test_a_killed_collection_goes_on_and_other_text_starts_anew(llama, stored):
+    import shutil
+
+    import torch
+
+    (model, rows, hooks, folder), found = stored
+    everything = found[0][torch.arange(18)]
+    kept = (folder / "part-0000" / "0.npy").stat().st_mtime_ns
+    shutil.rmtree(folder / "part-0001")
+    again = activations.collect_on_disk(model, rows, hooks, folder, batch=2, rows_per_part=2)
+    assert again[0][torch.arange(18)].equal(everything)
+    assert (folder / "part-0000" / "0.npy").stat().st_mtime_ns == kept
+    other = activations.collect_on_disk(
+        model, rows.flip(0), hooks, folder, batch=2, rows_per_part=2
+    )
+    assert not other[0][torch.arange(18)].equal(everything)
+
+
+def test_what_float16_cannot_hold_is_refused(llama, tmp_path):
+    rows = llama.tokens(["w0 w1 w2"])
+    with (
+        llama.edited({HOOK: lambda x: x * 1e6}),
+        pytest.raises(ResearchError, match="do not fit into float16"),
+    ):
+        activations.collect_on_disk(llama, rows, [HOOK], tmp_path / "residuals")

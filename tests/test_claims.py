@@ -386,7 +386,7 @@ def test_record_and_unite(folder):
     lines = claims.unite("cpu")
     assert claims.read("cpu") == lines
     keys = "id study statement paper_value evidence unit family against value low high n control"
-    keys += " difference p rule history measure no_control verdict notebook"
+    keys += " difference p rule history measure no_control verdict notebook planted ground"
     assert set(lines[0]) == set(keys.split())
     assert "A. (until 2026-01-02: at least 1)" in ledger.markdown(lines)
     assert lines[0]["paper_value"] == 0.58

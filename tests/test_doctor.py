@@ -99,10 +99,10 @@ def test_memory_follows_parameters_and_number_format(tmp_path, monkeypatch):
 
 
 def test_the_world_is_intact_missing_or_damaged(tmp_path):
-    for name in ("text", "survey"):
-        for piece in ("model", "saes"):
-            with store.writing(tmp_path / name / piece) as partial:
-                (partial / "weights").write_text("w")
+    models = [f"{name}{seed}/model" for name in ("text", "survey") for seed in ("", "-1", "-2")]
+    for piece in (*models, "text/saes", "survey/saes"):
+        with store.writing(tmp_path / piece) as partial:
+            (partial / "weights").write_text("w")
     assert machine.world_problems(tmp_path) == {}
     (tmp_path / "text" / "saes" / "weights").write_text("v")
     problems = machine.world_problems(tmp_path)
@@ -112,13 +112,24 @@ def test_the_world_is_intact_missing_or_damaged(tmp_path):
 
 
 def test_a_model_is_downloaded_when_its_model_and_main_saes_are(hub_cache, tmp_path):
-    away = [spec for spec in catalogue.MODEL_SPECS.values() if not spec.embedded]
+    away = [spec for spec in catalogue.MODEL_SPECS.values() if spec.from_hub]
     files = machine.cached_files(hub_cache)
     assert [spec.name for spec in away if not machine.downloaded(spec, files)] == []
     assert machine.cached_files(tmp_path / "nowhere") == {}
     del files["jbloom/GPT2-Small-SAEs-Reformatted"], files["gpt2-large"]
     gone = {spec.name for spec in away if not machine.downloaded(spec, files)}
     assert gone == {"gpt2-small", "gpt2-large"}
+
+
+def test_the_readers_data_is_looked_for(tmp_path):
+    folder = "data/private/opinion_qa"
+    assert machine.missing_data(tmp_path) == {"opinion_qa": folder}
+    absent = {"opinion_qa": folder}
+    assert folder in missing("laptop", "opinion_qa", no_data=absent)
+    assert missing("cpu", "opinion_qa", no_data=absent) == ""
+    assert missing("laptop", "side_effects", no_data=absent) == ""
+    store.write_text(tmp_path / folder / "human_resp" / "info.csv", "x")
+    assert machine.missing_data(tmp_path) == {}
 
 
 class _Hub(BaseHTTPRequestHandler):

@@ -18,9 +18,9 @@ from sae_research.errors import ResearchError
 
 pytestmark = pytest.mark.usefixtures("offline_hub")
 
-REMOTE = [name for name, spec in catalogue.MODEL_SPECS.items() if not spec.embedded]
+REMOTE = [name for name, spec in catalogue.MODEL_SPECS.items() if spec.from_hub]
 MODELS = sorted(
-    {spec.model: name for name, spec in catalogue.MODEL_SPECS.items() if not spec.embedded}.values()
+    {spec.model: name for name, spec in catalogue.MODEL_SPECS.items() if spec.from_hub}.values()
 )
 WITH_SAES = [name for name in REMOTE if catalogue.get(name).saes]
 

@@ -28,7 +28,7 @@ def toy(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_text(
         "profile: cpu\nprofiles:\n  cpu: {runtime: {threads: 2}, opinion_qa: {training: {steps: "
         "50}}}\n"
-        "  full: {world: {rebuilds: [1, 2]}}\n"
+        "  full: {world: {seeds: [0, 1, 2]}}\n"
     )
     monkeypatch.setattr(config, "PARAMS", tmp_path / "params.yaml")
 
@@ -38,7 +38,7 @@ def test_only_departures_are_listed_with_default_and_profile_values():
     rows = [row[:2] + row[3:] for row in settings_page._table(("cpu", "full"))]
     assert rows == [
         ["runtime", "threads", "8", "2", "="],
-        ["world", "rebuilds", "none", "=", "1, 2"],
+        ["world", "seeds", "0", "=", "0, 1, 2"],
         ["opinion_qa", "training.steps", "500", "50", "="],
     ]
     assert settings_page.text(("cpu",)).splitlines()[2].split() == ["runtime", "threads", "8", "2"]

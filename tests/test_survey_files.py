@@ -12,7 +12,7 @@ from sae_research.errors import ResearchError
 from sae_research.paths import ROOT
 from sae_research.surveys import published, survey
 from sae_research.surveys.files import load_survey
-from sae_research.surveys.splits import find_families, split_by_wave
+from sae_research.surveys.splits import find_families, split_by_topic
 
 SHARED = ROOT.parent / "shared" / "real" / "opinions"
 
@@ -141,13 +141,13 @@ def test_whole_waves_are_kept_for_the_test_and_families_stay_together():
     names[0] = names[1] = names[40]  # asked again in an unseen wave
     p = np.full((1, 80, 2), 0.5)
     asked = survey.Survey(tuple(questions), (survey.Group("a", "b", 1.0),), p, p[0])
-    found = split_by_wave(asked, [34], names, seed=0)
+    found = split_by_topic(asked, ["wave 34"], names, seed=0)
     splits = np.array([q.split for q in found.questions])
     assert (splits[40:] == "test").all()
     assert (splits[:2] == "test").all()
     assert [(splits[2:40] == s).sum() for s in ("train", "validation", "test")] == [24, 6, 8]
     assert (splits[:40:2] == splits[1:40:2]).all()
-    again = split_by_wave(asked, [34], names, seed=1)
+    again = split_by_topic(asked, ["wave 34"], names, seed=1)
     assert [q.split for q in again.questions] != splits.tolist()
 
 

@@ -139,3 +139,49 @@ def test_train_sae_carries_its_model_and_hook(tmp_path):
     assert catalogue.load_sae(tmp_path / "sae", model=model).cfg.d_sae == 64
     again = training.train_sae(model, hook, texts, width=64, k=4, settings=settings, seed=1)
     assert not torch.equal(again.W_dec, sae.W_dec)
+
+
+def test_null_dictionaries_keep_what_they_must(sparse_data):
+    configs, trainers = training.with_nulls({"one": training.topk(D, M, K)})
+    assert list(configs) == ["one", *(f"one_{null}" for null in training.NULLS)]
+    trained = run(sparse_data, configs, trainers=trainers)
+    torch.manual_seed(0)
+    start = run(sparse_data, {"x": configs["one"]}, training.SAETraining(steps=1, lr=0.0))["x"]
+
+    def turned(name, weight):
+        at_start, now = (getattr(sae, weight) for sae in (start, trained[name]))
+        dim = -1 if weight == "W_dec" else 0
+        return torch.nn.functional.cosine_similarity(at_start, now, dim=dim).min().item()
+
+    assert turned("one_frozen_decoder", "W_dec") == pytest.approx(1, abs=1e-5)
+    assert turned("one_frozen_encoder", "W_enc") == pytest.approx(1, abs=1e-5)
+    assert turned("one_soft_frozen_decoder", "W_dec") == pytest.approx(0.8, abs=1e-4)
+    assert turned("one", "W_dec") < 0.7
+    for name, weight in (
+        ("one_frozen_decoder", "W_enc"),
+        ("one_soft_frozen_decoder", "W_enc"),
+        ("one_frozen_encoder", "W_dec"),
+    ):
+        assert turned(name, weight) < 0.99
+    alone = run(sparse_data, {"one": training.topk(D, M, K)})["one"]
+    assert torch.equal(alone.W_dec, trained["one"].W_dec)
+
+
+def test_rows_are_turned_no_further_than_they_must():
+    start = torch.nn.functional.normalize(torch.randn(50, 8), dim=-1)
+    rows = 3 * torch.randn(50, 8)
+    near = training.keep_near(rows, start)
+    cosines = torch.nn.functional.cosine_similarity
+    before = cosines(rows, start)
+    assert torch.equal(near[before >= 0.8], rows[before >= 0.8])
+    torch.testing.assert_close(near.norm(dim=-1), rows.norm(dim=-1))
+    torch.testing.assert_close(cosines(near, start), before.clamp(min=0.8), rtol=0, atol=1e-5)
+
+
+def test_matched_decoders_ignore_order_and_scale(sparse_data):
+    trained = run(sparse_data, {"one": training.topk(D, M, K)})["one"]
+    other = run(sparse_data, {"one": training.topk(D, M, K)})["one"]
+    other.W_dec.data = other.W_dec[torch.randperm(M)] * (1 + torch.rand(M, 1))
+    assert saes.match_decoders(trained, other) == pytest.approx(1.0, abs=1e-5)
+    other.W_dec.data = torch.randn(M, D)
+    assert saes.match_decoders(trained, other).mean() < 0.8

@@ -2,14 +2,14 @@
 
 | layout | a row is | needed columns | optional columns |
 |---|---|---|---|
-| counts | a group's answers to a question | qkey, attribute, group, question, options, counts | ordinal, n |
+| counts | a group's answers to a question | qkey, attribute, group, question, options, counts | ordinal, n, topic |
 | long | a respondent's answer to a question | respondent, question, answer, attributes | weight |
 | wide | a respondent | one per question, attributes | respondent, weight |
 
 counts: `options`, `counts` and `ordinal` are lists such as ["no", "yes"]. Counts may be weighted;
 `n` is the number of respondents, by default the sum of the counts. Without `ordinal` the options
 ascend as listed; equal ordinals mean options without order. Rows of attribute and group `Overall`
-are the population; without them it is pooled over the groups.
+are the population; without them it is pooled over the groups. `topic` is what a question is about.
 
 long and wide: each attribute column (gender, party, ...) makes one group per value. Empty cells
 are people who were not asked or did not answer. `weight` is a respondent's survey weight.
@@ -17,6 +17,7 @@ are people who were not asked or did not answer. `weight` is a respondent's surv
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,10 +54,10 @@ def load_survey(
 ) -> Survey:
     """A survey from a csv in the layout counts, long or wide (see the table of this module).
 
-    `attributes` are the columns that make groups (long: by default all further columns),
-    `questions` the ones to read (default: all), with their wordings if it is a mapping. `options`
-    lists a question's answers in ascending order; without it, numbers ascend and words have no
-    order. `weight` names the column of the respondents' weights.
+    `attributes` are the columns that make groups (long: by default all further columns; counts:
+    the attributes to read, by default all), `questions` the ones to read (default: all), with their
+    wordings if it is a mapping. `options` lists a question's answers in ascending order; without
+    it, numbers ascend and words have no order. `weight` names the column of respondents' weights.
 
     >>> survey = load_survey("poll.csv", attributes=["party"], options={"tax": ["no", "yes"]})
     >>> survey = survey.split(seed=0)
@@ -65,7 +66,10 @@ def load_survey(
     rows = read_rows(path, layout=LAYOUTS)
     columns = list(rows[0][1])
     if set(COUNTS) <= set(columns):
-        cells = _read_counts([r for r in rows if not questions or r[1]["qkey"] in questions], path)
+        wanted = [r for r in rows if not questions or r[1]["qkey"] in questions]
+        if attributes:
+            wanted = [r for r in wanted if r[1]["attribute"] in (*attributes, OVERALL)]
+        cells = _read_counts(wanted, path)
     else:
         if set(LONG) <= set(columns):
             attributes = attributes or [c for c in columns if c not in (*LONG, weight)]
@@ -137,6 +141,7 @@ def _parse_counts(row: dict[str, str], path: Path, line: int) -> tuple[Question,
         reason = f"'counts' must be numbers of at least 0, not all 0: {counts}"
         raise malformed(path, line, reason)
     item, order = make_question(row["qkey"], row["question"], options, ordinal)
+    item = replace(item, topic=(row.get("topic") or "").strip())
     return item, np.array(counts, dtype=float)[order]
 
 

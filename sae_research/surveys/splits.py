@@ -45,14 +45,15 @@ def split_questions(survey: Survey, seed: int, similarity: float) -> Survey:
     return _with_splits(survey, [split[name] for name in names])
 
 
-def split_by_wave(survey: Survey, unseen: Sequence[int], names: Sequence[str], seed: int) -> Survey:
-    """Test all questions of the `unseen` waves and a quarter of the others; train on 60 of the 75.
+def split_by_topic(
+    survey: Survey, unseen: Sequence[str], names: Sequence[str], seed: int
+) -> Survey:
+    """Test all questions of the `unseen` topics, such as a wave, and a quarter of the others.
 
-    `names` are the questions' families: none is parted, and one that reaches into an unseen wave
-    is for the test alone.
+    Of those 75 %, 60 are for training. `names` are the questions' families: none is parted, and
+    one that reaches into an unseen topic is for the test alone.
     """
-    waves = {f"wave {wave}" for wave in unseen}
-    apart = {name for name, q in zip(names, survey.questions, strict=True) if q.topic in waves}
+    apart = {name for name, q in zip(names, survey.questions, strict=True) if q.topic in unseen}
     seen = [name for name in dict.fromkeys(names) if name not in apart]
     order = np.random.default_rng(seed).permutation(len(seen))
     bounds = (0.6 * len(seen), 0.75 * len(seen))

@@ -196,13 +196,18 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum() / scale) if scale > 1e-9 else float("nan")
 
 
+def halve_respondents(survey: Survey, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distributions of two random halves of each group's respondents."""
+    counts = _require_counts(survey)
+    half = np.random.default_rng(seed).multivariate_hypergeometric
+    first = np.array([[half(cell, cell.sum() // 2) for cell in group] for group in counts])
+    first, second = (c / c.sum(-1, keepdims=True) for c in (first, counts - first))
+    return first, second
+
+
 def reliability(survey: Survey, seed: int) -> float:
     """Split-half reliability of the deviations: rho_dev / sqrt of it is free of noise."""
-    draws = np.random.default_rng(seed)
-    counts = _require_counts(survey)
-    half = draws.multivariate_hypergeometric
-    first = np.array([[half(cell, cell.sum() // 2) for cell in group] for group in counts])
-    halves = [c / c.sum(-1, keepdims=True) for c in (first, counts - first)]
+    halves = halve_respondents(survey, seed)
     a, b = (deviations(h, survey.weights)[:, survey.mask].ravel() for h in halves)
     r = _correlation(a, b)
     return 2 * r / (1 + r)

@@ -1,6 +1,11 @@
-"""Build the toy models and their SAEs: each piece resumable, all put in place at the end."""
+"""Build the toy models and their SAEs: each piece resumable, all put in place at the end.
+
+The models of three seeds are committed, and the SAEs of the first; the SAEs of the others are
+trained where they are first asked for.
+"""
 
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +14,14 @@ from sae_research import dependencies, parallel, store
 from sae_research.paths import DATA, EMBEDDED
 
 TOY_MODELS = ("text", "survey")
+SEEDS = (0, 1, 2)
+"""Seeds of the committed models; each seed also draws the text and starts the SAEs."""
+SCRATCH = DATA / "scratch" / "world"
+
+
+def folder_name(name: str, seed: int) -> str:
+    """What a toy model of a seed is called: `text`, `text-1`, `text-2`."""
+    return f"{name}-{seed}" if seed else name
 
 
 def _load_recipe(name: str, seed: int) -> tuple[ModuleType, object, dict]:
@@ -27,47 +40,54 @@ def _load_recipe(name: str, seed: int) -> tuple[ModuleType, object, dict]:
     return module, settings, {"settings": store.fingerprint(settings), "code": code, "seed": seed}
 
 
-def _build_model(seed: int, folder: Path, name: str) -> Path:
+def _build_model(scratch: Path, piece: tuple[str, int]) -> Path:
+    name, seed = piece
     module, settings, key = _load_recipe(name, seed)
-    return store.resumed(folder / name / "model", key, partial(module.train_model, settings, seed))
+    train = partial(module.train_model, settings, seed)
+    return store.resumed(scratch / folder_name(name, seed) / "model", key, train)
 
 
-def _build_saes(seed: int, folder: Path, piece: tuple[str, int]) -> Path:
-    name, hook_index = piece
+def train_saes(model: Path, scratch: Path, name: str, seed: int, n_jobs: int = 1) -> list[Path]:
+    """The folders with the SAEs of a toy model, one for each hook."""
+    one = partial(_train_hook, model, scratch, name, seed)
+    return parallel.shards(one, (0, 1), n_jobs, desc="SAEs")
+
+
+def _train_hook(model: Path, scratch: Path, name: str, seed: int, hook_index: int) -> Path:
     module, settings, key = _load_recipe(name, seed)
-    model = store.verified(folder / name / "model")
+    key["model"] = (model / store.CHECKSUMS).read_text()
     train = partial(module.train_saes, settings, model, seed, hook_index=hook_index)
-    return store.resumed(folder / name / f"saes-{hook_index}", key, train)
+    return store.resumed(scratch / folder_name(name, seed) / f"saes-{hook_index}", key, train)
 
 
-def build_into(folder: Path, seed: int, n_jobs: int = 2) -> Path:
-    """Both toy models below `folder`: models first, then the SAEs of each hook.
-
-    Each piece has one thread whatever `n_jobs`, so that its bytes depend on the seed alone.
-    """
-    parallel.shards(partial(_build_model, seed, folder), TOY_MODELS, n_jobs, desc="models")
-    pieces = [(name, hook_index) for name in TOY_MODELS for hook_index in (0, 1)]
-    parallel.shards(partial(_build_saes, seed, folder), pieces, n_jobs, desc="SAEs")
-    for name in TOY_MODELS:
-        _copy([folder / name / f"saes-{i}" for i in (0, 1)], folder / name / "saes")
-    return folder
-
-
-def _copy(pieces: list[Path], target: Path) -> None:
+def _copy(pieces: Sequence[Path], target: Path) -> None:
     with store.writing(target) as part:
         for piece in pieces:
             ignore = shutil.ignore_patterns("key")
             shutil.copytree(store.verified(piece), part, dirs_exist_ok=True, ignore=ignore)
 
 
-def build(seed: int = 0) -> Path:
-    """Make `data/embedded` anew from `seed`; a build that was killed goes on where it stopped."""
-    part = build_into(DATA / "scratch" / f"world-{seed}", seed)
-    for name in TOY_MODELS:
-        for piece in ("model", "saes"):
-            _copy([part / name / piece], EMBEDDED / name / piece)
-    shutil.rmtree(part)
-    return EMBEDDED
+def build(
+    names: Sequence[str] = TOY_MODELS,
+    seeds: Sequence[int] = SEEDS,
+    n_jobs: int = 2,
+    root: Path = EMBEDDED,
+    scratch: Path = SCRATCH,
+) -> Path:
+    """Make `data/embedded` anew; a build that was killed goes on where it stopped.
+
+    Each piece has one thread whatever `n_jobs`, so that its bytes depend on the seed alone.
+    """
+    pieces = [(name, seed) for seed in seeds for name in names]
+    models = parallel.shards(partial(_build_model, scratch), pieces, n_jobs, desc="models")
+    for (name, seed), model in zip(pieces, models, strict=True):
+        _copy([model], root / folder_name(name, seed) / "model")
+    if 0 in seeds:
+        for name in names:
+            found = train_saes(root / name / "model", scratch, name, 0, n_jobs)
+            _copy(found, root / name / "saes")
+    shutil.rmtree(scratch)
+    return root
 
 
 def model_folder(name: str, root: Path = EMBEDDED) -> Path:
@@ -76,8 +96,22 @@ def model_folder(name: str, root: Path = EMBEDDED) -> Path:
 
 
 def saes_folder(name: str, root: Path = EMBEDDED) -> Path:
-    """The folder with the SAEs of a toy model, after its checksums were compared."""
-    return store.verified(root / name / "saes")
+    """The folder with the SAEs of a toy model, after its checksums were compared.
+
+    Those of a further seed are trained first, unless that has been done.
+    """
+    kind, _, seed = name.partition("-")
+    if not seed:
+        return store.verified(root / name / "saes")
+    folder = SCRATCH.with_name("toy_saes") / name
+    model = model_folder(name, root)
+    _, _, key = _load_recipe(kind, int(seed))
+
+    def train(part: Path) -> None:
+        for piece in train_saes(model, SCRATCH, kind, int(seed)):
+            shutil.copytree(piece, part, dirs_exist_ok=True)
+
+    return store.resumed(folder, key | {"model": (model / store.CHECKSUMS).read_text()}, train)
 
 
 def sae_folders(name: str, root: Path = EMBEDDED) -> dict[str, Path]:

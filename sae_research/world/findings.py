@@ -1,10 +1,9 @@
 """Notebook 00's tables, figures' intervals and claims: what the testbed's checks say."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_research import paths, stats, store
+from sae_research import stats, store
 from sae_research.claims import Measurement
 from sae_research.world import build
 from sae_research.world.checks import Check
@@ -46,28 +45,28 @@ ChecksByModel = Mapping[str, Sequence[Check]]
 
 
 def measure_testbed(profile: "Profile") -> dict[int, ChecksByModel]:
-    """Every check by seed: the committed models are seed 0; the profile's further seeds are built.
+    """Every check by seed of the toy models and their SAEs."""
+    from functools import partial
 
-    A build that was killed goes on where it stopped.
-    """
-    found = {0: _measure(profile, paths.EMBEDDED, 0)}
-    for seed in profile.world.rebuilds:
-        folder = paths.scratch(profile.name, "00_start_here") / f"world-{seed}"
-        build.build_into(folder, seed, profile.runtime.n_jobs)
-        found[seed] = _measure(profile, folder, seed)
-    return found
+    from sae_research import parallel
+
+    seeds = profile.world.seeds
+    found = parallel.shards(
+        partial(_measure, profile.world.passages), seeds, profile.runtime.n_jobs, desc="checks"
+    )
+    return dict(zip(seeds, found, strict=True))
 
 
-def _measure(profile: "Profile", root: Path, seed: int) -> ChecksByModel:
+def _measure(size: int, seed: int) -> ChecksByModel:
     from sae_research.world.survey import checks as survey_checks
     from sae_research.world.survey.model import SurveySettings
     from sae_research.world.text import checks as text_checks
     from sae_research.world.text.model import TextSettings
 
     text, survey = (
-        (build.model_folder(name, root), build.saes_folder(name, root)) for name in build.TOY_MODELS
+        (build.model_folder(named), build.saes_folder(named))
+        for named in (build.folder_name(name, seed) for name in build.TOY_MODELS)
     )
-    size = profile.world.passages
     return {
         "text": text_checks.measure(*text, TextSettings(), seed + SEED, size),
         "survey": survey_checks.measure(*survey, SurveySettings(), seed + SEED),

@@ -44,7 +44,7 @@ SPLITS = ("train", "validation", "test")
 
 def opinion_qa_folder() -> Path:
     """Where a reader puts OpinionQA, which may not be redistributed; git ignores it."""
-    return paths.DATA / "private" / "opinion_qa"
+    return paths.ROOT / Settings.READERS_DATA
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def load_opinion_qa_experiment(profile: Profile, name: str, role: str, seed: int
     from transformers import AutoModelForCausalLM
 
     from sae_research.surveys.published import load_opinion_qa
-    from sae_research.surveys.splits import find_families, split_by_wave
+    from sae_research.surveys.splits import find_families, split_by_topic
 
     folder = opinion_qa_folder()
     try:
@@ -197,7 +197,8 @@ def load_opinion_qa_experiment(profile: Profile, name: str, role: str, seed: int
     spec = catalogue.get(name)
     survey = drop_small_groups(load_opinion_qa(folder, settings.waves), settings.min_responses)
     clusters = find_families(survey.questions, settings.similarity)
-    survey = split_by_wave(survey, settings.unseen_waves, clusters, 0)
+    unseen = [f"wave {wave}" for wave in settings.unseen_waves]
+    survey = split_by_topic(survey, unseen, clusters, 0)
     model = spec.load(device=runtime.device, dtype=runtime.dtype)
 
     def load_fresh() -> "PreTrainedModel":

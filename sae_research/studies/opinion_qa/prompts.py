@@ -96,16 +96,22 @@ def _words(attribute: str) -> str:
     return attribute.replace("_", " ").replace("|", " and ").lower()
 
 
+def _describe(group: Group, between: str, link: str) -> str:
+    """Every attribute of the group with its value; an intersection has several."""
+    pairs = zip(group.attribute.split("|"), group.name.split("|"), strict=True)
+    return link.join(f"{_words(attribute)}{between}{name}" for attribute, name in pairs)
+
+
 ENGLISH_TEMPLATE = PromptTemplate(
     english_block,
     {
         "QA": _english_question,
         "BIO": lambda group, siblings: (
             "First comes a short note on the person who answers, then a question.\n"
-            f"Note: {_words(group.attribute)}: {group.name}."
+            f"Note: {_describe(group, ': ', '; ')}."
         ),
         "PORTRAY": lambda group, siblings: (
-            f"Answer as a person would whose {_words(group.attribute)} is: {group.name}."
+            f"Answer as a person would whose {_describe(group, ' is: ', ' and ')}."
         ),
     },
     "\n\n",

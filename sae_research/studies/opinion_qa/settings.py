@@ -113,6 +113,7 @@ class Settings:
     """Study 1: survey answers of demographic groups through a sparse shift in SAE space."""
 
     ORDER: ClassVar[int] = 1
+    READERS_DATA: ClassVar[str] = "data/private/opinion_qa"
     RENAMED: ClassVar[dict[str, str]] = {
         "subjects": "models",
         "once": "first_seed_only",

@@ -161,15 +161,19 @@ class Screen:
         """Mean norm of the final token's residual at the primary hook."""
         return float(self.pool.last.norm(dim=1).mean())
 
-    def _check_against(self, expected: ModelSpec, slack: float = 0.05) -> None:
+    def _check_against(self, expected: ModelSpec) -> None:
         """Stop a run on the wrong weights: compare with the catalogue's L0 and eligible features.
 
-        Eligible features are counted in the catalogue's band, whatever band the run samples from.
+        The catalogue's numbers were measured on the replication's contexts: within 5 % there, while
+        the author's contexts only show an SAE that was loaded as another kind. Eligible features
+        are counted in the catalogue's band, whatever band the run samples from.
         """
+        slack = 0.05 if self.settings.protocol == "replication" else 0.5
         found = {"l0_primary": self.pool.l0[0], "l0_downstream": self.pool.l0[1]}
         found["eligible"] = len(pool.find_eligible(self.pool, CATALOGUE_BAND))
         wanted = {f"l0_{role}": value for role, value in expected.mean_l0.items()}
-        if expected.eligible is not None and len(self.tokens) == 2048:
+        same = self.settings.protocol == "replication" and len(self.tokens) == 2048
+        if expected.eligible is not None and same:
             wanted["eligible"] = expected.eligible
         for name, value in wanted.items():
             allowed = slack * value if name != "eligible" else 3 * slack * value

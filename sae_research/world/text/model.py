@@ -40,8 +40,6 @@ class TextModel(ToyLlama):
     """
     averaged: float = 0.1
     """Last share of the steps whose weights are averaged, which steadies rates of refusal."""
-    bfloat16: bool = True
-    """Whether matrix products run in bfloat16 (autocast); weights and loss stay in float32."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,7 @@ def train_transformer(settings: TextSettings, seed: int) -> "LlamaForCausalLM":
     mean = [torch.zeros_like(parameter) for parameter in model.parameters()]
     batches = tqdm(_make_batches(settings, seed), "text model", recipe.steps, leave=False)
     for step, tokens in enumerate(batches):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
-            losses = compute_token_losses(model, tokens)
+        losses = compute_token_losses(model, tokens)
         loss = losses.sum() / (tokens[:, 1:] != BOS_ID).sum()
         if not torch.isfinite(loss):
             raise ResearchError(
