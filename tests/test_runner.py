@@ -113,10 +113,13 @@ def test_data_files_are_part_of_the_key(counted, tmp_path):
 def test_another_revision_of_a_hub_model_is_another_key(counted, tmp_path, monkeypatch):
     module, profile, ran = counted
     module.tasks = lambda profile: [{"seed": 0, "model": "gpt2-small"}]
-    for commit in ("aaa", "aaa", "bbb"):
-        monkeypatch.setattr(hub, "download", lambda model, commit=commit: tmp_path / model / commit)
+    for commit, of_saes in (("aaa", "1"), ("aaa", "1"), ("bbb", "1"), ("bbb", "2")):
+        monkeypatch.setattr(
+            hub, "download", lambda model, commit=commit, **_: tmp_path / model / commit
+        )
+        monkeypatch.setattr(hub, "sae_commit", lambda release, of_saes=of_saes: of_saes)
         runner.run_study("counted", profile)
-    assert ran == [0, 0]
+    assert ran == [0, 0, 0]
 
 
 def test_results_keep_tables_tensors_and_files(tmp_path):
