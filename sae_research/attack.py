@@ -39,7 +39,7 @@ def reply_losses(
 ) -> Tensor:
     """Cross-entropy in nats per token of the last `reply` tokens of each row, [rows]."""
     given = {"input_ids": rows} if embeddings is None else {"inputs_embeds": embeddings}
-    logits = model(**given, logits_to_keep=reply + 1).logits[:, :-1]
+    logits = model(**given, logits_to_keep=reply + 1, use_cache=False).logits[:, :-1]
     return cross_entropy(logits.transpose(1, 2), rows[:, -reply:], reduction="none").mean(1)
 
 

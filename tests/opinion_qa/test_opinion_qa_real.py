@@ -87,6 +87,7 @@ def private(tmp_path_factory):
     (folder / "passages.txt").write_text("\n".join(texts), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "DATA", data)
+        patch.setattr(Settings, "READERS_DATA", str(folder))
         yield folder
 
 
@@ -302,6 +303,6 @@ def test_groups_that_do_not_differ_are_refused():
 
 
 def test_a_reader_without_the_files_is_told_what_to_do(profile, tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "DATA", tmp_path)
+    monkeypatch.setattr(Settings, "READERS_DATA", str(tmp_path))
     with pytest.raises(ResearchError, match="put your own copy"):
         experiment.load_experiment(profile, "gemma-2-2b", 0)

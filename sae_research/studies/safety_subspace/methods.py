@@ -238,7 +238,7 @@ def fine_tune(
     number of steps done after each.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     g = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
