@@ -33,13 +33,14 @@ LATENTS = 64
 def tasks(profile: Profile) -> list[Task]:
     """Every model with every seed, with all arms and with the grid.
 
-    A seed of a toy model is a model of its own, trained from that seed.
+    Seeds take turns with the toy models of the profile's `world.seeds`.
     """
     found = []
     settings = profile.meta_saes
     for name in settings.models:
         for seed in range(settings.seeds):
-            task = {"model": _of_seed(name, seed), "ground": name, "seed": seed}
+            model = _of_seed(name, profile.world.seeds[seed % len(profile.world.seeds)])
+            task = {"model": model, "ground": name, "seed": seed}
             found.append(task)
             if name in settings.grid_models and seed < settings.grid_seeds:
                 found.append({**task, "output": GRID})
@@ -53,7 +54,7 @@ def _of_seed(name: str, seed: int) -> str:
     if name == VECTORS or not catalogue.get(name).embedded:
         return name
     kind = name.removeprefix("world-")
-    return f"world-{build.folder_name(kind, build.SEEDS[seed % len(build.SEEDS)])}"
+    return f"world-{build.folder_name(kind, seed)}"
 
 
 def run(task: Task, profile: Profile) -> Result:

@@ -201,15 +201,16 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
         )
 
     sentences = (
-        "The floor of sqrt(r - 1) belongs to the difference of the class means, which is one "
-        f"direction; the difference of covariances lies {say('theory.direct')} from it.",
+        "Starting in the SAE's safety subspace, the toy model reaches a safety rate of "
+        f"{say('align.rate')}. The difference is {say('align.lora')} from LoRA, "
+        f"{say('align.full')} from full fine-tuning and {say('align.features')} from random "
+        "features of the same SAE.",
+        f"Against shuffled labels it is {say('align.labels')}, against the subspace of useful "
+        f"behaviour {say('align.useful')}; under attack the share that complies changes by "
+        f"{say('align.attack')} against LoRA.",
+        "In theory the floor of sqrt(r - 1) belongs to the difference of the class means, which is "
+        f"one direction; the difference of covariances lies {say('theory.direct')} from it. "
         "Keeping 80 % of the variance, as the paper does, adds "
         f"{say('theory.truncation')} to the error of a trained SAE's subspace.",
-        "On the toy model, starting in the SAE's safety subspace changes the safety rate by "
-        f"{say('align.lora')} against LoRA, by {say('align.full')} against full fine-tuning and "
-        f"by {say('align.features')} against random features of the same SAE.",
-        f"Against shuffled labels the change is {say('align.labels')}, against the subspace of "
-        f"useful behaviour {say('align.useful')}; under attack the share that complies changes "
-        f"by {say('align.attack')} against LoRA.",
     )
     return "\n".join(f"- {sentence}" for sentence in sentences)
