@@ -109,4 +109,6 @@ def test_senses_are_won_and_lost():
     found = findings.measure_senses(t, settings)
     assert found.value == 0.5
     assert found.control.value == 0
+    assert findings.can_split(t, settings)
+    assert not findings.can_split({"senses": t["senses"].assign(f1=0.9)}, settings)
     assert findings.sense_purity(t, "joint").tolist() == pytest.approx([0.4, 0.4])

@@ -196,6 +196,13 @@ def measure_senses(t: Tables, settings: Settings) -> Measurement:
     return versus(*(table["split"] - table["merged"] for table in won))
 
 
+def can_split(t: Tables, settings: Settings) -> bool:
+    """Whether some planted sense lacks a latent of its own in a solo SAE, so that one can split."""
+    return "senses" in t and bool(
+        (select(t["senses"], arm=SOLO)["f1"] < settings.own_latent_f1).any()
+    )
+
+
 def measure_purity(t: Tables) -> Measurement:
     """Gain of sense purity over solo; control: the random frozen meta SAE."""
     solo = sense_purity(t, SOLO)
@@ -228,7 +235,7 @@ def measures(settings: Settings) -> dict[str, tuple[str, Callable[[Tables], Meas
         "fuzzing": (MODEL, lambda t: measure_interpretation(t, "fuzzing")),
         "strength": (MODEL, lambda t: measure_interpretation(t, "strength")),
         "splits": (MODEL, measure_splits),
-        "senses": ("senses", lambda t: measure_senses(t, settings)),
+        "senses": ("unsplit senses", lambda t: measure_senses(t, settings)),
         "purity": ("senses", measure_purity),
         "rates": ("", measure_rates),
         "monotone": (GRID_TABLE, measure_monotone),
@@ -244,6 +251,7 @@ def make_tables(results: Mapping[str, Result]) -> Tables:
 def measure_claims(t: Tables, settings: Settings) -> dict[str, Measurement | None]:
     """A measurement for every claim; None where this run lacks its ground."""
     has = {VECTORS: len(select(t["arms"], VECTORS)), MODEL: len(select(t["arms"], MODEL)), "": 1}
+    has["unsplit senses"] = can_split(t, settings)
     has["nulls"] = has[MODEL] and t["arms"]["arm"].str.startswith(NULL).any()
     has |= {name: name in t for name in ("senses", GRID_TABLE)}
     return {
@@ -276,7 +284,8 @@ def summarize(t: Tables, settings: Settings, verdicts: Mapping[str, str]) -> str
         "Whether latents are more atomic is another question: the match with planted directions "
         f"changes by {say('recovery')}, the composition rate for a fresh meta SAE by "
         f"{say('composition.model')} and {say('composition.vectors')}.",
-        f"Of planted senses, a net share of {say('senses')} gains a latent of its own.",
+        f"Of planted senses, a net share of {say('senses')} gains a latent of its own."
+        + " Each already has one in the solo SAE." * (not can_split(t, settings)),
         f"Firing rates alone move mean |phi| by {say('rates', 100, ' %')}.",
     ]
     return "\n".join(f"- {sentence}" for sentence in sentences)
