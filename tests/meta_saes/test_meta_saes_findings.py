@@ -19,7 +19,8 @@ def make_arms(joint=0.9, random=1.0):
             ("random meta", random, 0.10),
         ):
             rows.append({"arm": arm, "phi_corrected": base * phi, "fvu": base * fvu, "seed": seed})
-    return {"arms": pd.DataFrame(rows).assign(ground="vectors", phi_thinned=0.5, phi_live=1.0)}
+    thinned = {"phi_thinned": 0.5, "phi_fewer_tokens": 0.9, "phi_live": 1.0}
+    return {"arms": pd.DataFrame(rows).assign(ground="vectors", **thinned)}
 
 
 def test_a_fall_counts_only_beyond_the_random_meta():
@@ -36,7 +37,8 @@ def test_equal_reconstruction_takes_off_what_damage_gives():
     found = findings.measure_phi_at_equal_cost(make_arms(joint=0.98), "vectors")
     assert found.value == pytest.approx(0, abs=1e-9)
     assert findings.measure_phi_at_equal_cost(make_arms(joint=0.9), "vectors").value < -0.08
-    assert findings.measure_rates(make_arms()).value == pytest.approx(-0.5)
+    text = {"arms": make_arms()["arms"].assign(ground="world-text")}
+    assert findings.measure_rates(text).value == pytest.approx(-0.1)
 
 
 @pytest.mark.parametrize(("low", "verdict"), [(1.2, "reproduced"), (0.95, "not reproduced")])
@@ -78,9 +80,9 @@ def test_the_collapse_is_found_where_it_is_planted():
     assert free.value == 0
 
 
-def test_monotone_means_every_step():
-    falling = findings.measure_monotone(make_grid(lambda s, w: s, lambda w: 1 - w / 10))
-    assert falling.value < 0
+def test_monotone_is_a_slope_on_the_logarithm_of_the_weight():
+    falling = make_grid(lambda s, w: s, lambda w: 1 - 0.1 * np.log(w))
+    assert findings.measure_monotone(falling).value == pytest.approx(-0.1)
     turning = findings.measure_monotone(make_grid(lambda s, w: s, lambda w: (w - 0.3) ** 2))
     assert turning.value > 0
 

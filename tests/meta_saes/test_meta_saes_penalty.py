@@ -1,5 +1,7 @@
 """The penalty, the alternation and the architecture."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sae_lens import SAE, TrainingSAE
@@ -8,7 +10,8 @@ from sae_lens.saes.sae import TrainStepInput
 from torch.nn.functional import normalize
 
 from sae_research import saes, training
-from sae_research.studies.meta_saes import decomposable
+from sae_research.studies.meta_saes import arms, decomposable, structure
+from sae_research.studies.meta_saes.settings import Settings
 from sae_research.training import SAETraining
 
 D, N, K = 16, 48, 3
@@ -183,3 +186,22 @@ def test_ortsae_pushes_nearest_rows_apart(batches):
     assert nearest["1.0"] < 0.95 * nearest["0.0"]
     rows = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     assert decomposable.largest_cosine(rows).tolist() == pytest.approx([0.6, 0.8, 0.8])
+
+
+def test_meta_saes_and_evaluators_share_no_first_row_with_the_primary():
+    settings = replace(Settings(), d_sae=N, k=K, meta_d_sae=8, meta_k=2.0)
+    torch.manual_seed(7)
+    primary = normalize(decomposable.DecompBatchTopK(make_config()).W_dec.detach(), dim=-1)
+    shape = {"d_in": D, "d_sae": 8, "k": 2.0}
+    for seed in (
+        arms.make_config(arms.JOINT, settings, D, 7).meta["seed"],
+        arms.make_config("random meta", settings, D, 7).meta["seed"],
+        7 + structure.EVALUATOR,
+    ):
+        torch.manual_seed(seed)
+        other = BatchTopKTrainingSAE(decomposable.meta_config(**shape))
+        cosines = normalize(other.W_dec.detach(), dim=-1) @ primary.T
+        assert cosines.abs().max() < 0.999
+    torch.manual_seed(7)  # what the test would see if the seeds were the same
+    copied = BatchTopKTrainingSAE(decomposable.meta_config(**shape))
+    assert (normalize(copied.W_dec.detach(), dim=-1) @ primary.T).abs().max() > 0.999

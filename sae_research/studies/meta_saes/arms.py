@@ -127,7 +127,7 @@ def _meta(name: str, settings: Settings, seed: int) -> dict:
         "n_primary_steps": settings.n_primary_steps,
         "n_meta_steps": settings.n_meta_steps,
         "refresh_every": settings.n_primary_steps if name == "lazy meta" else 1,
-        "seed": seed,
+        "seed": seed + structure.META,
         **META.get(name, {}),
     }
 
@@ -173,7 +173,12 @@ def sequential_error(sae: "SAE", settings: Settings, seed: int) -> float:
     steps = max(1, how.steps // settings.n_primary_steps * settings.n_meta_steps)
     plan = SAETraining(steps, len(rows), how.lr, how.betas, 0, 0.0, how.dead_window, centre=False)
     meta = structure.train_meta(
-        rows, settings.meta_d_sae, settings.meta_k, plan, seed, settings.aux_loss_coefficient
+        rows,
+        settings.meta_d_sae,
+        settings.meta_k,
+        plan,
+        seed + structure.META,
+        settings.aux_loss_coefficient,
     )
     with torch.no_grad():
         return (rows - meta(rows)).square().sum(-1).mean().item()

@@ -110,10 +110,13 @@ def shifted(active: Tensor, seed: int) -> Tensor:
     return moved
 
 
-def thinned(active: Tensor, share: float, seed: int) -> Tensor:
-    """Each activation kept with probability `share`, whatever else is active."""
+def thinned(active: Tensor, share: float, seed: int, whole: bool = False) -> Tensor:
+    """Each activation kept with probability `share`, whatever else is active; if `whole`, all of a
+    token's or none.
+    """
     draw = torch.Generator().manual_seed(seed)
-    return active & (torch.rand(active.shape, generator=draw) < share).to(active.device)
+    shape = (len(active), 1) if whole else active.shape
+    return active & (torch.rand(shape, generator=draw) < share).to(active.device)
 
 
 def second_largest(counts: Counts) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from sae_lens import TrainingSAE
 
 
+META, EVALUATOR = 1_000_000, 2_000_000
+"""Added to a run's seed for its meta SAE and for the fresh ones that judge: from the same seed they
+would start as copies of the primary's own first rows.
+"""
+
+
 def train_meta(
     rows: Tensor, d_sae: int, k: float, settings: SAETraining, seed: int, aux: float = 1.0
 ) -> "TrainingSAE":
@@ -34,9 +40,9 @@ def explained_variance(meta: "TrainingSAE", rows: Tensor) -> float:
     return 1 - (error / (rows - rows.mean(0)).square().sum()).item()
 
 
-def composition_rate(rows: Tensor, steps: int, seed: int) -> float:
-    """Variance of live decoder rows that a fresh meta SAE explains: a quarter of the latents, 4
-    active (SAEBench's meta_structure); lower is more atomic.
+def composition_rate(rows: Tensor, steps: int, seed: int, evaluators: int = 3) -> float:
+    """Variance of live decoder rows that fresh meta SAEs explain: a quarter of the latents, 4
+    active (SAEBench's meta_structure), mean over `evaluators`; lower is more atomic.
     """
     settings = SAETraining(
         steps=steps,
@@ -47,8 +53,12 @@ def composition_rate(rows: Tensor, steps: int, seed: int) -> float:
         centre=False,
     )
     rows = normalize(rows, dim=-1)
-    meta = train_meta(rows, math.ceil(len(rows) / 4), 4, settings, seed)
-    return explained_variance(meta, rows)
+    found = 0.0
+    for i in range(evaluators):
+        own = seed + EVALUATOR + i
+        meta = train_meta(rows, math.ceil(len(rows) / 4), 4, settings, own)
+        found += explained_variance(meta, rows) / evaluators
+    return found
 
 
 def recover(rows: Tensor, codes: Tensor, directions: Tensor, truth: Tensor) -> dict[str, float]:
@@ -64,8 +74,10 @@ def recover(rows: Tensor, codes: Tensor, directions: Tensor, truth: Tensor) -> d
     )
 
     found = compute_classification_metrics(codes, truth, rows, directions)
+    # the matched cosines, over all directions: those that find no row count as 0
+    matched = min(len(rows), len(directions)) / len(directions)
     return {
-        "mcc": mean_correlation_coefficient(rows, directions),
+        "mcc": mean_correlation_coefficient(rows, directions) * matched,
         "uniqueness": feature_uniqueness(rows, directions),
         "precision": found.precision,
         "recall": found.recall,

@@ -139,7 +139,9 @@ def _nearest(rows: Tensor) -> float:
 def measure_structure(
     sae: "SAE", solo: "SAE", ground: Ground, settings: Settings, seed: int
 ) -> dict[str, float]:
-    """Composition rate, splits of the solo SAE's latents, merges into this one's, thinned phi."""
+    """Composition rate, splits of the solo SAE's latents, merges into this one's; of the solo SAE
+    phi where latents, or where tokens, are thinned.
+    """
     both = zip(active(solo, ground), active(sae, ground), strict=True)
     counts = cooccurrence.count(both)
     live = (counts.second > 0).cpu()
@@ -151,10 +153,9 @@ def measure_structure(
         "merged": (merges > 0).double().mean().item(),
     }
     if sae is solo:
-        thin = (cooccurrence.thinned(a, THINNED, seed) for a in active(sae, ground))
-        found["phi_thinned"] = cooccurrence.summarize(cooccurrence.count((a, a) for a in thin))[
-            "live"
-        ]
+        for name, whole in (("phi_thinned", False), ("phi_fewer_tokens", True)):
+            thin = (cooccurrence.thinned(a, THINNED, seed, whole) for a in active(sae, ground))
+            found[name] = cooccurrence.summarize(cooccurrence.count((a, a) for a in thin))["live"]
         found["sequential_e"] = arms.sequential_error(sae, settings, seed)
     if isinstance(ground, VectorGround):
         codes = sae.encode(ground.held_out)[:, live]
