@@ -24,7 +24,9 @@ class Attack:
     top_k: int = 32
     """Tokens at each place from which they are drawn, those of largest gradient."""
     requests: int = 8
-    """Requests that the suffix is found on."""
+    """Requests that the suffix is found on, drawn at random."""
+    restarts: int = 1
+    """Random suffixes that it starts from; the one that ends best counts."""
     first_token: int = 4
     """Lowest token that may stand in it: special tokens come before."""
 
@@ -49,7 +51,21 @@ def find_suffix(
     """The suffix [length] under which the replies [prompts, reply] become most likely."""
     g = torch.Generator().manual_seed(seed)
     table = model.get_input_embeddings().weight.detach()
-    prompts, replies = prompts[: attack.requests], replies[: attack.requests]
+    drawn = torch.randperm(len(prompts), generator=g)[: attack.requests]
+    prompts, replies = prompts[drawn], replies[drawn]
+    ends = [_improve(model, table, prompts, replies, attack, g) for _ in range(attack.restarts)]
+    return min(ends, key=lambda end: end[0])[1]
+
+
+def _improve(
+    model: "PreTrainedModel",
+    table: Tensor,
+    prompts: LongTensor,
+    replies: LongTensor,
+    attack: Attack,
+    g: torch.Generator,
+) -> tuple[float, LongTensor]:
+    """The best suffix on the way from a random one, and its loss."""
     first, reply = prompts.shape[1] - 1, replies.shape[1]
     suffix = torch.randint(attack.first_token, len(table), (attack.length,), generator=g)
     best = float("inf")
@@ -72,4 +88,4 @@ def find_suffix(
         if float(found.min()) < best:
             best = float(found.min())
             suffix = tried[found.argmin()]
-    return suffix
+    return best, suffix

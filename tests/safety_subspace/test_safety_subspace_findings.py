@@ -7,10 +7,13 @@ import pytest
 from sae_research import claims, judge
 from sae_research.studies.safety_subspace import findings
 from sae_research.studies.safety_subspace.settings import (
+    FROZEN,
     FULL,
     LORA,
     NULL,
     RANDOM,
+    RANDOM_FROZEN,
+    REQUESTS_FROZEN,
     SAILS,
     SHUFFLED,
     USEFUL,
@@ -33,9 +36,13 @@ def plant(rates):
     ]
     table = pd.DataFrame(rows)
     parts = [
-        {"model": "toy", "seed": s, "set": "harmful", "subspace": SAILS, "part": part, "safe": safe}
+        {"model": "toy", "seed": s, "set": "harmful", "subspace": name, "part": part, "safe": safe}
         for s in SEEDS
-        for part, safe in (("parallel", 0.8 + 0.01 * s), ("orthogonal", 0.1))
+        for name, part, safe in (
+            (SAILS, "parallel", 0.8 + 0.01 * s),
+            (RANDOM, "parallel", 0.1),
+            (SAILS, "orthogonal", 0.9),
+        )
     ]
     drops = [
         {"model": "toy", "seed": s, "kind": kind, "drop": drop}
@@ -78,10 +85,28 @@ def test_a_control_that_is_as_good_takes_the_verdict(control):
     rates = {SAILS: 0.8, **BELOW, f"{NULL}soft_frozen_decoder": 0.5, f"{NULL}frozen_encoder": 0.4}
     verdicts = judge_all(rates | {control: 0.8})
     for name, (_, group, _, other) in findings.AGAINST.items():
-        if group in better:
+        if group in better and name not in findings.OWN:
             as_good = other == control or (other == NULL and control.startswith(NULL))
             assert (verdicts[name] == "reproduced") == (not as_good), name
     assert (verdicts["align.few_pairs"] == "reproduced") == (control != LORA)
+
+
+def test_the_part_in_the_subspace_must_beat_that_of_random_features():
+    tables = plant({SAILS: 0.99, **BELOW})
+    claim = claims.load_claims("safety_subspace")["safety_subspace.project.parallel"]
+    parts = tables["projections"]
+    parts.loc[parts["subspace"] == RANDOM, "safe"] = 0.85
+    found = findings._measure_alignment(tables)["project.parallel"]
+    assert claims.judge(claim, found, None) != "reproduced"
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [("align.frozen", FROZEN), ("align.requests", REQUESTS_FROZEN)]
+)
+def test_frozen_adapters_are_compared_with_frozen_ones(name, own):
+    rates = {SAILS: 0.99, **BELOW, own: 0.8, RANDOM_FROZEN: 0.5}
+    assert judge_all(rates)[name] == "reproduced"
+    assert judge_all(rates | {RANDOM_FROZEN: 0.8})[name] != "reproduced"
 
 
 def test_a_feature_that_a_random_one_replaces_does_nothing():

@@ -8,7 +8,7 @@ import torch
 
 from sae_research import attack, catalogue
 from sae_research.errors import ResearchError
-from sae_research.studies.safety_subspace import data, evaluate, interpret, methods, study
+from sae_research.studies.safety_subspace import evaluate, interpret, methods, study
 from sae_research.studies.safety_subspace.settings import (
     FROZEN,
     METHODS,
@@ -20,6 +20,7 @@ from sae_research.studies.safety_subspace.settings import (
 )
 from sae_research.studies.safety_subspace.subspace import decoder_rows
 from sae_research.training import SAETraining
+from sae_research.world.text import chat
 from sae_research.world.text.model import TextSettings
 from sae_research.world.text.more_saes import train_like
 
@@ -32,6 +33,7 @@ SETTINGS = Settings(
     steps=2,
     base_steps=1,
     learning_rates=(1e-3,),
+    full_learning_rates=(1e-3,),
     nulls=(),
     n_retrained=1,
 )
@@ -40,27 +42,32 @@ SETTINGS = Settings(
 @pytest.fixture(scope="module")
 def setup():
     alignment = study.Alignment("world-text", 0, SETTINGS)
-    alignment.split = data.split_requests(0)
+    alignment.split = chat.split_requests(0)
     return alignment._make_setup()
 
 
 def test_splits_share_no_crossing_and_the_test_has_topics_of_its_own():
-    split = data.split_requests(3)
+    split = chat.split_requests(3)
     crossings = [
         set(zip(part.topic.tolist(), part.action.tolist(), strict=True))
         for part in (split.train, split.validation, split.test, split.new_topics)
     ]
     assert sum(map(len, crossings)) == len(set.union(*crossings)) == 24 * 8
     new = split.new_topics[split.new_topics.harmful]
-    assert len(set(new.topic.tolist())) == data.N_NEW_TOPICS
+    assert len(set(new.topic.tolist())) == chat.N_NEW_TOPICS
     assert not set(new.topic.tolist()) & set(split.train.topic.tolist())
-    assert all(part.harmful.any() for part in (split.train, split.validation, split.test))
+    parts = [part[part.harmful] for part in (split.train, split.validation, split.test)]
+    frames = len(split.train) // len({*crossings[0]})
+    assert [len(part) // frames for part in parts] == [12, 6, 6]
+    for part in parts:
+        assert set(part.topic.tolist()) == set(parts[0].topic.tolist())
+        assert set(part.action.tolist()) <= set(parts[0].action.tolist())
 
 
 def test_scores_are_exact():
-    requests = data.all_requests()[:3]
-    right = data.answer(requests, np.random.default_rng(0))
-    refusal = data.refuse(3)
+    requests = chat.all_requests()[:3]
+    right = chat.answer(requests, np.random.default_rng(0))
+    refusal = chat.refuse(3)
     partly, hedged, neither = right.clone(), refusal.clone(), refusal.clone()
     partly[:, 1] = partly[:, 0]
     hedged[:, 5] = right[:, 1]
@@ -70,14 +77,16 @@ def test_scores_are_exact():
 
 
 def test_a_row_without_a_pair_is_named():
-    pairs = data.safety_pairs(data.split_requests(0).train, 4, 0)
-    assert (pairs.aligned[:, : -data.REPLY] == pairs.requests.tokens).all()
+    pairs = chat.safety_pairs(chat.split_requests(0).train, 4, 0)
+    assert (pairs.aligned[:, : -chat.REPLY] == pairs.requests.tokens).all()
     with pytest.raises(ResearchError, match="4 requests have 3 unaligned replies"):
         replace(pairs, unaligned=pairs.unaligned[:3])
+    with pytest.raises(ResearchError, match="so 512 pairs would repeat them"):
+        chat.safety_pairs(chat.split_requests(0).train, 512, 0)
 
 
 def test_a_model_that_refuses_everything_does_not_look_good(setup):
-    refusing = torch.tensor([int(i) for i in data.refuse(1)[0]])
+    refusing = torch.tensor([int(i) for i in chat.refuse(1)[0]])
 
     class Refusing:
         config = setup.base.config
@@ -90,7 +99,7 @@ def test_a_model_that_refuses_everything_does_not_look_good(setup):
             past_key_values.update(batch, batch, 0)
             return type("Output", (), {"logits": logits})
 
-    requests = data.split_requests(0).validation
+    requests = chat.split_requests(0).validation
     assert evaluate.measure_balance(Refusing(), requests, 2, 0) == 0.5
 
 
@@ -104,7 +113,7 @@ def test_every_method_starts_at_the_base_model_and_learns(setup, method):
     penalty = methods.find_penalty(setup, method, SETTINGS, model)
     how = {"steps": 4, "lr": 1e-2, "seed": 0, "penalty": penalty}
     losses = [
-        float(attack.reply_losses(model, setup.training_rows, data.REPLY).mean().detach())
+        float(attack.reply_losses(model, setup.training_rows, chat.REPLY).mean().detach())
         for _ in methods.fine_tune(model, setup.training_rows, **how)
     ]
     assert losses[-1] < losses[0]
@@ -115,6 +124,21 @@ def test_controls_span_other_subspaces(setup):
     assert interpret.overlap(bases[SAILS], bases[SAILS]) == pytest.approx(1)
     assert interpret.overlap(bases[SAILS], bases[RANDOM]) < 0.9
     assert interpret.overlap(bases[SAILS], bases[SHUFFLED]) < 0.99
+
+
+def test_labels_shuffled_in_half_of_the_pairs_leave_no_constant_contrast(setup):
+    true = setup.contrasts[1]
+    always = (true.aligned > 0).all(0) & (true.unaligned == 0).all(0)
+    assert always.any()  # latents that fire on every refusal and on no answer
+    left = methods._shuffled(setup)[1].delta()[always].abs()
+    assert (left < 0.2 * true.delta()[always].abs()).all()
+
+
+def test_request_features_see_no_reply(setup):
+    other = replace(setup, safety=replace(setup.safety, aligned=setup.safety.unaligned))
+    found = [methods.request_contrasts(s)[1].delta() for s in (setup, other)]
+    assert torch.equal(*found)
+    assert found[0].abs().max() > 0
 
 
 def test_null_dictionaries_become_methods(setup):
@@ -162,12 +186,12 @@ def test_parts_of_an_update_have_its_energy_and_the_frozen_one_lies_inside(setup
 
 def test_attack_lowers_the_loss_of_the_wanted_replies(setup):
     requests = setup.safety.requests[:4]
-    replies = data.refuse(4)
+    replies = chat.refuse(4)
 
     def loss(suffix):
         rows = torch.cat([attack.add_suffix(requests.tokens, suffix), replies], 1)
         with torch.no_grad():
-            return float(attack.reply_losses(setup.base, rows, data.REPLY).mean())
+            return float(attack.reply_losses(setup.base, rows, chat.REPLY).mean())
 
     def found(steps):
         sizes = attack.Attack(steps=steps, candidates=16, requests=4)
@@ -179,7 +203,7 @@ def test_attack_lowers_the_loss_of_the_wanted_replies(setup):
 
 
 def test_layers_and_settings_that_cannot_work_are_named(setup):
-    with pytest.raises(ResearchError, match="set n_pairs, steps and learning_rates"):
+    with pytest.raises(ResearchError, match="set n_pairs, steps, learning_rates"):
         study.Alignment("world-text", 0, Settings(models=("world-text",))).run()
     with pytest.raises(ResearchError, match="does not fit a subspace of dimension 3"):
         methods.prepare(setup, SAILS, replace(SETTINGS, n_features=3))

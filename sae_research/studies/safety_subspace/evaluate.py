@@ -9,7 +9,7 @@ from torch import LongTensor, Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sae_research.attack import Attack, add_suffix, find_suffix
-from sae_research.studies.safety_subspace.data import ANSWER, REPLY, Requests, answer, refuse
+from sae_research.world.text.chat import ANSWER, REPLY, Requests, answer, refuse
 from sae_research.world.text.lexicon import ACTION_ENDINGS, TOPIC_ENDINGS, lexicon
 
 SAFE, COMPLIED = 2, 4

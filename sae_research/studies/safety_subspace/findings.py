@@ -10,10 +10,13 @@ import pandas as pd
 from sae_research import stats
 from sae_research.claims import Measurement
 from sae_research.studies.safety_subspace.settings import (
+    FROZEN,
     FULL,
     LORA,
     NULL,
     RANDOM,
+    RANDOM_FROZEN,
+    REQUESTS_FROZEN,
     SAILS,
     SHUFFLED,
     USEFUL,
@@ -26,6 +29,8 @@ SHAPES = {  # d, blocks, width of q, width of k and v, all parameters
     "gemma-2-9b": (3584, 42, 4096, 2048, 9_241_705_984),
     "llama-3.1-8b": (4096, 32, 4096, 1024, 8_030_261_248),
 }
+OWN = {"align.frozen": FROZEN, "align.requests": REQUESTS_FROZEN}
+"""What a claim is about, where that is not SAILS."""
 AGAINST = {  # claim: table, set of requests, number, control
     "align.full": ("outcomes", "harmful", "safe", FULL),
     "align.lora": ("outcomes", "harmful", "safe", LORA),
@@ -35,6 +40,8 @@ AGAINST = {  # claim: table, set of requests, number, control
     "align.labels": ("outcomes", "harmful", "safe", SHUFFLED),
     "align.useful": ("outcomes", "harmful", "safe", USEFUL),
     "align.null": ("outcomes", "harmful", "safe", NULL),
+    "align.frozen": ("outcomes", "harmful", "safe", RANDOM_FROZEN),
+    "align.requests": ("outcomes", "harmful", "safe", RANDOM_FROZEN),
     "align.over_refusal": ("outcomes", "look-alikes", "safe", LORA),
     "align.capability": ("outcomes", "plain", "fulfilled", LORA),
     "align.attack": ("attacks", "under attack", "complied", LORA),
@@ -94,7 +101,6 @@ def _measure_theory(t: Tables) -> dict[str, Measurement]:
     best = by_seed(trained, "error", estimator="covariance difference")
     floor = math.sqrt(Planted.r - 1)
     direct = by_seed(gap, "gap", value=float(Planted.r), estimator="covariance difference")
-    shared = recovery("shared", 1.0, "paired PCA") - recovery("shared", 1.0, "SAE oracle")
     mixing = (recovery("mixing", value, "SAE oracle") for value in (0.3, 0.0))
     return {
         "theory.floor": Measurement.of(
@@ -104,7 +110,6 @@ def _measure_theory(t: Tables) -> dict[str, Measurement]:
         "theory.recovery": with_control(sae(1.0) - floor, best - floor),
         "theory.truncation": compare(sae(0.8), sae(1.0)),
         "theory.monosemantic": compare(*mixing),
-        "theory.pairs": Measurement.of(stats.mean_interval(shared.to_numpy())),
     }
 
 
@@ -119,19 +124,20 @@ def _measure_alignment(t: Tables) -> dict[str, Measurement | None]:
     found: dict[str, Measurement | None] = {}
     for claim, (table, group, column, control) in AGAINST.items():
         name = best_null(t) if control == NULL else control
-        sides = [by_seed(t[table], column, method=m, set=group) for m in (SAILS, name)]
-        found[claim] = compare(*sides) if len(sides[1]) else None
+        pair = OWN.get(claim, SAILS), name
+        sides = [by_seed(t[table], column, method=m, set=group) for m in pair]
+        found[claim] = compare(*sides) if all(map(len, sides)) else None
     found["align.few_pairs"] = None
     if "budgets" in t:
         few = select(t["budgets"], set="harmful", n_pairs=t["budgets"]["n_pairs"].min())
         found["align.few_pairs"] = compare(*(by_seed(few, "safe", method=m) for m in (SAILS, LORA)))
     rates = [by_seed(t["outcomes"], "safe", method=m, set="harmful") for m in (SAILS, RANDOM)]
     found["align.rate"] = with_control(*rates)
-    parts = [
-        by_seed(t["projections"], "safe", set="harmful", subspace=SAILS, part=part)
-        for part in ("parallel", "orthogonal")
+    inside = [
+        by_seed(t["projections"], "safe", set="harmful", subspace=name, part="parallel")
+        for name in (SAILS, RANDOM)
     ]
-    found["project.parallel"] = compare(*parts)
+    found["project.parallel"] = compare(*inside)
     drops = (by_seed(t["removal"], "drop", kind=kind) for kind in ("top", "random"))
     found["interpret.removal"] = compare(*drops)
     retrained = t.get("retraining")
@@ -163,25 +169,29 @@ def measure_claims(t: Tables) -> dict[str, Measurement | None]:
 
 
 def summarize_methods(t: Tables) -> pd.DataFrame:
-    """Every method's rates over all seeds, the safety rate with Wilson's interval."""
+    """Every method's rates, means over seeds, beside Wilson's interval of the pooled safety rate,
+    which takes all replies as independent.
+    """
+    columns = ["safe", "score", "fulfilled"]
+    keys = ["method", "set", "seed"]
+    means = t["outcomes"].groupby(keys, sort=False)[columns].mean()
+    means = means.groupby(keys[:2], sort=False).mean().unstack("set")
+    harmful = select(t["outcomes"], set="harmful")
     rows = {}
-    for method, own in t["outcomes"].groupby("method", sort=False):
-        groups = dict(list(own.groupby("set")))
-        harmful = groups["harmful"]
-        rate = stats.wilson(
-            round((harmful["safe"] * harmful["replies"]).sum()), int(harmful["replies"].sum())
-        )
-        later = t["benign"].query("method == @method and set == 'harmful'")["safe"].mean()
+    for method, own in harmful.groupby("method", sort=False):
+        safe = round((own["safe"] * own["replies"]).sum())
+        rate = stats.wilson(safe, int(own["replies"].sum()))
+        later = by_seed(t["benign"], "safe", method=method, set="harmful")
         rows[method] = {
-            "safety rate": rate.value,
-            "low": rate.low,
-            "high": rate.high,
-            "harm score": harmful["score"].mean(),
-            "high risk": harmful["fulfilled"].mean(),
-            "new topics": groups["new topics"]["safe"].mean(),
-            "over-refusal": groups["look-alikes"]["safe"].mean(),
-            "answers": groups["plain"]["fulfilled"].mean(),
-            "after benign tuning": later,
+            "safety rate": means["safe", "harmful"][method],
+            "Wilson low": rate.low,
+            "Wilson high": rate.high,
+            "harm score": means["score", "harmful"][method],
+            "high risk": means["fulfilled", "harmful"][method],
+            "new topics": means["safe", "new topics"][method],
+            "over-refusal": means["safe", "look-alikes"][method],
+            "answers": means["fulfilled", "plain"][method],
+            "after benign tuning": later.mean(),
         }
     table = pd.DataFrame(rows).T
     return table.join(t["methods"].groupby("method")[["parameters", "lr", "added_loss"]].mean())

@@ -10,11 +10,11 @@ from torch import LongTensor, Tensor
 from sae_research import saes
 from sae_research.models import LanguageModel
 from sae_research.studies.safety_subspace import adapter, methods, subspace
-from sae_research.studies.safety_subspace.data import Pairs, Requests
 from sae_research.studies.safety_subspace.evaluate import refusal_probability
 from sae_research.studies.safety_subspace.methods import REPLIES, Setup
 from sae_research.studies.safety_subspace.settings import RANDOM, SAILS, Settings
 from sae_research.studies.safety_subspace.subspace import Bases
+from sae_research.world.text.chat import Pairs, Requests
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -89,27 +89,30 @@ def remove_directions(
 def measure_removal(
     setup: Setup, tuned: "PreTrainedModel", s: Settings, tested: Requests, n_random: int
 ) -> Iterator[dict]:
-    """How much less a tuned model refuses without single features, against random ones.
+    """How much less a tuned model refuses without single features, against random directions of
+    the same subspace.
 
-    Each feature is removed wherever its block's subspace is used. `energy` is its share of what
-    those blocks newly write.
+    Each is removed wherever its block's subspace is used. `energy` is its share of what those
+    blocks newly write.
     """
+    bases = methods.find_bases(setup, SAILS, s)
+    g = torch.Generator().manual_seed(setup.seed + 400)
     before = float(refusal_probability(tuned, tested).mean())
     owners = subspace.nearest(setup.saes, setup.model.n_layers)
     for block, sae in setup.saes.items():
         blocks = [n for n, owner in owners.items() if owner == block]
         top = methods.select(setup, setup.contrasts[block], s).latents
-        seed = setup.seed + 400
-        drawn = methods.random_features(setup, block, n_random, seed, s.max_density)
-        drawn = drawn[~torch.isin(drawn, top)]
-        for kind, latents in (("top", top), ("random", drawn)):
-            for latent in latents.tolist():
-                row = subspace.decoder_rows(sae, [latent])
-                without = remove_directions(setup.base, tuned, dict.fromkeys(blocks, row.T))
-                after = float(refusal_probability(without, tested).mean())
-                energy = [float(feature_energy(setup.base, tuned, n, row)) for n in blocks]
-                found = {"block": block, "kind": kind, "latent": latent, "drop": before - after}
-                yield found | {"energy": sum(energy) / len(energy)}
+        own = bases[block]
+        random = torch.randn(n_random, own.shape[1], generator=g) @ own.T
+        rows = torch.cat([subspace.decoder_rows(sae, top), torch.nn.functional.normalize(random)])
+        for i, row in enumerate(rows[:, None]):
+            known = i < len(top)
+            without = remove_directions(setup.base, tuned, dict.fromkeys(blocks, row.T))
+            after = float(refusal_probability(without, tested).mean())
+            energy = [float(feature_energy(setup.base, tuned, n, row)) for n in blocks]
+            found = {"block": block, "kind": "top" if known else "random"}
+            found |= {"latent": int(top[i]) if known else -1, "drop": before - after}
+            yield found | {"energy": sum(energy) / len(energy)}
 
 
 def without_direction(basis: Tensor, direction: Tensor) -> Tensor:

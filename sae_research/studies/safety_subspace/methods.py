@@ -14,19 +14,22 @@ from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
 from sae_research.saes import hook_of
 from sae_research.studies.safety_subspace import adapter, subspace, theory
-from sae_research.studies.safety_subspace.data import REPLY, Pairs
 from sae_research.studies.safety_subspace.settings import (
     FROZEN,
     FULL,
     LORA,
     PENALISED,
     RANDOM,
+    RANDOM_FROZEN,
+    REQUESTS,
+    REQUESTS_FROZEN,
     SAILS,
     SHUFFLED,
     USEFUL,
     Settings,
 )
 from sae_research.studies.safety_subspace.subspace import Contrast, Selection
+from sae_research.world.text.chat import REPLY, Pairs
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -93,6 +96,18 @@ def measure_contrasts(setup: Setup, saes: "Mapping[int, SAE]", pairs: Pairs) -> 
     }
 
 
+def request_contrasts(setup: Setup) -> dict[int, Contrast]:
+    """Harmful minus harmless requests of the training over the last tokens before the reply, where
+    it is decided whether to refuse, by block.
+    """
+    sides = setup.safety.requests.tokens, setup.useful.requests.tokens
+    before = slice(-REPLY, None)
+    return {
+        n: subspace.measure_contrast(setup.model, sae, *sides, before)
+        for n, sae in setup.saes.items()
+    }
+
+
 def select(setup: Setup, contrast: Contrast, s: Settings) -> Selection:
     """The features of largest contrast at one block."""
     k = s.n_features
@@ -133,9 +148,10 @@ def _random_span(setup: Setup, s: Settings) -> dict:
 
 
 def _shuffled(setup: Setup) -> dict[int, Contrast]:
-    """The contrasts after aligned and unaligned changed places in half of the pairs."""
+    """The contrasts after aligned and unaligned changed places in exactly half of the pairs."""
     g = torch.Generator().manual_seed(setup.seed + 200)
-    swap = torch.rand(len(setup.safety.aligned), 1, generator=g) < 0.5
+    n = len(setup.safety.aligned)
+    swap = (torch.randperm(n, generator=g) < n // 2)[:, None]
     return {
         n: Contrast(
             torch.where(swap, c.unaligned, c.aligned),
@@ -167,7 +183,10 @@ SUBSPACES: dict[str, Callable[[Setup, Settings], dict]] = {
     SAILS: lambda s, c: _span(s, s.contrasts, c),
     FROZEN: lambda s, c: _span(s, s.contrasts, c),
     PENALISED: lambda s, c: _span(s, s.contrasts, c),
+    REQUESTS: lambda s, c: _span(s, request_contrasts(s), c),
+    REQUESTS_FROZEN: lambda s, c: _span(s, request_contrasts(s), c),
     RANDOM: _random_span,
+    RANDOM_FROZEN: _random_span,
     SHUFFLED: lambda s, c: _span(s, _shuffled(s), c),
     USEFUL: lambda s, c: _span(s, measure_contrasts(s, s.saes, s.useful), c),
     "random subspace": lambda s, c: {
@@ -198,7 +217,7 @@ def prepare(
     if method in STOCK:
         return _stock_adapter(setup, base, STOCK[method], s.rank)
     bases = bases or find_bases(setup, method, s)
-    return adapter.make_adapter(base, bases, frozen=method == FROZEN)
+    return adapter.make_adapter(base, bases, frozen=method.endswith("frozen"))
 
 
 def find_penalty(setup: Setup, method: str, s: Settings, model: "torch.nn.Module") -> Callable:

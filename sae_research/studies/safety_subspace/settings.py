@@ -7,12 +7,14 @@ from sae_research.config import settings
 FULL, LORA, SAILS = "full fine-tuning", "LoRA", "SAILS"
 FROZEN, PENALISED = "SAILS, frozen", "SAILS, penalised"
 RANDOM, SHUFFLED, USEFUL = "random SAE features", "shuffled labels", "useful behaviour"
+RANDOM_FROZEN = "random SAE features, frozen"
+REQUESTS, REQUESTS_FROZEN = "request features", "request features, frozen"
 NULL = "null: "
 """What names of methods with null dictionaries begin with."""
 METHODS = (
     *(FULL, LORA, "LoRA, orthogonal", "OLoRA", "PiSSA", "MiCA", "EVA", "DoRA"),
     *("mean difference", "paired PCA", "covariance difference", SAILS, FROZEN, PENALISED),
-    *(RANDOM, SHUFFLED, USEFUL, "random subspace"),
+    *(RANDOM, RANDOM_FROZEN, SHUFFLED, USEFUL, "random subspace", REQUESTS, REQUESTS_FROZEN),
 )
 """Everything that can be compared."""
 
@@ -76,7 +78,9 @@ class Settings:
     batch_size: int = 16
     """Requests a step (ours)."""
     learning_rates: tuple[float, ...] = ()
-    """Learning rates of every method, chosen on validation requests (unknown)."""
+    """Learning rates of every adapter, chosen on validation requests (unknown)."""
+    full_learning_rates: tuple[float, ...] = ()
+    """Those of full fine-tuning, which needs lower ones: as many (unknown)."""
     benign_steps: int = 30
     """Steps of later fine-tuning of all weights on harmless requests (ours)."""
     benign_lr: float = 3e-4
@@ -85,6 +89,8 @@ class Settings:
     """Replies that are sampled to every request (ours)."""
     attack_steps: int = 50
     """Steps of greedy coordinate gradient (ours)."""
+    attack_restarts: int = 5
+    """Random suffixes that it starts from; the best on the training requests counts (ours)."""
     attack_candidates: int = 64
     """Suffixes that each of them tries (ours)."""
     n_random_features: int = 20

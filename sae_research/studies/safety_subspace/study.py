@@ -15,7 +15,6 @@ from sae_research.hub import quiet
 from sae_research.studies.runner import Result, Task
 from sae_research.studies.safety_subspace import (
     adapter,
-    data,
     evaluate,
     interpret,
     methods,
@@ -33,6 +32,7 @@ from sae_research.studies.safety_subspace.settings import (
     Settings,
 )
 from sae_research.studies.safety_subspace.subspace import Bases
+from sae_research.world.text import chat
 from sae_research.world.text.corpus import KINDS
 from sae_research.world.text.documents import make_mixture
 from sae_research.world.text.model import TextSettings
@@ -102,12 +102,13 @@ class Alignment:
     def run(self) -> Result:
         """Compare the methods, then look into them."""
         s = self.settings
-        if s.n_pairs is None or s.steps is None or not s.learning_rates:
+        rates = s.learning_rates and s.full_learning_rates
+        if s.n_pairs is None or s.steps is None or not rates:
             raise ResearchError(
-                "set n_pairs, steps and learning_rates of safety_subspace in params.yaml; no "
-                "source says what the paper took."
+                "set n_pairs, steps, learning_rates and full_learning_rates of safety_subspace in "
+                "params.yaml; no source says what the paper took."
             )
-        self.split = data.split_requests(self.seed)
+        self.split = chat.split_requests(self.seed)
         self.setup = self._make_setup()
         rng = np.random.default_rng([self.seed, 55])
         texts = make_mixture(96, rng)
@@ -138,8 +139,8 @@ class Alignment:
             )
         s = self.settings
         rng = np.random.default_rng([self.seed, 54])
-        requests = data.all_requests()
-        rows = torch.cat([requests.tokens, data.answer(requests, rng)], 1)
+        requests = chat.all_requests()
+        rows = torch.cat([requests.tokens, chat.answer(requests, rng)], 1)
         harmful = rows[requests.harmful].repeat(5, 1)  # as many as there are harmless ones
         how = {"steps": s.base_steps, "lr": 3e-4, "batch_size": 32, "seed": self.seed}
         for _ in methods.fine_tune(base, torch.cat([rows, harmful]), **how):
@@ -152,8 +153,8 @@ class Alignment:
         for block, sae in at.items() if s.nulls else ():
             for name, null in train_like(sae, spec.load(), self.recipe, self.seed, s.nulls).items():
                 nulls.setdefault(f"{NULL}{name}", {})[block] = null
-        pairs = data.safety_pairs(self.split.train, s.n_pairs, self.seed)
-        useful = data.useful_pairs(self.split.train, s.n_pairs, self.seed)
+        pairs = chat.safety_pairs(self.split.train, s.n_pairs, self.seed)
+        useful = chat.useful_pairs(self.split.train, s.n_pairs, self.seed)
         return Setup(base, model, at, pairs, useful, self.seed, nulls)
 
     def _train(
@@ -184,7 +185,7 @@ class Alignment:
         """Choose the learning rate; judge on test requests, under attack, after benign tuning."""
         s = self.settings
         found = []
-        for lr in s.learning_rates:
+        for lr in s.full_learning_rates if method == FULL else s.learning_rates:
             model = self._train(method, lr, self.setup, s, curve=True)
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             leaves = self._leaves(model) if method.startswith(SAILS) else float("nan")
@@ -210,7 +211,7 @@ class Alignment:
         found = adapter.measure_out_of_span(model, self.setup.safety.aligned, bases)
         return float(np.mean([*found.values()]))
 
-    def _sets(self) -> dict[str, data.Requests]:
+    def _sets(self) -> dict[str, chat.Requests]:
         test, new = self.split.test, self.split.new_topics
         named = {
             "harmful": test[test.harmful],
@@ -226,7 +227,8 @@ class Alignment:
 
     def _attack(self, method: str, tuned: torch.nn.Module) -> None:
         s = self.settings
-        attack = evaluate.Attack(steps=s.attack_steps, candidates=s.attack_candidates)
+        sizes = {"steps": s.attack_steps, "candidates": s.attack_candidates}
+        attack = evaluate.Attack(**sizes, restarts=s.attack_restarts)
         known, tested = self.split.train, self.split.test
         rows = evaluate.attack_rows(
             tuned, known[known.harmful], tested[tested.harmful], attack, self.seed
@@ -238,7 +240,7 @@ class Alignment:
         s = self.settings
         later = replace(self.setup, base=tuned)
         model = methods.prepare(later, FULL, s)
-        rows = data.benign_rows(self.split.train, 256, self.seed)
+        rows = chat.benign_rows(self.split.train, 256, self.seed)
         how = {"steps": s.benign_steps, "lr": s.benign_lr, "batch_size": s.batch_size}
         for _ in methods.fine_tune(model, rows, seed=self.seed, **how):
             pass
@@ -249,7 +251,7 @@ class Alignment:
         s = self.settings
         for n in s.pair_budgets:
             pairs = [
-                f(self.split.train, n, self.seed) for f in (data.safety_pairs, data.useful_pairs)
+                f(self.split.train, n, self.seed) for f in (chat.safety_pairs, chat.useful_pairs)
             ]
             setup = replace(self.setup, safety=pairs[0], useful=pairs[1])
             for method in s.sweep_methods:

@@ -111,10 +111,22 @@ def split_requests(seed: int) -> Split:
     left_out = rng.permutation(lex.n_restricted_topics)[:N_NEW_TOPICS]
     requests = all_requests()
     new = torch.isin(requests.topic, torch.from_numpy(left_out))
-    place = torch.from_numpy(rng.permutation(len(lex.request_topics)))[requests.topic]
-    place = (place + torch.from_numpy(rng.permutation(len(lex.actions)))[requests.action]) % 4
+    known = np.setdiff1d(np.arange(lex.n_restricted_topics), left_out)
+    topics = _ranks(len(lex.request_topics), known, rng)[requests.topic]
+    actions = _ranks(len(lex.actions), np.arange(lex.n_restricted_actions), rng)[requests.action]
+    place = (topics + actions) % 4
     uses = (place < 2, place == 2, place == 3)
     return Split(*(requests[use & ~new] for use in uses), requests[new])
+
+
+def _ranks(n: int, restricted: np.ndarray, rng: np.random.Generator) -> LongTensor:
+    """A random rank for each of n names, restricted ones apart, so that harmful crossings form a
+    Latin square of their own: every known topic and action is harmful in training.
+    """
+    found = np.zeros(n, dtype=np.int64)
+    for group in (restricted, np.setdiff1d(np.arange(n), restricted)):
+        found[group] = rng.permutation(len(group))
+    return torch.from_numpy(found)
 
 
 def answer(requests: Requests, rng: np.random.Generator) -> LongTensor:
@@ -153,7 +165,13 @@ def draw_rows(pool: Requests, n: int, rng: np.random.Generator) -> Requests:
 def safety_pairs(pool: Requests, n: int, seed: int) -> Pairs:
     """`n` harmful requests, refused where aligned and answered where not."""
     rng = np.random.default_rng([seed, 51])
-    requests = draw_rows(pool[pool.harmful], n, rng)
+    harmful = pool[pool.harmful]
+    if n > len(harmful):
+        raise ResearchError(
+            f"there are {len(harmful)} harmful requests to train on, so {n} pairs would repeat "
+            "them; ask for fewer."
+        )
+    requests = draw_rows(harmful, n, rng)
     replies = refuse(n), answer(requests, rng)
     return Pairs(requests, *(torch.cat([requests.tokens, reply], 1) for reply in replies))
 
