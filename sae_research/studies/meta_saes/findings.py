@@ -288,9 +288,10 @@ def summarize(t: Tables, settings: Settings, verdicts: Mapping[str, str]) -> str
         f"changes by {say('recovery')}, the composition rate for a fresh meta SAE by "
         f"{say('composition.model')} and {say('composition.vectors')}.",
         f"Of planted senses, a net share of {say('senses')} gains a latent of its own."
-        + " Each already has one in the solo SAE." * (not can_split(t, settings)),
+        if can_split(t, settings)
+        else "No planted sense is left to split: each has a latent of its own in the solo SAE.",
         f"Firing rates alone move mean |phi| by {say('rates', 100, ' %')} at least.",
-        "A rule on tokens detects active contexts by their explanations "
-        f"{say('detection')} better, and ranks their strengths {say('strength')} better.",
+        "Explained by a rule on tokens, latents are told from their neighbours "
+        f"{say('detection')} better, and their strengths ranked {say('strength')} better.",
     ]
     return "\n".join(f"- {sentence}" for sentence in sentences)

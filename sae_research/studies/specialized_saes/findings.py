@@ -27,6 +27,8 @@ READINGS = {
     "counts": "slope of counts",
 }
 """What the paper compares with and without a tilt, by claim."""
+CLAIMED_GAIN = 0.1
+"""What specialised dictionaries are said to add to worst-group accuracy, in shares (Table 1)."""
 FULL = {"topk": "main_l0", "relu": "main_penalty"}
 
 
@@ -90,13 +92,21 @@ def measure_selectors(t: Tables) -> dict[str, Measurement | None]:
         "selectors.bm25_register": measure(register["bm25"] - register["dense"]),
         "selectors.seed_register": measure(register["seed only"] - register["dense"]),
         "selectors.off_domain": measure(off),
-        "selectors.rare_concepts": compare(recall, random),
+        "selectors.rare_concepts": compare(recall, random) if can_tell(t) else None,
         "selectors.nulls": measure_nulls(t),
         "ways.residual": measure(own - loss(t, "dense", way=ways.RESIDUAL)),
         "ways.direct": measure(
             loss(t, "dense", "general", way=ways.DIRECT) - loss(t, "general", "general")
         ),
     }
+
+
+def can_tell(t: Tables) -> bool:
+    """Whether text that is chosen by its label teaches rare concepts, beyond doubt: otherwise the
+    test texts hold too few of them.
+    """
+    gain = tail_f1(t, "oracle") - tail_f1(t, "general")
+    return len(gain) > 1 and stats.mean_interval(gain.to_numpy()).low > 0
 
 
 def measure_nulls(t: Tables) -> Measurement | None:
@@ -109,16 +119,20 @@ def measure_nulls(t: Tables) -> Measurement | None:
 
 
 def found_in_most_seeds(t: Tables) -> pd.DataFrame:
-    """Share of each band's concepts that most seeds find, by selector, way and tilt."""
+    """Share of each band's concepts that most seeds find (of those that three seeds score), by
+    selector, way and tilt.
+    """
     rows = t["recall"].query("kind == 'topk' and main")
     arms = ["selector", "way", "tilt", "band"]
-    most = rows.groupby([*arms, "concept"], sort=False)["found"].mean() > 0.5
+    seeds = rows.groupby([*arms, "concept"], sort=False)["found"]
+    scored = seeds.size() >= min(3, rows["seed"].nunique())
+    most = (seeds.mean() > 0.5)[scored]
     return most.groupby(arms, sort=False).mean().unstack("band")
 
 
 def measure_tilts(t: Tables) -> dict[str, Measurement]:
     """Claims on TERM: each reading of a tail as the paper compares it, at one L1 coefficient, and
-    at matched L0.
+    at matched L0. The control is the SAE before fine-tuning: what it shows too needs no tilt.
     """
     found = {}
     for kind, words in (("relu", "penalty"), ("topk", "l0")):
@@ -126,7 +140,8 @@ def measure_tilts(t: Tables) -> dict[str, Measurement]:
             tilted, plain = (
                 arm(t["summary"], column, "dense", tilt, kind) for tilt in (PAPER_TILT, PLAIN)
             )
-            found[f"term.{name}_{words}"] = measure(tilted - plain)
+            start = arm(t["summary"], column, "none", kind=kind)
+            found[f"term.{name}_{words}"] = compare(tilted - plain, start - plain)
         l0 = [arm(t["losses"], "l0", "dense", x, kind, text="domain") for x in (PAPER_TILT, PLAIN)]
         if kind == "relu":
             found["term.l0_penalty"] = measure(l0[0] / l0[1])
@@ -160,8 +175,10 @@ def measure_proxies(t: Tables) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def measure_shift(t: Tables) -> dict[str, Measurement]:
-    """Claims on the bias case study, in shares of one."""
+def measure_shift(t: Tables) -> dict[str, Measurement | None]:
+    """Claims on the bias case study, in shares of one; None where general dictionaries leave less
+    to gain than is claimed.
+    """
 
     def worst(method: str) -> pd.Series:
         return pick(t["shift"], "worst", method=method)
@@ -170,9 +187,10 @@ def measure_shift(t: Tables) -> dict[str, Measurement]:
         return measure(worst(left) - worst(right))
 
     original = worst("Original")
+    room = (worst("Oracle") - worst("GSAE SHIFT")).mean()
     sizes = [pick(t["circuit"], "n_nodes", sae=sae) for sae in ("SSAE", "GSAE")]
     return {
-        "shift.worst_group": gain("SSAE SHIFT", "GSAE SHIFT"),
+        "shift.worst_group": gain("SSAE SHIFT", "GSAE SHIFT") if room >= CLAIMED_GAIN else None,
         "shift.retrain": gain("SSAE SHIFT+retrain", "GSAE SHIFT+retrain"),
         "shift.compressed": gain("Comp. SSAE SHIFT", "Comp. GSAE SHIFT"),
         "shift.ablation": compare(
@@ -235,13 +253,16 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
     def say(name: str, digits: int = 3) -> str:
         m = found[f"specialized_saes.{name}"]
         verdict = verdicts[f"specialized_saes.{name}"]
+        if m is None:
+            return f"(**{verdict}**)"
         return f"{m.value:+.{digits}f} [{m.low:.{digits}f}, {m.high:.{digits}f}] (**{verdict}**)"
 
     sentences = [
         "Fine-tuning the general SAE on retrieved text changes the loss in the domain by "
         f"{say('selectors.domain')} nats per token against going on with general text, and off "
-        f"the domain by {say('selectors.off_domain')}. The best latent of a rare concept gains "
-        f"{say('selectors.rare_concepts')} F1.",
+        f"the domain by {say('selectors.off_domain')}. Gain in F1 of rare concepts: "
+        f"{say('selectors.rare_concepts')}; against the best null dictionary "
+        f"{say('selectors.nulls')}.",
         f"Dense retrieval and BM25 differ by {say('selectors.dense')} nats, reranking by TracIn "
         f"adds {say('selectors.tracin')}.",
         "At one L1 coefficient, a tilt of 500 multiplies L0 by "
@@ -251,11 +272,12 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
         f"{say('term.maximum_penalty', 2)} and {say('term.maximum_l0', 2)}.",
         "**Does TERM find rare concepts?** At matched L0 the F1 of the rarest concepts moves by "
         f"{say('term.rare_concepts')} with the paper's tilt and by "
-        f"{say('term.rare_concepts_mild')} with a mild one.",
+        f"{say('term.rare_concepts_mild')} with a mild one. In these units of loss a tilt of 500 "
+        "lets one token of a batch count, and the SAE hardly leaves its start.",
         "Over all TopK SAEs, coverage and the true F1 of rare concepts have a rank correlation of "
         f"{say('proxies.coverage', 2)}.",
         "In the bias case study, ablating as many gender latents of the specialised as of the "
-        f"general dictionaries changes the worst group by {say('shift.worst_group')}, and with "
-        f"retraining by {say('shift.retrain')}.",
+        f"general dictionaries changes the worst group by {say('shift.worst_group')}, with "
+        f"retraining by {say('shift.retrain')}; ablation itself by {say('shift.ablation')}.",
     ]
     return "\n".join(f"- {sentence}" for sentence in sentences)

@@ -52,6 +52,7 @@ class Case:
     model: LanguageModel
     data: BiasData
     settings: Shift
+    seed: int = 0
 
     def features(self, texts: Biographies, edits: Edits | None = None, batch: int = 256) -> Tensor:
         """What the probe reads: the mean residual over text [rows, d]."""
@@ -265,7 +266,7 @@ def run_table(
             plain, case.features(data.test, ablate(sets[name], chosen))
         )
     n = settings.n_ablated or min(counts["GSAE"], counts["SSAE"])
-    rows["Random ablation"] = _run_random(case, general, n, plain)
+    rows["Random ablation"] = _run_random(case, special, n, plain)
     tables = [pd.DataFrame(graded).assign(method=name) for name, graded in rows.items()]
     return {
         "shift": pd.concat(tables, ignore_index=True),
@@ -312,7 +313,7 @@ def _run_shift(
 
 
 def _run_random(case: Case, saes: "Mapping[str, SAE]", n: int, plain: list[Probe]) -> list[dict]:
-    """As many random live latents, other ones for every probe seed."""
+    """As many random live latents of the same SAEs, drawn twice for every probe seed."""
     rows = []
     texts = case.data.balanced[: case.settings.examples]
     live = [
@@ -324,12 +325,13 @@ def _run_random(case: Case, saes: "Mapping[str, SAE]", n: int, plain: list[Probe
         .nonzero()[:, 0]
         .tolist()
     ]
-    for seed, probe in enumerate(plain):
-        rng = np.random.default_rng(seed)
+    for i in range(2 * len(plain)):
+        seed = i % len(plain)
+        rng = np.random.default_rng([case.seed, i])
         drawn = [live[i] for i in rng.choice(len(live), min(n, len(live)), replace=False)]
         chosen = {hook: [i for h, i in drawn if h == hook] for hook in saes}
         x = case.features(case.data.test, ablate(saes, chosen))
-        rows.append({**case.grade([probe], x)[0], "probe_seed": seed, "n_ablated": n})
+        rows.append({**case.grade([plain[seed]], x)[0], "probe_seed": seed, "n_ablated": n})
     return rows
 
 

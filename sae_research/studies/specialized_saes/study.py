@@ -146,7 +146,7 @@ def run_shift(name: str, settings: Settings, device: str, seed: int) -> dict[str
     for hook in settings.shift.hooks:
         here = replace(ground, hook=hook)
         general[hook], special[hook] = _train_pair(here, data.ambiguous.tokens, settings, seed)
-    return shift.run_table(shift.Case(model, data, settings.shift), general, special)
+    return shift.run_table(shift.Case(model, data, settings.shift, seed), general, special)
 
 
 def _train_pair(ground: Ground, texts: torch.LongTensor, settings: Settings, seed: int) -> tuple:
