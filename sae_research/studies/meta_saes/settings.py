@@ -93,6 +93,7 @@ class Settings:
     """Study 4: joint training with a decomposability penalty."""
 
     ORDER: ClassVar[int] = 4
+    NOT_MODELS: ClassVar[tuple[str, ...]] = (VECTORS,)
     RENAMED: ClassVar[dict[str, str]] = {"subjects": "models"}
 
     models: tuple[str, ...] = ("gpt2-large", "gemma-2-9b")
