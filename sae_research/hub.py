@@ -70,21 +70,10 @@ def download(
 
 
 def sae_commit(release: str) -> str:
-    """The commit of the repository that holds a SAELens release: this machine's, or the hub's."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from huggingface_hub.file_download import repo_folder_name
+    """The commit of the repository that holds a SAELens release."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    repository = get_pretrained_saes_directory()[release].repo_id
-    folder = repo_folder_name(repo_id=repository, repo_type="model")
-    reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / "main"
-    if reference.is_file():
-        return reference.read_text().strip()
-    try:
-        return str(HfApi().model_info(repository).sha)
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise unreachable(repository) from error
+    return download(get_pretrained_saes_directory()[release].repo_id, (".gitattributes",)).name
 
 
 def unreachable(repository: str) -> ResearchError:

