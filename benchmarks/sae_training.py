@@ -1,7 +1,8 @@
-"""Training TopK and BatchTopK SAEs: SAELens's trainer, a plain dense step and ours, in one run.
+"""Training TopK and BatchTopK SAEs: SAELens's trainer, a plain dense step and ours, in one run; and
+study 4's joint training beside the solo SAE of the same class.
 
 All start from the same weights and see the same batches; losses must agree. The last line gives
-how many times faster ours is than SAELens's trainer.
+how many times faster ours is than SAELens's trainer, and how much longer joint training takes.
 
     python -m benchmarks.sae_training [--steps 12] [--threads 2]
 """
@@ -16,6 +17,8 @@ from sae_research.hub import quiet
 
 D, LATENTS, K, BATCH = 768, 16_384, 32, 2_048
 SETTINGS = training.SAETraining(batch_size=BATCH, warmup_steps=1)
+JOINT_BATCH, JOINT_LATENTS, META_LATENTS = 4_096, 4_096, 1_800
+"""Those of the paper but for the width: the penalty costs META_LATENTS / JOINT_BATCH of a step."""
 
 
 def draw_activations(rows: int) -> torch.Tensor:
@@ -99,6 +102,33 @@ def make_plain_step(sae):
     return step
 
 
+def measure_joint(macro_steps: int) -> dict[str, float]:
+    """Seconds a step of the solo SAE, of joint training, and of joint training that rebuilds the
+    decoder rows once in ten steps; each macro step is ten of the primary and five of the meta SAE.
+    """
+    from sae_research.studies.meta_saes import decomposable
+
+    plan = training.SAETraining(steps=10 * macro_steps, batch_size=JOINT_BATCH, warmup_steps=0)
+    runs = {}
+    for name, refresh in (("solo", 0), ("joint", 1), ("lazy", 10)):
+        torch.manual_seed(0)
+        meta = {"d_sae": META_LATENTS, "k": 8, "refresh_every": max(refresh, 1)}
+        shape = {"d_in": D, "d_sae": JOINT_LATENTS, "k": 64, "decoder_init_norm": 1.0}
+        config = decomposable.DecompBatchTopKConfig(**shape, meta=meta)
+        kind = [decomposable.JointTrainer] if refresh else []
+        with quiet():
+            runs[name] = training.trainer(decomposable.DecompBatchTopK(config), plan, *kind)
+    seconds = dict.fromkeys(runs, 0.0)
+    data = draw_activations(2 * JOINT_BATCH)
+    for batch in activations.batches(data, JOINT_BATCH, plan.steps, 0):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run.step(batch)
+            run.n_training_steps += 1
+            seconds[name] += time.perf_counter() - start
+    return {name: total / plan.steps for name, total in seconds.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
@@ -122,9 +152,16 @@ def main() -> None:
             ratios[name, way] = median
         gap = max(abs(a / b - 1) for a, b in zip(losses["ours"], losses["saelens"], strict=True))
         print(f"{name}: largest relative difference of the losses {gap:.1e}")
-    for way in ("plain", "saelens"):
-        found = min(ratios[name, way] / ratios[name, "ours"] for name in ("topk", "batchtopk"))
-        print(f"vs_{way}={found:.2f}")
+    joint = measure_joint(macro_steps=2)
+    for name, found in joint.items():
+        print(f"{name}: {found:.3f} s a step")
+    print(f"lazy_overhead={joint['lazy'] / joint['solo']:.2f}")
+    vs = {
+        way: min(ratios[name, way] / ratios[name, "ours"] for name in ("topk", "batchtopk"))
+        for way in ("plain", "saelens")
+    }
+    print(f"vs_plain={vs['plain']:.2f}")
+    print(f"vs_saelens={vs['saelens']:.2f} joint_overhead={joint['joint'] / joint['solo']:.2f}")
 
 
 if __name__ == "__main__":

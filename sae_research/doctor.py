@@ -40,7 +40,8 @@ def judge(profile: config.Profile, machine: Machine) -> dict[str, list[str]]:
     """For each study of a profile, what keeps it from running on `machine`."""
     found = {}
     for study in config.study_names():
-        models = getattr(profile, study).models
+        block = getattr(profile, study)
+        models = [m for m in block.models if m not in getattr(block, "NOT_MODELS", ())]
         found[study] = _here(machine) + _needs(profile.runtime, models, machine)
         if study in machine.no_data and not all(catalogue.get(m).embedded for m in models):
             found[study].append(f"your data in {machine.no_data[study]} (README says which)")

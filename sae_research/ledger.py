@@ -28,6 +28,10 @@ HIGHLIGHTS = {
     "opinion_qa.shift.sparse": "of the latents are moved",
     "side_effects.predict.stability_over_frequency": "more rank correlation",
     "side_effects.predict.spread_over_frequency": "more rank correlation",
+    "meta_saes.phi.model": "change of mean phi",
+    "meta_saes.recovery": "change of the match",
+    "safety_subspace.align.lora": "of safety rate",
+    "safety_subspace.align.features": "of safety rate",
 }
 """The verdicts that README shows, with what their numbers are."""
 _BEGIN, _END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
@@ -167,7 +171,7 @@ def compare_grounds(ledgers: dict[str, list[dict]]) -> "pd.DataFrame":
 
 
 def highlights(lines: list[dict]) -> str:
-    """README's table: five claims with their numbers, controls and verdicts."""
+    """README's table: the main claims with their numbers, controls and verdicts."""
     by_id = {line["id"]: line for line in lines}
     known = [i for i in HIGHLIGHTS if i in by_id]
     shown = table([by_id[i] for i in known])

@@ -66,7 +66,11 @@ def examine(profiles: Sequence[config.Profile]) -> Machine:
     from huggingface_hub import constants, get_token
 
     studies = [getattr(p, study) for p in profiles for study in config.study_names()]
-    named = {name for study in studies for name in study.models}
+    named = {
+        name
+        for study in studies
+        for name in set(study.models) - set(getattr(study, "NOT_MODELS", ()))
+    }
     specs = [catalogue.get(name) for name in sorted(named)]
     away = [s for s in specs if s.from_hub]
     files = cached_files(Path(constants.HF_HUB_CACHE)) if away else {}

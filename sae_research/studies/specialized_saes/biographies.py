@@ -1,0 +1,81 @@
+"""The biographies of the bias case study: an ambiguous training set, in which gender gives the
+profession away, and balanced sets.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import LongTensor
+
+from sae_research.errors import ResearchError
+from sae_research.models import LanguageModel
+from sae_research.studies.specialized_saes.settings import Shift
+
+
+@dataclass
+class Biographies:
+    """Biographies with their labels; profession 0 is professor, gender 0 male."""
+
+    tokens: LongTensor
+    """Token ids [n, length], led by the start token, up to where the text names the profession."""
+    gender: LongTensor
+    profession: LongTensor
+
+    def __getitem__(self, rows: object) -> "Biographies":
+        return Biographies(self.tokens[rows], self.gender[rows], self.profession[rows])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass
+class BiasData:
+    """All texts of the case study."""
+
+    ambiguous: Biographies
+    balanced: Biographies
+    test: Biographies
+    gender_words: frozenset[int]
+    """Token types that tell a gender."""
+    keywords: LongTensor
+    """Token types of the concept bottleneck: words of both professions."""
+
+
+def make_toy_biographies(model: LanguageModel, settings: Shift, seed: int) -> BiasData:
+    """Generated biographies; no text states the profession at once."""
+    from sae_research.world.text import documents, lexicon
+    from sae_research.world.text.corpus import BODY_OF_LIFE, Corpus
+
+    corpus = documents.without_stated(Corpus())
+    rng = np.random.default_rng([seed, 31])
+    ids = lexicon.lexicon().ids
+
+    def draw(cells: list[tuple[int, int]], n: int) -> Biographies:
+        rows = rng.permutation(np.arange(n) % len(cells))
+        gender, profession = np.array(cells)[rows].T
+        made = documents.make_documents(
+            "life", n, rng, corpus, gender=gender, profession=profession
+        )
+        tokens = torch.from_numpy(made.tokens[:, : BODY_OF_LIFE.stop]).long()
+        return Biographies(tokens, torch.from_numpy(gender), torch.from_numpy(profession))
+
+    every = [(g, p) for g in (0, 1) for p in (0, 1)]
+    words = [word for cues in lexicon.PROFESSIONS.values() for word in cues.split()[:10]]
+    return BiasData(
+        draw([(0, 0), (1, 1)], settings.documents),
+        draw(every, settings.documents),
+        draw(every, settings.test_documents),
+        frozenset(ids[word] for pair in lexicon.GENDERS.values() for word in pair),
+        torch.tensor([ids[word] for word in words]),
+    )
+
+
+def load(model: LanguageModel, embedded: bool, settings: Shift, seed: int) -> BiasData:
+    """The biographies for a model."""
+    if not embedded:
+        raise ResearchError(
+            f"no biographies are known for {model.name}; add a source to "
+            "studies/specialized_saes/biographies.py."
+        )
+    return make_toy_biographies(model, settings, seed)
