@@ -79,7 +79,7 @@ class ModelSpec:
 
     def sae(self, role: str, *, device: str = "cpu", dtype: str = "float32") -> "SAE":
         """The SAE of a role."""
-        from sae_research import saes
+        from sae_research import real_saes, saes
 
         roles = self.roles()
         if not roles:
@@ -88,8 +88,10 @@ class ModelSpec:
             )
         if role not in roles:
             raise unknown("SAE role", role, roles, f"the catalogue's entry '{self.name}'")
-        folder = self._folders().get(role)
-        source = (folder,) if folder else self.saes[role]
+        if role in self.saes:
+            source = self.saes[role]
+        else:
+            source = (self._folders()[role] or real_saes.train_role(self._trained_on, role),)
         sae = saes.load_sae(*source, device=device, dtype=dtype)
         if self.trained_on:
             # said openly: `check_fit` refuses every other stranger
@@ -107,22 +109,25 @@ class ModelSpec:
         if self.embedded:
             pieces = build.model_folder(self.model), build.saes_folder(self.model)
             return [(piece / store.CHECKSUMS).read_text() for piece in pieces]
-        own = [(folder / store.CHECKSUMS).read_text() for folder in self._folders().values()]
+        own = [(f / store.CHECKSUMS).read_text() for f in self._folders().values() if f]
         if self.wheel:
             return [self.wheel.pin, self.wheel.sha256, *own]
         releases = sorted({release for release, _ in self.saes.values()})
         saes = [f"{release} {hub.sae_commit(release)}" for release in releases]
         return [self.model, hub.download(self.model, revision=self.revision).name, *own, *saes]
 
-    def _folders(self) -> "dict[str, Path]":
-        """Folders of the SAEs that lie in the repository, by role."""
-        from sae_research.paths import REAL_SAES
+    def _folders(self) -> "dict[str, Path | None]":
+        """Folders of the SAEs made here by role; None for one that is trained when asked for."""
+        from sae_research import real_saes
         from sae_research.world import build
 
-        if self.embedded:
-            return build.sae_folders(self.model)
-        folders = sorted((REAL_SAES / (self.trained_on or self.name)).glob("*"))
-        return {folder.name: folder for folder in folders if (folder / "cfg.json").is_file()}
+        return (
+            build.sae_folders(self.model) if self.embedded else real_saes.folders(self._trained_on)
+        )
+
+    @property
+    def _trained_on(self) -> str:
+        return self.trained_on or self.name
 
 
 def _with_saes(

@@ -31,6 +31,8 @@ VERDICTS = {
 
 _COORDINATE = re.compile(rb"(?<!scale\()-?\d+\.\d{3,}")
 """A number of an svg with digits that no eye sees; glyphs are scaled by numbers that count."""
+_HASHED = re.compile(rb"\b[mp][0-9a-f]{10}\b")
+"""How matplotlib names markers and clips: a hash of coordinates with all their digits."""
 FULL, HALF = 7.2, 3.6
 """Inches: every figure is one column or half a column wide, so that type has one size."""
 STYLE = {
@@ -113,19 +115,23 @@ def _wrap(text: str, inches: float) -> str:
 def save(figure: "Figure", folder: Path, name: str) -> Path:
     """Write `name`.png and `name`.svg, the same bytes for the same figure; it stays open.
 
-    Coordinates in the svg are rounded to hundredths of a point: another processor's last digits
-    must not change the file.
+    Another processor's last digits must not change the svg: coordinates are rounded to hundredths
+    of a point, and names that hash them become numbers.
     """
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata=metadata)
         content = buffer.getvalue()
         if kind == "svg":
-            content = _COORDINATE.sub(
-                lambda found: b"%.2f" % (round(float(found[0]), 2) + 0.0), content
-            )
+            content = _without_last_digits(content)
         store.write_bytes(Path(folder) / f"{name}.{kind}", content)
     return Path(folder) / f"{name}.png"
+
+
+def _without_last_digits(svg: bytes) -> bytes:
+    names = list(dict.fromkeys(_HASHED.findall(svg)))
+    svg = _HASHED.sub(lambda found: b"%s%d" % (found[0][:1], names.index(found[0])), svg)
+    return _COORDINATE.sub(lambda found: b"%.2f" % (round(float(found[0]), 2) + 0.0), svg)
 
 
 @style()

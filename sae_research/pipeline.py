@@ -42,11 +42,13 @@ def _profile_lock(profile: str) -> Path:
 
 def _read_lock(path: Path) -> dict | None:
     """The stages of a lock file; nothing if it is missing or was cut short."""
-    import yaml
+    from dvc.exceptions import DvcException
+    from dvc.utils.serialize import parse_yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        # DVC writes YAML 1.2, in which a setting called `on` is a word and no truth value
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path), typ="safe")
+    except (OSError, DvcException):
         return None
     stages = content.get("stages") if isinstance(content, dict) else None
     return stages if isinstance(stages, dict) else None

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as tree
@@ -89,6 +90,19 @@ def test_saving_twice_and_drawing_in_between_gives_the_same_file(tmp_path):
     figures.save(figure, tmp_path, "two")
     for kind in ("png", "svg"):
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
+
+
+def test_last_digits_of_coordinates_name_nothing_in_the_svg(tmp_path):
+    saved = []
+    for nudge in (0.0, 1e-12):
+        figure, axes = figures.canvas("Title", "x", "y")
+        axes.set_position([0.2 + nudge, 0.2, 0.6, 0.6])
+        axes.plot([1, 2], marker="o")
+        saved.append(figures.save(figure, tmp_path, "one").with_suffix(".svg").read_text())
+    assert saved[0] == saved[1]
+    named = set(re.findall(r'(?<=id=")[mp]\d+(?=")', saved[0]))
+    assert named
+    assert set(re.findall(r"(?<=#)[mp]\d+", saved[0])) <= named
 
 
 def test_the_style_does_not_leak():

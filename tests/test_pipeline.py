@@ -12,8 +12,11 @@ import time
 import psutil
 import pytest
 import yaml
+from dvc.utils.serialize import dump_yaml
 from tiny_study import alone_in, notebook
 from workspace import Workspace, copied
+
+from sae_research import pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -182,6 +185,12 @@ print(*map(dependencies.relative, files))
     stage = yaml.safe_load((tiny.root / "dvc.yaml").read_text())["stages"]["60_tiny_run"]
     for dep in stage["deps"]:
         assert not dep.startswith("sae_research") or any(f.startswith(dep) for f in files), dep
+
+
+def test_a_lock_is_read_as_dvc_writes_it(tmp_path):
+    stages = {"run": {"params": {"settings.json": {"on": "total", "lr": 1e-05, "no": None}}}}
+    dump_yaml(tmp_path / "dvc.lock", {"schema": "2.0", "stages": stages})
+    assert pipeline._read_lock(tmp_path / "dvc.lock") == stages
 
 
 def test_what_a_kill_leaves_of_dvc_does_not_block_the_next_run(tiny):

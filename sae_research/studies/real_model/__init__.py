@@ -1,0 +1,1 @@
+"""A first look at a real model: what every study on it rests on."""

@@ -1,0 +1,131 @@
+"""What the claims of the first look measure, and its answer in a few sentences."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from sae_research import stats
+from sae_research.claims import Measurement
+from sae_research.studies.real_model.settings import Settings
+from sae_research.studies.runner import Result
+from sae_research.training import NULLS
+
+Tables = dict[str, pd.DataFrame]
+MAIN = "topk"
+
+
+def make_tables(results: Mapping[str, Result]) -> Tables:
+    """All tables of the run by name."""
+    return results[""].tables
+
+
+def by_seed(t: Tables, column: str, null: str = "") -> pd.Series:
+    """A column of the main SAE, or of one of its nulls, by seed."""
+    q = t["quality"]
+    hook = q["hook"].iloc[0]
+    own = q[(q["hook"] == hook) & (q["kind"] == MAIN) & (q["null"].fillna("") == null)]
+    return own.set_index("seed")[column].astype(float)
+
+
+def versus(own: pd.Series, control: pd.Series) -> Measurement:
+    """Mean over seeds, the same for the control, and their paired difference."""
+    found, other, gap = (stats.mean_interval(list(v)) for v in (own, control, own - control))
+    return Measurement.of(found, other, gap)
+
+
+def best_null(t: Tables, column: str) -> str:
+    """The null dictionary whose mean of a column is largest: the hardest control."""
+    return max(NULLS, key=lambda null: by_seed(t, column, null).mean())
+
+
+def measure_saes(t: Tables, column: str) -> Measurement:
+    """A measure of the main SAE over its seeds; control: the best null dictionary."""
+    return versus(by_seed(t, column), by_seed(t, column, best_null(t, column)))
+
+
+def measure_role(t: Tables, role: str, column: str) -> Measurement:
+    """A measure of one SAE, as measured again here."""
+    return Measurement(float(t["again"].set_index("role").loc[role, column]), n=1)
+
+
+def measure_loss(t: Tables) -> Measurement:
+    """Loss of the model on held-out rows; control: token frequencies."""
+    rows = t["losses"]
+    found = [stats.cluster_bootstrap(v, seed=0) for v in (rows["model"], rows["unigram"])]
+    gap = stats.cluster_bootstrap(rows["model"] - rows["unigram"], seed=0)
+    return Measurement.of(*found, gap)
+
+
+def measure_steering(t: Tables, settings: Settings) -> Measurement:
+    """Rise of the latents' own tokens at the smallest dose; control: random directions."""
+    dose = min(dose for dose in settings.doses if dose > 0)
+    rows = t["steering"][t["steering"]["dose"] == dose].pivot(
+        index="latent", columns="kind", values="own"
+    )
+    own, other = rows["latent"], rows["random"]
+    found = [stats.cluster_bootstrap(v, seed=0) for v in (own, other, own - other)]
+    return Measurement.of(*found)
+
+
+def without_group(t: Tables) -> pd.DataFrame:
+    """Answers to the prompt that names no group."""
+    return t["survey"].query("group == 'no group'")
+
+
+def measure_questions(t: Tables, column: str) -> Measurement:
+    """Mean of a column over questions without a group prompt."""
+    return Measurement.of(stats.cluster_bootstrap(without_group(t)[column], seed=0))
+
+
+def group_shifts(t: Tables, settings: Settings) -> pd.DataFrame:
+    """Difference between each two neighbouring groups by question: the model's and people's."""
+    by_group = t["survey"].pivot(index="question", columns="group", values=["answer", "people"])
+    parts = []
+    for first, second in zip(settings.groups[::2], settings.groups[1::2], strict=True):
+        gaps = by_group.xs(first, axis=1, level=1) - by_group.xs(second, axis=1, level=1)
+        parts.append(gaps.reset_index().assign(pair=f"{first} - {second}"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def measure_groups(t: Tables, settings: Settings) -> Measurement:
+    """Correlation of the model's and people's group differences, questions drawn as clusters."""
+    gaps = group_shifts(t, settings)
+
+    return Measurement.of(
+        stats.bootstrap(
+            lambda ours, theirs: np.corrcoef(ours, theirs)[0, 1],
+            gaps["answer"],
+            gaps["people"],
+            clusters=gaps["question"],
+            seed=0,
+        )
+    )
+
+
+def measure_refusals(t: Tables, kind: str) -> Measurement | None:
+    """Share of the reader's requests of a kind that are refused; without them nothing."""
+    own = t["refusals"]["refused"][t["refusals"]["kind"] == kind]
+    if own.empty:
+        return None
+    return Measurement.of(stats.wilson(int(own.sum()), len(own)))
+
+
+def measure_claims(t: Tables, settings: Settings) -> dict[str, Measurement | None]:
+    """What every claim of claims.yaml asks for."""
+    return {
+        "real_model.loss": measure_loss(t),
+        "real_model.explained_variance": measure_saes(t, "explained_variance"),
+        "real_model.without_largest": measure_saes(t, "ev_without_largest"),
+        "real_model.ce_recovered": measure_saes(t, "ce_recovered"),
+        "real_model.later_block": measure_role(t, "block20_topk", "explained_variance"),
+        "real_model.later_block_ce": measure_role(t, "block20_topk", "ce_recovered"),
+        "real_model.pw_mcc": measure_saes(t, "pw_mcc"),
+        "real_model.token_rules": measure_saes(t, "token_rule_f1"),
+        "real_model.steering": measure_steering(t, settings),
+        "real_model.letter_mass": measure_questions(t, "mass"),
+        "real_model.order": measure_questions(t, "order"),
+        "real_model.groups": measure_groups(t, settings),
+        "real_model.refuses_unsafe": measure_refusals(t, "unsafe"),
+        "real_model.refuses_safe": measure_refusals(t, "safe"),
+    }
