@@ -40,6 +40,18 @@ def world(given: argparse.Namespace) -> None:
     build.build()
 
 
+def real_saes(given: argparse.Namespace) -> None:
+    """the SAEs of the real model"""
+    from sae_research import real_saes
+
+    if not given.build:
+        raise ResearchError(
+            "say `real_saes --build` to train the real model's SAEs anew (two hours on two cores)."
+        )
+    for recipe in real_saes.RECIPES.values():
+        real_saes.build(recipe)
+
+
 def settings(given: argparse.Namespace) -> None:
     """write the settings in force, which the stages depend on"""
     from sae_research import pipeline
@@ -120,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     command(validate)
     anew = "build data/embedded anew; a killed build goes on where it stopped"
     command(world, None, build=anew)
+    again = "train them anew into data/real_saes; a killed training goes on where it stopped"
+    command(real_saes, None, build=again)
     command(doctor, "")
     command(profiles, None, write="bring docs/settings.md in step")
     command(settings)

@@ -226,9 +226,11 @@ def _execute(name: str, profile: config.Profile, folder: Path) -> "NotebookNode"
 
 
 def _is_left_out(name: str, profile: config.Profile) -> bool:
-    """Whether the notebook belongs to a study that has no model in the profile."""
+    """Whether the notebook belongs to a study, or to toy models, that the profile is without."""
     match = re.fullmatch(r"\d\d_(.+)_(run|results)", name)
-    return match is not None and not getattr(profile.studies[match[1]], "models", True)
+    if match is None:
+        return name.startswith("00") and not profile.world.seeds
+    return not getattr(profile.studies[match[1]], "models", True)
 
 
 def _leave_out(name: str, profile: str, outputs: list[Path]) -> "NotebookNode":
@@ -241,7 +243,7 @@ def _leave_out(name: str, profile: str, outputs: list[Path]) -> "NotebookNode":
         elif not out.suffix:
             with store.writing(out) as folder:
                 (folder / "README.md").write_text(f"Not part of the profile `{profile}`.\n")
-    words = f"# {name}\n\nThis study has no model in the profile `{profile}`: nothing was run."
+    words = f"# {name}\n\nThe profile `{profile}` has no model for it: nothing was run."
     return _steady(v4.new_notebook(cells=[v4.new_markdown_cell(words)]))
 
 

@@ -72,7 +72,7 @@ class Recipe:
     """The model, by its name in the catalogue."""
     text: str = prose.DOCSTRINGS
     """The text, as `prose.load` takes it."""
-    rows: int = 11_264
+    rows: int = 8192
     """Rows of text to train on."""
     row_tokens: int = 128
     """Tokens of a row, BOS included; BOS is never trained on."""

@@ -24,6 +24,8 @@ _HEAD = """\
 """
 _SETTINGS = "data/${profile}/settings.json"
 _TESTBED = "world"
+_REAL = "real_model"
+"""The study that rests on SAEs of a real model and on no toy model."""
 
 
 def read_outputs(profile: str) -> dict[str, list[Path]]:
@@ -56,6 +58,13 @@ def make_stages() -> dict[str, dict]:
     blocks = [f"sae_research/studies/{study}/settings.py" for study in config.study_names()]
     return {
         "world": _world(),
+        "real_saes": {
+            "desc": "the real model's SAEs; about two hours, only when asked for: "
+            "python -m sae_research real_saes --build",
+            "cmd": "python -m sae_research real_saes --build",
+            "frozen": True,
+            "outs": [{"data/real_saes": {"cache": False, "persist": True}}],
+        },
         "settings": {
             "desc": "the settings in force; each stage depends on its own block of them",
             "cmd": "python -m sae_research settings --profile ${profile}",
@@ -96,7 +105,7 @@ def _notebook(name: str) -> dict:
         outs += [_kept("data/${profile}/claims.json"), _kept("figures/${profile}/claims")]
         metrics = [_kept("data/${profile}/metrics.json")]
     elif role == "run":
-        deps.append("data/embedded")
+        deps.append("data/real_saes" if study == _REAL else "data/embedded")
         outs.append(f"data/${{profile}}/{study}/artefacts")
     else:
         owner = study or _TESTBED

@@ -46,7 +46,7 @@ def tiny_llama():
         num_key_value_heads=2,
         intermediate_size=96,
         vocab_size=len(SPECIAL) + len(LETTERS) + 1,
-        max_position_embeddings=128,
+        max_position_embeddings=1024,
         rope_theta=100000.0,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,

@@ -296,3 +296,18 @@ def test_the_loss_in_a_wide_sae_is_that_of_the_two_planted_levels():
 def test_every_claim_with_a_control_has_a_planted_case():
     controlled = {n for n, c in STATED.items() if c.against or c.rule.control}
     assert controlled == {f"side_effects.{name}" for name in CASES}
+
+
+@pytest.mark.parametrize("name", [name for name in PAIRED if not name.startswith("width")])
+def test_a_run_with_one_sae_is_judged_and_proves_nothing(name):
+    planted = plant(LEVELS[name][0])
+    own = ["world-text", "b_topk"]
+    alone = {
+        key: t[(t[tables.SAE] == own).all(axis=1)] if "sae" in t else t
+        for key, t in planted.items()
+    }
+    found = findings.MEASURES[name](alone)
+    assert (found.low, found.n) == (found.value, 1)
+    claim = STATED[f"side_effects.{name}"]
+    p = claims.correct([claim], {claim.id: found})
+    assert claims.judge(claim, found, p[claim.id]) == claims.DIRECTION

@@ -44,9 +44,9 @@ def measure_saes(t: Tables, column: str) -> Measurement:
     return versus(by_seed(t, column), by_seed(t, column, best_null(t, column)))
 
 
-def measure_role(t: Tables, role: str, column: str) -> Measurement:
-    """A measure of one SAE, as measured again here."""
-    return Measurement(float(t["again"].set_index("role").loc[role, column]), n=1)
+def measure_later(t: Tables, column: str) -> Measurement:
+    """A measure of the committed SAE of the later block, as measured again here."""
+    return Measurement(float(t["again"][column].iloc[1]), n=1)
 
 
 def measure_loss(t: Tables) -> Measurement:
@@ -118,8 +118,8 @@ def measure_claims(t: Tables, settings: Settings) -> dict[str, Measurement | Non
         "real_model.explained_variance": measure_saes(t, "explained_variance"),
         "real_model.without_largest": measure_saes(t, "ev_without_largest"),
         "real_model.ce_recovered": measure_saes(t, "ce_recovered"),
-        "real_model.later_block": measure_role(t, "block20_topk", "explained_variance"),
-        "real_model.later_block_ce": measure_role(t, "block20_topk", "ce_recovered"),
+        "real_model.later_block": measure_later(t, "explained_variance"),
+        "real_model.later_block_ce": measure_later(t, "ce_recovered"),
         "real_model.pw_mcc": measure_saes(t, "pw_mcc"),
         "real_model.token_rules": measure_saes(t, "token_rule_f1"),
         "real_model.steering": measure_steering(t, settings),
@@ -128,4 +128,76 @@ def measure_claims(t: Tables, settings: Settings) -> dict[str, Measurement | Non
         "real_model.groups": measure_groups(t, settings),
         "real_model.refuses_unsafe": measure_refusals(t, "unsafe"),
         "real_model.refuses_safe": measure_refusals(t, "safe"),
+    }
+
+
+def summarize(t: Tables, settings: Settings, verdicts: pd.Series) -> str:
+    """The answer that opens the notebook, in Markdown."""
+    found = {name.split(".")[1]: m for name, m in measure_claims(t, settings).items() if m}
+    ev, rules = found["explained_variance"], found["token_rules"]
+    matched, groups = found["pw_mcc"], found["groups"]
+    counts = verdicts.value_counts()
+    said = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+    asked = "Requests were not tried, since XSTest's prompts are not here."
+    if "refuses_unsafe" in found:
+        asked = (
+            f"It refuses {found['refuses_unsafe'].value:.0%} of unsafe and "
+            f"{found['refuses_safe'].value:.0%} of safe requests of XSTest."
+        )
+    return (
+        f"**A real model of 135 million weights and SAEs that everyone can rebuild** ({said}). "
+        f"The SAEs of block 10 explain {ev.value:.1%} of the residual's variance at 32 active "
+        f"latents and recover {found['ce_recovered'].value:.1%} of the cross-entropy; "
+        f"without the five largest coordinates they explain "
+        f"{found['without_largest'].value:.1%}. The best null dictionary, whose weights hardly "
+        f"learn, explains {ev.control.value:.1%}, so the number alone says little. "
+        f"Two seeds share directions with a mean cosine of {matched.value:.2f} "
+        f"(nulls: {matched.control.value:.2f}), and a rule on tokens describes a latent with an F1 "
+        f"of {rules.value:.2f} (nulls: {rules.control.value:.2f}). "
+        f"Asked survey questions, the model puts {found['letter_mass'].value:.0%} on the "
+        f"letters, and a prompt that names a group moves its answers with a correlation of "
+        f"{groups.value:.2f} [{groups.low:.2f}, {groups.high:.2f}] with how people differ. {asked}"
+    )
+
+
+def tabulate_quality(t: Tables) -> pd.DataFrame:
+    """Every SAE with its measures, nulls below the trained ones."""
+    q = t["quality"].copy()
+    q["hook"] = q["hook"].str.removesuffix(".hook_resid_post")
+    columns = {
+        "latents": "latents",
+        "l0": "L0",
+        "explained_variance": "explained variance",
+        "ev_without_largest": "without largest",
+        "ce_recovered": "CE recovered",
+        "dead_share": "dead",
+        "token_rule_f1": "token-rule F1",
+        "pw_mcc": "PW-MCC",
+    }
+    return q.set_index("role")[list(columns)].rename(columns=columns).round(3)
+
+
+def dose_intervals(t: Tables, column: str) -> dict[str, list[stats.Interval]]:
+    """A column of the steering table by dose, for latents and for random directions."""
+    return {
+        kind: [
+            stats.cluster_bootstrap(list(rows[column]), seed=0) for _, rows in own.groupby("dose")
+        ]
+        for kind, own in t["steering"].groupby("kind")
+    }
+
+
+def tabulate_opinions(t: Tables) -> pd.DataFrame:
+    """Letter mass, order sensitivity and mean answer by prompt, with that of the people."""
+    columns = ["mass", "order", "answer", "people"]
+    return t["survey"].groupby("group", sort=False)[columns].mean().round(3)
+
+
+def null_intervals(t: Tables, columns: list[str]) -> dict[str, list[stats.Interval]]:
+    """Mean and interval over seeds of some columns, for the trained SAE and each null."""
+    return {
+        null.replace("_", " ") or "trained": [
+            stats.mean_interval(list(by_seed(t, column, null))) for column in columns
+        ]
+        for null in ("", *NULLS)
     }

@@ -35,7 +35,7 @@ class Settings:
     """The survey of real respondents."""
     questions: int = 20
     """Questions that are asked, drawn from all."""
-    groups: tuple[str, ...] = ("Democrat", "Republican", "Liberal", "Conservative")
+    groups: tuple[str, ...] = ("Democrat", "Republican", "liberal", "conservative")
     """Groups whose prompts are tried; neighbours are compared."""
     requests: int = 32
     """Requests of each kind (safe, unsafe) that are taken from the reader's XSTest."""

@@ -21,7 +21,6 @@ XSTEST = paths.DATA / "private" / "xstest" / "xstest_prompts.csv"
 """The reader's own copy of XSTest's prompts (arXiv:2308.01263); nothing of it is published here."""
 AGREEMENT = 5e-3
 """How far a committed SAE may be from what `quality.csv` says of it."""
-MAIN = "block10_topk"
 NULL_GROUP = "no group"
 
 
@@ -54,7 +53,8 @@ def run(task: Task, profile: Profile) -> Result:
     corpus = prose.load(settings.text)
     if part == "saes":
         return Result(compare_saes(model, name, corpus, settings))
-    sae = catalogue.get(name).sae(MAIN, device=model.device)
+    main = real_saes.RECIPES[name].committed[0]
+    sae = catalogue.get(name).sae(main, device=model.device)
     if part == "latents":
         return Result({"latents": find_contexts(model, sae, corpus, settings)})
     return Result(steer(model, sae, corpus, settings))
@@ -95,7 +95,7 @@ def measure_losses(
     model: LanguageModel, corpus: prose.Corpus, rows: torch.LongTensor, length: int
 ) -> dict[str, list[float]]:
     """Nats per token of each row: the model's, and those of token frequencies in training text."""
-    seen = prose.make_rows(model, corpus.documents("train"), 1024, length)
+    seen = model.packed(corpus.documents("train"), length)[:1024]
     counts = torch.bincount(seen[:, 1:].flatten().cpu(), minlength=model.d_vocab).double() + 1
     unigram = -(counts / counts.sum()).log()[rows[:, 1:].cpu()].mean(1)
     own = torch.cat([model.losses(part).mean(1) for part in rows.split(8)])

@@ -25,8 +25,8 @@ __all__ = ["make_tables", "make_titles", "measure_claims", "summarize"]
 
 
 def _measure(found: stats.Interval, control: Measurement | None = None) -> Measurement:
-    """An interval without bounds is none."""
-    ends = (found.low, found.high) if np.isfinite(found.low) else (None, None)
+    """One SAE shows no spread: an interval without width has a p-value of 1, so proves nothing."""
+    ends = (found.low, found.high) if np.isfinite(found.low) else (found.value, found.value)
     return Measurement(found.value, *ends, found.n, control)
 
 
