@@ -25,15 +25,15 @@ README = paths.ROOT / "README.md"
 HIGHLIGHTS = {
     "opinion_qa.shift.fit": "of the distance is left",
     "opinion_qa.rivals.lora": "WD minus LoRA's",
-    "opinion_qa.shift.sparse": "of the latents are moved",
     "side_effects.predict.stability_over_frequency": "more rank correlation",
-    "side_effects.predict.spread_over_frequency": "more rank correlation",
+    "specialized_saes.term.rare_concepts": "F1 against plain fine-tuning",
     "meta_saes.phi.model": "change of mean phi",
-    "meta_saes.recovery": "change of the match",
-    "safety_subspace.align.lora": "of safety rate",
-    "safety_subspace.align.features": "of safety rate",
+    "safety_subspace.align.features": "of safety rate against random features",
+    "real_model.pw_mcc": "mean cosine between seeds",
+    "real_model.groups": "correlation with people",
 }
 """The verdicts that README shows, with what their numbers are."""
+_GROUND_WORDS = {"world": "toy models", "real": "real model", "paper": "the paper's models"}
 _BEGIN, _END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
 
 
@@ -171,13 +171,22 @@ def compare_grounds(ledgers: dict[str, list[dict]]) -> "pd.DataFrame":
 
 
 def highlights(lines: list[dict]) -> str:
-    """README's table: the main claims with their numbers, controls and verdicts."""
+    """README's table: the main claims with their numbers, grounds and verdicts."""
+    import pandas as pd
+
     by_id = {line["id"]: line for line in lines}
-    known = [i for i in HIGHLIGHTS if i in by_id]
-    shown = table([by_id[i] for i in known])
-    measured = [f"{m} {HIGHLIGHTS[i]}" for m, i in zip(shown["measured"], known, strict=True)]
-    columns = ["claim", "measured", "control", "difference", "verdict"]
-    return shown.assign(measured=measured)[columns].to_markdown(index=False, disable_numparse=True)
+    rows = [
+        {
+            "claim": by_id[i]["statement"],
+            "measured": f"{_interval(by_id[i])} {words}",
+            "minus its control": _interval(by_id[i]["difference"] or {"value": "", "low": None}),
+            "on": _GROUND_WORDS[by_id[i]["ground"]],
+            "verdict": by_id[i]["verdict"],
+        }
+        for i, words in HIGHLIGHTS.items()
+        if i in by_id
+    ]
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
 def insert_highlights(readme: str, lines: list[dict]) -> str:
@@ -189,10 +198,13 @@ def insert_highlights(readme: str, lines: list[dict]) -> str:
 
 def write_highlights() -> None:
     """Bring README in step with the published verdicts."""
-    from sae_research import claims
-
     readme = README.read_text(encoding="utf-8")
-    store.write_text(README, insert_highlights(readme, claims.read(PUBLISHED)))
+    store.write_text(README, insert_highlights(readme, read_published()))
+
+
+def read_published() -> list[dict]:
+    """The lines of every ground that has a ledger, toy models first."""
+    return [line for lines in read_grounds().values() for line in lines]
 
 
 def summarize(lines: list[dict]) -> str:

@@ -72,7 +72,7 @@ class Recipe:
     """The model, by its name in the catalogue."""
     text: str = prose.DOCSTRINGS
     """The text, as `prose.load` takes it."""
-    rows: int = 8192
+    rows: int = 6144
     """Rows of text to train on."""
     row_tokens: int = 128
     """Tokens of a row, BOS included; BOS is never trained on."""
@@ -85,15 +85,16 @@ class Recipe:
     l0: int = 32
     """Mean number of active latents per token."""
     groups: tuple[Group, ...] = (
+        Group(20, 0, (TOPK,)),
         *(Group(10, seed, (TOPK,), nulls=True) for seed in range(3)),
-        Group(20, 0, (TOPK, JUMPRELU)),
-        Group(10, 0, (JUMPRELU, RELU, WIDE)),
+        *(Group(10, 0, (kind,)) for kind in (WIDE, JUMPRELU, RELU)),
+        Group(20, 0, (JUMPRELU,)),
     )
     """What is trained."""
     committed: tuple[str, ...] = ("block10_topk", "block20_topk")
     """Roles whose weights are committed."""
     training: SAETraining = field(
-        default_factory=lambda: SAETraining(steps=2800, batch_size=1024, lr=5e-4, warmup_steps=100)
+        default_factory=lambda: SAETraining(steps=1600, batch_size=1024, lr=2e-3, warmup_steps=100)
     )
     """How each is trained."""
 
@@ -178,7 +179,7 @@ class _Ground:
 
     def residuals(self, split: str) -> "dict[str, activations.StoredResiduals]":
         """Residuals of a split by hook, computed once and kept in the cache."""
-        hooks = list(dict.fromkeys(group.hook for group in self.recipe.groups))
+        hooks = sorted({group.hook for group in self.recipe.groups})
         folder = paths.CACHE / "residuals" / self.recipe.model / split
         found = activations.collect_on_disk(self.model, self.rows[split], hooks, folder)
         return dict(zip(hooks, found, strict=True))

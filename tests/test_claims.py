@@ -433,7 +433,7 @@ def test_numbers_are_written_with_six_digits_and_judged_as_written(folder):
 
 def test_readme_shows_the_published_verdicts():
     readme = ledger.README.read_text(encoding="utf-8")
-    assert readme == ledger.insert_highlights(readme, claims.read(ledger.PUBLISHED)), (
+    assert readme == ledger.insert_highlights(readme, ledger.read_published()), (
         "run `python -m sae_research claims --write`"
     )
     for line in claims.read(ledger.PUBLISHED):
