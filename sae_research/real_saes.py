@@ -102,14 +102,6 @@ class Recipe:
         """The group of every SAE by its role."""
         return {role: group for group in self.groups for role in group.roles()}
 
-    def rows_of(self, model: "LanguageModel", corpus: prose.Corpus) -> "dict[str, LongTensor]":
-        """Rows of tokens by split: `train`, `validation`, `test`."""
-        sizes = {"train": self.rows, "validation": self.calibration_rows, "test": self.test_rows}
-        return {
-            split: prose.make_rows(model, corpus.documents(split), n, self.row_tokens)
-            for split, n in sizes.items()
-        }
-
 
 RECIPES = {recipe.model: recipe for recipe in (Recipe(),)}
 
@@ -119,7 +111,7 @@ def build(recipe: Recipe, n_jobs: int = 2) -> Path:
 
     Each group has one thread whatever `n_jobs`, so that its weights depend on the seed alone.
     """
-    _Ground(recipe).residuals("train")  # once, with every core
+    Material(recipe).residuals()  # once, with every core
     folders = parallel.shards(partial(train_group, recipe), recipe.groups, n_jobs, desc="SAEs")
     measured = parallel.shards(partial(_measure_group, recipe), recipe.groups, n_jobs, desc="SAEs")
     where = dict(zip(recipe.groups, folders, strict=True))
@@ -156,16 +148,22 @@ def train_role(model: str, role: str) -> Path:
     return train_group(recipe, recipe.roles()[role]) / role
 
 
-class _Ground:
-    """Model, text and residuals that all groups of a recipe share."""
+class Material:
+    """The model, rows of text and residuals that everything of a recipe shares."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, device: str = "cpu"):
         from sae_research import catalogue
 
         self.recipe = recipe
-        self.model = catalogue.get(recipe.model).load()
+        self.model = catalogue.get(recipe.model).load(device=device)
         self.corpus = prose.load(recipe.text)
-        self.rows = recipe.rows_of(self.model, self.corpus)
+
+    def rows(self, split: str, n: int | None = None) -> "LongTensor":
+        """The first rows of a split, by default as many as the recipe asks for."""
+        recipe = self.recipe
+        sizes = {"train": recipe.rows, "validation": recipe.calibration_rows}
+        n = n or sizes.get(split, recipe.test_rows)
+        return prose.make_rows(self.model, self.corpus.documents(split), n, recipe.row_tokens)
 
     @property
     def key(self) -> dict:
@@ -177,33 +175,33 @@ class _Ground:
             "text": self.corpus.fingerprint,
         }
 
-    def residuals(self, split: str) -> "dict[str, activations.StoredResiduals]":
-        """Residuals of a split by hook, computed once and kept in the cache."""
+    def residuals(self) -> "dict[str, activations.StoredResiduals]":
+        """Residuals of the training text by hook, computed once and kept in the cache."""
         hooks = sorted({group.hook for group in self.recipe.groups})
-        folder = paths.CACHE / "residuals" / self.recipe.model / split
-        found = activations.collect_on_disk(self.model, self.rows[split], hooks, folder)
+        folder = paths.CACHE / "residuals" / self.recipe.model
+        found = activations.collect_on_disk(self.model, self.rows("train"), hooks, folder)
         return dict(zip(hooks, found, strict=True))
 
 
 def train_group(recipe: Recipe, group: Group) -> Path:
     """The folder with the SAEs of a group, trained unless that was done."""
-    ground = _Ground(recipe)
-    key = {**ground.key, "group": store.fingerprint(group)}
+    material = Material(recipe)
+    key = {**material.key, "group": store.fingerprint(group)}
     label = f"block{group.block}-{group.seed}-{'-'.join(group.kinds)}"
     folder = paths.CACHE / "real_saes" / recipe.model / label
-    return store.resumed(folder, key, partial(_train_group, ground, group))
+    return store.resumed(folder, key, partial(_train_group, material, group))
 
 
-def _train_group(ground: _Ground, group: Group, folder: Path) -> None:
-    recipe = ground.recipe
-    configs, trainers = make_configs(recipe, group, ground.model.d_model)
+def _train_group(material: Material, group: Group, folder: Path) -> None:
+    recipe = material.recipe
+    configs, trainers = make_configs(recipe, group, material.model.d_model)
     for config in configs.values():
-        config.metadata = saes.metadata(ground.model, group.hook)
+        config.metadata = saes.metadata(material.model, group.hook)
     how = recipe.training
-    acts = ground.residuals("train")[group.hook]
+    acts = material.residuals()[group.hook]
     stream = activations.batches(acts, how.batch_size, how.steps, group.seed)
     trained = training.train(configs, stream, how, group.seed, trainers)
-    calibration = activations.collect(ground.model, ground.rows["validation"], group.hook)
+    calibration = activations.collect(material.model, material.rows("validation"), group.hook)
     for role, sae in trained.items():
         saes.save(training.inference(sae, calibration, recipe.l0), folder / role, half=True)
 
@@ -231,14 +229,14 @@ def make_configs(recipe: Recipe, group: Group, d_in: int) -> "tuple[Mapping, Map
 def _measure_group(recipe: Recipe, group: Group) -> "pd.DataFrame":
     import pandas as pd
 
-    ground = _Ground(recipe)
+    material = Material(recipe)
     folder = train_group(recipe, group)
     rows = []
     for role, (kind, null) in group.roles().items():
         sae = saes.load_sae(folder / role)
         about = {"role": role, "hook": group.hook, "kind": kind, "null": null, "seed": group.seed}
         about["latents"] = sae.cfg.d_sae
-        rows.append(about | measure(ground.model, sae, ground.rows["test"]))
+        rows.append(about | measure(material.model, sae, material.rows("test")))
     return pd.DataFrame(rows)
 
 

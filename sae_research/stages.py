@@ -58,13 +58,6 @@ def make_stages() -> dict[str, dict]:
     blocks = [f"sae_research/studies/{study}/settings.py" for study in config.study_names()]
     return {
         "world": _world(),
-        "real_saes": {
-            "desc": "the real model's SAEs; about two hours, only when asked for: "
-            "python -m sae_research real_saes --build",
-            "cmd": "python -m sae_research real_saes --build",
-            "frozen": True,
-            "outs": [{"data/real_saes": {"cache": False, "persist": True}}],
-        },
         "settings": {
             "desc": "the settings in force; each stage depends on its own block of them",
             "cmd": "python -m sae_research settings --profile ${profile}",

@@ -172,6 +172,56 @@ def test_requests_of_the_reader_are_put_and_judged(built, tmp_path, monkeypatch)
     assert not table["refused"].any()
 
 
+def test_study_4_trains_on_the_stored_residuals(built):
+    from sae_research.studies.meta_saes import grounds
+    from sae_research.studies.meta_saes import study as meta_study
+    from sae_research.studies.meta_saes.settings import Settings as MetaSettings
+    from sae_research.studies.meta_saes.settings import Training
+
+    settings = MetaSettings(
+        models=(NAME,),
+        grid_models=(),
+        hook="blocks.0.hook_resid_post",
+        d_sae=64,
+        k=4.0,
+        meta_d_sae=8,
+        meta_k=2.0,
+        arms=("random meta",),
+        seeds=1,
+        training=Training(steps=12, batch_size=128, lr=1e-3, centre=True),
+        row_tokens=64,
+        calibration_tokens=300,
+        phi_tokens=600,
+        loss_rows=2,
+        composition_steps=10,
+        n_interpreted=4,
+        interpretation_tokens=600,
+        context_length=16,
+        n_examples=4,
+        n_test_examples=2,
+    )
+    profile = config.Profile(
+        "real",
+        runtime=config.Runtime(device="cpu", dtype="float32"),
+        world=config.World(seeds=()),
+        studies={"meta_saes": settings},
+    )
+    (task,) = meta_study.tasks(profile)
+    ground = grounds.load(NAME, profile, 0)
+    # an EOS that ends a row counts as padding
+    assert 200 * 63 - 5 <= len(ground.stored) <= 200 * 63
+    batch = next(ground.batches(0))
+    assert batch.mean(-1).abs().max() < 1e-5
+    arms = meta_study.run(task, profile).tables["arms"].set_index("arm")
+    assert list(arms.index) == ["solo", "joint", "random meta"]
+    assert (arms["l0_calibration"] - 4).abs().max() < 0.05
+    assert arms["ce_overhead"].notna().all()
+    wrong = dataclasses.replace(settings, hook="blocks.0.hook_in")
+    profile = dataclasses.replace(profile, studies={"meta_saes": wrong})
+    with pytest.raises(ResearchError, match=r"are kept at blocks\.0.*not at 'blocks.0.hook_in'"):
+        grounds.load(NAME, profile, 0)
+
+
 def planted(**changes):
     """Tables in which everything holds but what `changes` says of trained SAEs (by column)."""
     import pandas as pd

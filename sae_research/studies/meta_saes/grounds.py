@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import LongTensor, Tensor
 
-from sae_research import activations, catalogue, saes
+from sae_research import activations, catalogue, real_saes, saes
 from sae_research.config import Profile
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
@@ -78,6 +78,8 @@ class ModelGround:
     settings: Settings
     rows: dict[str, LongTensor]
     """Rows by use: `train`, `calibration`, `phi`, `loss`."""
+    stored: activations.StoredResiduals | None = None
+    """Raw residuals of the training rows, where they are kept on disk."""
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -99,6 +101,10 @@ class ModelGround:
     def batches(self, seed: int) -> Iterator[Tensor]:
         """Batches to train on: a buffer of rows after the other, each shuffled."""
         how = self.settings.training
+        if self.stored is not None:
+            found = activations.batches(self.stored, how.batch_size, how.steps, seed)
+            yield from map(standardise, found)
+            return
         whole = self._whole("train")
         if whole is not None:
             yield from activations.batches(whole, how.batch_size, how.steps, seed)
@@ -175,7 +181,6 @@ def load(name: str, profile: Profile, seed: int) -> Ground:
     if name == VECTORS:
         return make_vectors(settings, seed)
     spec = catalogue.get(name)
-    model = spec.load(device=profile.runtime.device, dtype=profile.runtime.dtype)
     hook = settings.hook or spec.hooks.get("train")
     if hook is None:
         raise ResearchError(f"no hook is known for {name}; set `hook` in params.yaml.")
@@ -186,10 +191,36 @@ def load(name: str, profile: Profile, seed: int) -> Ground:
         "phi": -(-settings.phi_tokens // per_row),
         "loss": settings.loss_rows,
     }
+    if name in real_saes.RECIPES:
+        return _make_real(name, hook, settings, counts, profile.runtime.device)
+    model = spec.load(device=profile.runtime.device, dtype=profile.runtime.dtype)
     rows = _toy_rows if spec.embedded else _web_rows
     tokens = rows(model, sum(counts.values()), settings.row_tokens, seed)
     parts = tokens.split(list(counts.values()))
     return ModelGround(model, hook, settings, dict(zip(counts, parts, strict=True)))
+
+
+def _make_real(
+    name: str, hook: str, settings: Settings, counts: dict[str, int], device: str
+) -> ModelGround:
+    """The real model with the text and stored residuals of its own SAEs; seeds share the text.
+
+    `train_rows` and `row_tokens` are those of the recipe.
+    """
+    material = real_saes.Material(real_saes.RECIPES[name], device)
+    stored = material.residuals()
+    if hook not in stored:
+        raise ResearchError(
+            f"residuals of {name} are kept at {', '.join(stored)}, not at '{hook}'; choose one of "
+            "them as `hook`."
+        )
+    held_out = material.rows("test", counts["phi"] + counts["loss"])
+    rows = {
+        "calibration": material.rows("validation", counts["calibration"]),
+        "phi": held_out[: counts["phi"]],
+        "loss": held_out[counts["phi"] :],
+    }
+    return ModelGround(material.model, hook, settings, rows, stored[hook])
 
 
 def _toy_rows(model: LanguageModel, n: int, length: int, seed: int) -> LongTensor:

@@ -39,7 +39,7 @@ def tasks(profile: Profile) -> list[Task]:
     settings = profile.meta_saes
     for name in settings.models:
         for seed in range(settings.seeds):
-            model = _of_seed(name, profile.world.seeds[seed % len(profile.world.seeds)])
+            model = _of_seed(name, seed, profile.world.seeds)
             task = {"model": model, "ground": name, "seed": seed}
             found.append(task)
             if name in settings.grid_models and seed < settings.grid_seeds:
@@ -47,14 +47,14 @@ def tasks(profile: Profile) -> list[Task]:
     return found
 
 
-def _of_seed(name: str, seed: int) -> str:
+def _of_seed(name: str, seed: int, toy_seeds: tuple[int, ...]) -> str:
     """The toy model of a seed; other models have one."""
     from sae_research.world import build
 
     if name == VECTORS or not catalogue.get(name).embedded:
         return name
     kind = name.removeprefix("world-")
-    return f"world-{build.folder_name(kind, seed)}"
+    return f"world-{build.folder_name(kind, toy_seeds[seed % len(toy_seeds)])}"
 
 
 def run(task: Task, profile: Profile) -> Result:
