@@ -1,7 +1,7 @@
 """The SAEs of the real model: trained on real text, two of them committed, the rest rebuilt.
 
 `data/real_saes/<model>` holds one SAE of each hook and `quality.csv`, which says how good every SAE
-of the recipe is. Those that are not committed are trained where they are first asked for.
+that a build trains is. Those that are not committed are trained where they are first asked for.
 """
 
 import shutil
@@ -78,7 +78,7 @@ class Recipe:
     """Tokens of a row, BOS included; BOS is never trained on."""
     calibration_rows: int = 256
     """Rows of the validation split on which thresholds are set and L0 is stated."""
-    test_rows: int = 64
+    test_rows: int = 40
     """Rows of the test split on which quality is measured."""
     latents: int = 4608
     """Latents, eight times the residual's width."""
@@ -87,10 +87,13 @@ class Recipe:
     groups: tuple[Group, ...] = (
         Group(20, 0, (TOPK,)),
         *(Group(10, seed, (TOPK,), nulls=True) for seed in range(3)),
+    )
+    """What a build trains and measures."""
+    others: tuple[Group, ...] = (
         *(Group(10, 0, (kind,)) for kind in (WIDE, JUMPRELU, RELU)),
         Group(20, 0, (JUMPRELU,)),
     )
-    """What is trained."""
+    """What is trained only where it is asked for by its role."""
     committed: tuple[str, ...] = ("block10_topk", "block20_topk")
     """Roles whose weights are committed."""
     training: SAETraining = field(
@@ -100,7 +103,7 @@ class Recipe:
 
     def roles(self) -> dict[str, Group]:
         """The group of every SAE by its role."""
-        return {role: group for group in self.groups for role in group.roles()}
+        return {r: group for group in (*self.groups, *self.others) for r in group.roles()}
 
 
 RECIPES = {recipe.model: recipe for recipe in (Recipe(),)}
@@ -168,7 +171,8 @@ class Material:
     @property
     def key(self) -> dict:
         """What every trained SAE depends on."""
-        shared = {**vars(self.recipe), "groups": None, "committed": None}
+        unlike = dict.fromkeys(("groups", "others", "committed", "test_rows"))
+        shared = {**vars(self.recipe), **unlike}
         return {
             "recipe": store.fingerprint(shared),
             "model": self.model.fingerprint,

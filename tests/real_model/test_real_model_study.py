@@ -18,9 +18,9 @@ from sae_research.training import SAETraining
 NAME = "tiny-smol"
 GROUPS = (
     *(real_saes.Group(0, seed, ("topk",), nulls=True) for seed in range(2)),
-    real_saes.Group(1, 0, ("topk", "jumprelu")),
-    real_saes.Group(0, 0, ("relu", "topk_wide")),
+    real_saes.Group(1, 0, ("topk",)),
 )
+OTHERS = (real_saes.Group(1, 0, ("jumprelu",)), real_saes.Group(0, 0, ("relu", "topk_wide")))
 SETTINGS = Settings(
     models=(NAME,),
     test_rows=8,
@@ -58,6 +58,7 @@ def recipe(text):
         latents=128,
         l0=4,
         groups=GROUPS,
+        others=OTHERS,
         committed=("block0_topk", "block1_topk"),
         training=SAETraining(steps=30, batch_size=128, warmup_steps=5),
     )
@@ -78,9 +79,8 @@ def built(source, fetched, recipe, tmp_path_factory):  # noqa: F811
 def test_a_build_commits_one_sae_of_each_hook_and_what_all_of_them_can(built, recipe):
     assert sorted(p.name for p in built.iterdir() if p.is_dir()) == ["block0_topk", "block1_topk"]
     quality = real_saes.read_quality(NAME).set_index("role")
-    assert set(quality.index) == set(recipe.roles())
-    assert len(quality) == 2 * 4 + 2 + 2
-    assert quality.loc["block0_topk_wide", "latents"] == 512
+    assert set(quality.index) == {role for group in GROUPS for role in group.roles()}
+    assert len(quality) == 2 * 4 + 1
     # by definition a frozen decoder stays where it starts, and seeds start apart
     frozen = quality.loc["block0_topk_frozen_decoder"]
     assert frozen["explained_variance"] < quality.loc["block0_topk", "explained_variance"]
@@ -98,6 +98,9 @@ def test_what_is_not_committed_is_taken_from_the_cache_by_its_role(built):
     sae = spec.sae("block0_topk_1_frozen_encoder")
     assert sae.cfg.metadata.hook_name == "blocks.0.hook_resid_post"
     assert spec.sae("block0_topk_1").W_enc.ne(spec.sae("block0_topk").W_enc).any()
+    wide = spec.sae("block0_topk_wide")  # trained now
+    assert wide.cfg.d_sae == 512
+    assert spec.sae("block1_jumprelu").cfg.architecture() == "jumprelu"
 
 
 def test_explained_variance_over_some_coordinates_is_that_of_numpy(built):
@@ -220,6 +223,27 @@ def test_study_4_trains_on_the_stored_residuals(built):
     profile = dataclasses.replace(profile, studies={"meta_saes": wrong})
     with pytest.raises(ResearchError, match=r"are kept at blocks\.0.*not at 'blocks.0.hook_in'"):
         grounds.load(NAME, profile, 0)
+
+
+def test_study_2_screens_on_text_that_the_saes_were_not_trained_on(built, text):
+    from sae_research import prose
+    from sae_research.studies.side_effects import corpus
+    from sae_research.studies.side_effects.settings import Settings as ScreeningSettings
+
+    spec = catalogue.get(NAME)
+    model = spec.load()
+    settings = ScreeningSettings(
+        protocol="replication", n_contexts=10, n_fresh_contexts=8, context_length=32
+    )
+    contexts, fresh = (corpus.make_contexts(spec, model, settings, fresh=f) for f in (False, True))
+    assert (contexts.shape, fresh.shape) == ((10, 32), (8, 32))
+    whole = prose.load(text)
+    known = {split: "\n".join(whole.texts(split)) for split in ("train", "test", "fresh")}
+    for rows, split in ((contexts, "test"), (fresh, "fresh")):
+        for row in rows:
+            start = model.tokenizer.decode(row[1:])
+            assert start in known[split]
+            assert start not in known["train"]
 
 
 def planted(**changes):

@@ -15,7 +15,7 @@ class Settings:
     """Models to look at, by their name in the catalogue; without any the notebooks are left out."""
     text: str = "docstrings"
     """Text of the tables: `docstrings`, a text file or folder, or a corpus of the hub."""
-    test_rows: int = 64
+    test_rows: int = 40
     """Rows of 128 held-out tokens on which the committed SAEs are measured again."""
     shown_latents: int = 20
     """Latents shown with the contexts in which they are most active."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from sae_research import catalogue
+from sae_research import catalogue, prose, real_saes
 from sae_research.catalogue import ModelSpec
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
@@ -81,7 +81,8 @@ def make_contexts(
     seed = FRESH_SEED + seed if fresh else seed
     if spec.embedded:
         return _make_toy_contexts(spec.model, model, n, settings.context_length, seed)
-    texts = _load_wikitext(fresh, settings.protocol)
+    recipe = real_saes.RECIPES.get(spec.trained_on or spec.name)
+    texts = _load_prose(recipe.text, fresh) if recipe else _load_wikitext(fresh, settings.protocol)
     contexts = cut_texts(model, texts, settings, seed)
     if len(contexts) < n:
         raise ResearchError(
@@ -125,6 +126,12 @@ def _load_wikitext(fresh: bool, protocol: str) -> list[str]:
             f"WikiText gives only {len(long_texts)} texts; its copy on this machine is incomplete."
         )
     return long_texts
+
+
+def _load_prose(source: str, fresh: bool) -> list[str]:
+    """Paragraphs that the SAEs of a real model were not trained on, all libraries mixed."""
+    texts = prose.load(source).texts("fresh" if fresh else "test")
+    return [texts[i] for i in np.random.default_rng(FRESH_SEED).permutation(len(texts))]
 
 
 def _make_toy_contexts(
