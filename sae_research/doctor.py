@@ -41,6 +41,8 @@ def judge(profile: config.Profile, machine: Machine) -> dict[str, list[str]]:
     found = {}
     for study in config.study_names():
         block = getattr(profile, study)
+        if not block.models:  # the profile leaves this study out
+            continue
         models = [m for m in block.models if m not in getattr(block, "NOT_MODELS", ())]
         found[study] = _here(machine) + _needs(profile.runtime, models, machine)
         if study in machine.no_data and not all(catalogue.get(m).embedded for m in models):
@@ -66,7 +68,8 @@ def _needs(runtime: config.Runtime, names: Sequence[str], machine: Machine) -> l
     specs = [catalogue.get(name) for name in names]
     missing = [machine.world[s.model] for s in specs if s.embedded and s.model in machine.world]
     missing += [machine.wheels[s.name] for s in specs if s.name in machine.wheels]
-    weights = max((s.parameters or 0) * _BYTES.get(runtime.dtype, 4) for s in specs) / GB
+    each = _BYTES.get(runtime.dtype, 4)
+    weights = max(((s.parameters or 0) * each for s in specs), default=0) / GB
     needed = weights * _OVERHEAD + _WORKING_MEMORY
     if runtime.device.startswith("cuda"):
         missing += _gpu(needed, machine)

@@ -225,7 +225,7 @@ def _execute(name: str, profile: config.Profile, folder: Path) -> "NotebookNode"
         ) from error
 
 
-def _is_left_out(name: str, profile: config.Profile) -> bool:
+def is_left_out(name: str, profile: config.Profile) -> bool:
     """Whether the notebook belongs to a study, or to toy models, that the profile is without."""
     match = re.fullmatch(r"\d\d_(.+)_(run|results)", name)
     if match is None:
@@ -268,7 +268,7 @@ def run(name: str, profile: str) -> Path:
     started = time.monotonic()
     with hold_lock(scratch.with_name(f"{name}.lock"), f"notebook {name} ({profile})"):
         scratch.mkdir(parents=True, exist_ok=True)
-        if _is_left_out(name, settings):
+        if is_left_out(name, settings):
             notebook = _leave_out(name, profile, [o for o in declared if o not in own])
         else:
             with patch.dict(os.environ, environment(settings, scratch)):

@@ -247,8 +247,10 @@ def report(profile: str) -> str:
     elif profile != ledger.PUBLISHED:
         lines.append("no published verdicts to agree with yet (they come from the profile `full`)")
     executed = paths.relative(paths.executed(profile))
+    settings = config.load(profile)
+    first = next(n for n in notebooks.names() if not notebooks.is_left_out(n, settings))
     lines += [
-        f"read: {executed}/ (start with {notebooks.names()[0]}.ipynb)",
+        f"read: {executed}/ (start with {first}.ipynb)",
         f"figures: figures/{profile}/",
         f"claims: data/{profile}/claims.json",
     ]

@@ -23,6 +23,12 @@ GOOD = doctor.Machine(
 )
 
 
+def taking_part(profile: str) -> list[str]:
+    """Studies that have a model in the profile."""
+    settings = config.load(profile)
+    return [study for study in config.study_names() if getattr(settings, study).models]
+
+
 def missing(profile: str, study: str, **changes) -> str:
     return "; ".join(
         doctor.judge(config.load(profile), dataclasses.replace(GOOD, **changes))[study]
@@ -32,7 +38,7 @@ def missing(profile: str, study: str, **changes) -> str:
 @pytest.mark.parametrize("profile", config.profiles())
 def test_a_machine_with_everything_runs_everything(profile):
     verdicts = doctor.judge(config.load(profile), GOOD)
-    assert tuple(verdicts) == config.study_names()
+    assert list(verdicts) == taking_part(profile)
     assert not any(verdicts.values())
 
 
@@ -199,7 +205,7 @@ def test_the_report_on_this_machine_judges_the_profile_asked_and_shows_no_token(
     assert code == 1
     assert text.endswith("This machine cannot run the profile 'gpu'.")
     assert [line.split()[:2] for line in text.splitlines() if line.startswith("gpu ")] == [
-        ["gpu", study] for study in config.study_names()
+        ["gpu", study] for study in taking_part("gpu")
     ]
     text, code = doctor.run("cpu")
     problems = doctor.judge(config.load("cpu"), doctor.examine([config.load("cpu")]))
