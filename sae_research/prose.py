@@ -44,6 +44,10 @@ class Paragraph:
         """The first two parts of the module's name, such as `sympy.physics`."""
         return ".".join(Path(self.file).with_suffix("").parts[:2])
 
+    def is_in(self, subdomain: str) -> bool:
+        """Whether it belongs to a library or subdomain; `` is all text."""
+        return not subdomain or f"{self.subdomain}.".startswith(f"{subdomain}.")
+
     @property
     def split(self) -> str:
         """The split of its whole file, drawn by the file's name."""
@@ -75,11 +79,7 @@ class Corpus:
         """The texts of a split, all or those of one library or subdomain."""
         if split not in SPLITS:
             raise unknown("split", split, SPLITS, "the corpus")
-        return [
-            p.text
-            for p in self.paragraphs
-            if p.split == split and f"{p.subdomain}.".startswith(f"{subdomain}." * bool(subdomain))
-        ]
+        return [p.text for p in self.paragraphs if p.split == split and p.is_in(subdomain)]
 
     def documents(self, split: str) -> list[str]:
         """The files of a split, in an order that mixes the libraries."""

@@ -267,6 +267,60 @@ def _unit_jumprelu(sae: "SAE") -> "SAE":
     return _ready(export)
 
 
+def unit_rows(sae: "SAE") -> "SAE":
+    """A TopK SAE whose decoder rows have norm 1, so that activations need no rescaling."""
+    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return sae
+    own = copy.deepcopy(sae)
+    own.fold_W_dec_norm()
+    own.cfg.rescale_acts_by_decoder_norm = False
+    return own
+
+
+def in_raw_units(sae: "SAE", scale: float) -> "SAE":
+    """The SAE for residuals as the model has them, frozen, with unit decoder rows."""
+    own = unit_rows(sae)
+    own.fold_activation_norm_scaling_factor(scale)
+    # the rows now have norm 1 / scale: activations take it up
+    norm = own.W_dec.norm(dim=1, keepdim=True)
+    own.W_enc.data *= norm.T
+    own.b_enc.data *= norm[:, 0]
+    own.W_dec.data /= norm
+    return own.eval().requires_grad_(False)
+
+
+class Stacked(torch.nn.Module):
+    """A general SAE and a small one on its error, as one SAE (SAE Boost; Drori 2024)."""
+
+    def __init__(self, general: "SAE", small: "SAE"):
+        super().__init__()
+        self.general, self.small = general, small
+        self.cfg = copy.copy(general.cfg)
+        self.cfg.d_sae = general.cfg.d_sae + small.cfg.d_sae
+        self.device = general.device
+
+    @property
+    def W_dec(self) -> Tensor:
+        return torch.cat([self.general.W_dec, self.small.W_dec])
+
+    def encode(self, x: Tensor) -> Tensor:
+        acts = self.general.encode(x)
+        return torch.cat([acts, self.small.encode(x - self.general.decode(acts))], -1)
+
+    def decode(self, acts: Tensor) -> Tensor:
+        own, small = acts.split([self.general.cfg.d_sae, self.small.cfg.d_sae], -1)
+        return self.general.decode(own) + self.small.decode(small)
+
+
+def with_k(sae: "SAE", k: int) -> "SAE":
+    """The same TopK SAE with another k."""
+    cfg = copy.copy(sae.cfg)
+    cfg.k = k
+    own = type(sae)(cfg)
+    own.load_state_dict(sae.state_dict())
+    return own.eval().requires_grad_(False)
+
+
 def save(sae: "SAE", folder: Path, half: bool = False) -> None:
     """Write the SAE so that `SAE.load_from_disk` opens it, whole or not at all.
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 
 from sae_research import activations, training
 from sae_research.errors import ResearchError
@@ -258,3 +258,12 @@ def tilted(
 @torch.no_grad()
 def _error(sae: "SAE", x: Tensor) -> Tensor:
     return x - sae.decode(sae.encode(x))
+
+
+def bin_by_frequency(types: LongTensor, bins: int) -> LongTensor:
+    """A bin for each token: types in `bins` equally large groups by frequency."""
+    counts = torch.bincount(types)
+    order = counts[counts > 0].argsort(stable=True).argsort(stable=True)
+    group = torch.zeros_like(counts)
+    group[counts > 0] = order * bins // len(order)
+    return group[types]

@@ -2,7 +2,7 @@
 is ever in the pool.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,8 @@ import torch
 from torch import LongTensor
 
 from sae_research.errors import ResearchError
+from sae_research.models import LanguageModel
+from sae_research.prose import Corpus, Paragraph
 
 
 @dataclass
@@ -71,3 +73,62 @@ def check_seeds(seeds: Chunks, *tests: Chunks) -> Chunks:
             "seeds and tests need different documents."
         )
     return seeds
+
+
+class Files:
+    """The files of a corpus in random order; each gives its chunks to one part alone."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        corpus: Corpus,
+        label: Callable[[Paragraph], str],
+        rng: np.random.Generator,
+    ):
+        files: dict[str, list[Paragraph]] = {}
+        for paragraph in corpus.paragraphs:
+            files.setdefault(paragraph.file, []).append(paragraph)
+        self.files = list(files.values())
+        self.labels = np.array([label(paragraphs[0]) for paragraphs in self.files])
+        """Label of each file; a chunk's `document` is the file's number."""
+        self.model, self.rng = model, rng
+        self.left = rng.permutation(len(self.files)).tolist()
+
+    def take(
+        self,
+        n: int,
+        labels: Sequence[str],
+        splits: Sequence[str],
+        *,
+        length: int,
+        most: int,
+        least: int | None = None,
+    ) -> Chunks:
+        """`n` chunks of `length` tokens with BOS, at random, at most `most` of one file.
+
+        A later split is read only where those before it have too few; `least` chunks will do.
+        """
+        rows, owners = [], []
+        for i in [i for split in splits for i in self._waiting(labels, split)]:
+            if len(owners) >= n:
+                break
+            self.left.remove(i)
+            text = "\n\n".join(paragraph.text for paragraph in self.files[i])
+            found = self.model.packed([text], length).cpu()
+            rows.append(found[self.rng.permutation(len(found))[:most]])
+            owners += [i] * len(rows[-1])
+        if len(owners) < (least or n):
+            raise ResearchError(
+                f"the corpus gives {len(owners)} chunks of {', '.join(labels)} text in "
+                f"{' and '.join(splits)}, and {least or n} are needed; ask for fewer or shorter "
+                "ones."
+            )
+        order = self.rng.permutation(len(owners))[:n]
+        tokens = torch.cat(rows)[torch.from_numpy(order)]
+        texts = self.model.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
+        return Chunks(tokens, texts, np.array(owners)[order])
+
+    def _waiting(self, labels: Sequence[str], split: str) -> list[int]:
+        return [
+            i for i in self.left if self.labels[i] in labels and self.files[i][0].split == split
+        ]

@@ -136,6 +136,6 @@ def test_the_summary_names_every_verdict():
     tables = make_tables()
     verdicts = {name: "direction only" for name in findings.measure_claims(tables)}
     text = findings.summarize(tables, verdicts)
-    assert text.count("**direction only**") == 17
+    assert text.count("**direction only**") == 18
     with pytest.raises(KeyError):
         findings.summarize(tables, {})

@@ -22,10 +22,12 @@ class Splicer:
     The part below the hook runs once for all SAEs. The start token's residual stays as it is.
     """
 
-    def __init__(self, ground: Ground, n_chunks: int, batch: int = 64):
-        self.ground, self.batch = ground, batch
+    def __init__(self, ground: Ground, n_chunks: int):
+        self.ground = ground
         self.tail = ModelTail(ground.model, ground.hook)
         self.texts = {name: chunks[:n_chunks] for name, chunks in ground.tests.items()}
+        row = ground.model.d_vocab * ground.general.shape[1]
+        self.batch = max(1, min(64, 2**25 // row))  # 128 MB of logits
         with torch.no_grad():
             self.residuals = {
                 name: [ground.model.residual(rows, ground.hook) for rows in self._rows(chunks)]
@@ -82,8 +84,6 @@ def measure_recall(
 ) -> pd.DataFrame:
     """For every known concept its band, the best latent and its F1 on text it was not chosen on."""
     chunks, truth = ground.tests[DOMAIN], ground.truth
-    if truth is None:
-        return pd.DataFrame(columns=["concept", "band", "latent", "f1", "found"])
     content = ground.content(chunks)
     labels = truth.labels[content]
     half = (torch.arange(len(chunks)) % 2 == 0)[:, None].expand_as(content)[content]

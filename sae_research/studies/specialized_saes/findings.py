@@ -32,15 +32,19 @@ CLAIMED_GAIN = 0.1
 FULL = {"topk": "main_l0", "relu": "main_penalty"}
 
 
-def pick(table: pd.DataFrame, column: str, **where: Any) -> pd.Series:
-    """A column by model and seed, of the rows that match; averaged where several do."""
+def pick(table: pd.DataFrame | None, column: str, **where: Any) -> pd.Series:
+    """A column by model and seed, of the rows that match; averaged where several do. Nothing of a
+    table that the ground does not have.
+    """
+    if table is None:
+        return pd.Series(dtype=float)
     for name, value in where.items():
         table = table[table[name] == value]
     return table.groupby(UNIT, sort=False)[column].mean()
 
 
 def arm(
-    table: pd.DataFrame,
+    table: pd.DataFrame | None,
     column: str,
     selector: str,
     tilt: str = PLAIN,
@@ -52,13 +56,17 @@ def arm(
     return pick(table, column, selector=selector, tilt=tilt, kind=kind, way=way, main=True, **where)
 
 
-def measure(values: pd.Series) -> Measurement:
-    """Mean with Student's interval over models and seeds."""
+def measure(values: pd.Series) -> Measurement | None:
+    """Mean with Student's interval over models and seeds; None where an arm is not in the run."""
+    if values.isna().all():
+        return None
     return Measurement.of(stats.mean_interval(values.to_numpy()))
 
 
-def compare(values: pd.Series, control: pd.Series) -> Measurement:
+def compare(values: pd.Series, control: pd.Series) -> Measurement | None:
     """A mean beside that of its control, and their paired difference."""
+    if (values - control).isna().all():
+        return None
     found, other, gap = (
         stats.mean_interval(v.to_numpy()) for v in (values, control, values - control)
     )
@@ -72,7 +80,7 @@ def loss(t: Tables, selector: str, text: str = "domain", **which: Any) -> pd.Ser
 
 def tail_f1(t: Tables, selector: str, **which: Any) -> pd.Series:
     """Mean F1 of the best latents of the rarest concepts."""
-    return arm(t["recall"], "f1", selector, band=TAIL, **which)
+    return arm(t.get("recall"), "f1", selector, band=TAIL, **which)
 
 
 def measure_selectors(t: Tables) -> dict[str, Measurement | None]:
@@ -111,8 +119,8 @@ def can_tell(t: Tables) -> bool:
 
 def measure_nulls(t: Tables) -> Measurement | None:
     """F1 of rare concepts of the specialised SAE minus that of the best specialised null."""
-    nulls = [way for way in t["recall"]["way"].unique() if way.startswith(ways.NULL)]
-    if not nulls:
+    nulls = [way for way in t["summary"]["way"].unique() if way.startswith(ways.NULL)]
+    if not nulls or "recall" not in t:
         return None
     best = max((tail_f1(t, "dense", way=way) for way in nulls), key=pd.Series.mean)
     return measure(tail_f1(t, "dense") - best)
@@ -130,7 +138,7 @@ def found_in_most_seeds(t: Tables) -> pd.DataFrame:
     return most.groupby(arms, sort=False).mean().unstack("band")
 
 
-def measure_tilts(t: Tables) -> dict[str, Measurement]:
+def measure_tilts(t: Tables) -> dict[str, Measurement | None]:
     """Claims on TERM: each reading of a tail as the paper compares it, at one L1 coefficient, and
     at matched L0. The control is the SAE before fine-tuning: what it shows too needs no tilt.
     """
@@ -163,6 +171,8 @@ def measure_proxies(t: Tables) -> pd.DataFrame:
     """Rank correlation over TopK arms of each reading with the F1 of rare concepts, by seed; 0 for
     a reading that is the same for all arms.
     """
+    if "recall" not in t:
+        return pd.DataFrame(columns=[*UNIT, "reading", "rho"])
     keys = [*UNIT, "selector", "way", "tilt", "sparsity"]
     truth = t["recall"].query("kind == 'topk' and band == @TAIL").groupby(keys)["f1"].mean()
     table = t["summary"].query("kind == 'topk'").set_index(keys)
@@ -181,14 +191,14 @@ def measure_shift(t: Tables) -> dict[str, Measurement | None]:
     """
 
     def worst(method: str) -> pd.Series:
-        return pick(t["shift"], "worst", method=method)
+        return pick(t.get("shift"), "worst", method=method)
 
-    def gain(left: str, right: str) -> Measurement:
+    def gain(left: str, right: str) -> Measurement | None:
         return measure(worst(left) - worst(right))
 
     original = worst("Original")
     room = (worst("Oracle") - worst("GSAE SHIFT")).mean()
-    sizes = [pick(t["circuit"], "n_nodes", sae=sae) for sae in ("SSAE", "GSAE")]
+    sizes = [pick(t.get("circuit"), "n_nodes", sae=sae) for sae in ("SSAE", "GSAE")]
     return {
         "shift.worst_group": gain("SSAE SHIFT", "GSAE SHIFT") if room >= CLAIMED_GAIN else None,
         "shift.retrain": gain("SSAE SHIFT+retrain", "GSAE SHIFT+retrain"),
@@ -200,9 +210,9 @@ def measure_shift(t: Tables) -> dict[str, Measurement | None]:
     }
 
 
-def measure_synthetic(t: Tables) -> dict[str, Measurement]:
+def measure_synthetic(t: Tables) -> dict[str, Measurement | None]:
     """Claims on vectors of known directions."""
-    table = t["synthetic"].assign(model="synthetic")
+    table = t["synthetic"].assign(model="synthetic") if "synthetic" in t else None
 
     def cosine(sae: str, band: str) -> pd.Series:
         return pick(table, "cosine", sae=sae, band=band)
@@ -215,7 +225,7 @@ def measure_synthetic(t: Tables) -> dict[str, Measurement]:
 
 
 def measure_claims(t: Tables) -> dict[str, Measurement | None]:
-    """A measurement for every claim; None where a profile has no null dictionaries."""
+    """A measurement for every claim; None where a run lacks what it needs."""
     proxies = measure_proxies(t)
     coverage = proxies[proxies.reading == "coverage"].set_index(UNIT)["rho"]
     found = {
@@ -257,27 +267,33 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
             return f"(**{verdict}**)"
         return f"{m.value:+.{digits}f} [{m.low:.{digits}f}, {m.high:.{digits}f}] (**{verdict}**)"
 
-    sentences = [
+    losses = [
         "Fine-tuning the general SAE on retrieved text changes the loss in the domain by "
         f"{say('selectors.domain')} nats per token against going on with general text, and off "
-        f"the domain by {say('selectors.off_domain')}. Gain in F1 of rare concepts: "
-        f"{say('selectors.rare_concepts')}; against the best null dictionary "
-        f"{say('selectors.nulls')}.",
+        f"the domain by {say('selectors.off_domain')}.",
         f"Dense retrieval and BM25 differ by {say('selectors.dense')} nats, reranking by TracIn "
         f"adds {say('selectors.tracin')}.",
         "At one L1 coefficient, a tilt of 500 multiplies L0 by "
         f"{say('term.l0_penalty', 2)}, so that tails read at one coefficient compare different "
         f"L0. Coverage of rare tokens moves by {say('term.coverage_penalty')} there and by "
         f"{say('term.coverage_l0')} at matched L0; the largest error by "
-        f"{say('term.maximum_penalty', 2)} and {say('term.maximum_l0', 2)}.",
+        f"{say('term.maximum_penalty', 2)} and {say('term.maximum_l0', 2)}; the loss in the "
+        f"domain, at matched L0, by {say('term.loss')}.",
+    ]
+    concepts = [
+        f"Specialising moves the F1 of rare concepts by {say('selectors.rare_concepts')}; against "
+        f"the best null dictionary it is {say('selectors.nulls')}.",
         "**Does TERM find rare concepts?** At matched L0 the F1 of the rarest concepts moves by "
         f"{say('term.rare_concepts')} with the paper's tilt and by "
         f"{say('term.rare_concepts_mild')} with a mild one. In these units of loss a tilt of 500 "
         "lets one token of a batch count, and the SAE hardly leaves its start.",
         "Over all TopK SAEs, coverage and the true F1 of rare concepts have a rank correlation of "
         f"{say('proxies.coverage', 2)}.",
+    ]
+    bias = (
         "In the bias case study, ablating as many gender latents of the specialised as of the "
         f"general dictionaries changes the worst group by {say('shift.worst_group')}, with "
-        f"retraining by {say('shift.retrain')}; ablation itself by {say('shift.ablation')}.",
-    ]
+        f"retraining by {say('shift.retrain')}; ablation itself by {say('shift.ablation')}."
+    )
+    sentences = losses + concepts * ("recall" in t) + [bias] * ("shift" in t)
     return "\n".join(f"- {sentence}" for sentence in sentences)

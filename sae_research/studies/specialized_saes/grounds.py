@@ -4,16 +4,16 @@ A ground is a model with its text. Each source is one function that returns a `G
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import LongTensor, Tensor
 
-from sae_research import activations, catalogue
+from sae_research import activations, catalogue, prose, real_saes
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
-from sae_research.retrieval.chunks import Chunks, check_seeds, exclude_test
+from sae_research.retrieval.chunks import Chunks, Files, check_seeds, exclude_test
 from sae_research.studies.specialized_saes.settings import Settings
 
 DOMAIN, REGISTER, GENERAL = "domain", "second register", "general"
@@ -68,12 +68,40 @@ def load(name: str, settings: Settings, device: str, seed: int) -> Ground:
     hook = settings.hook or spec.hooks.get("train")
     if hook is None:
         raise ResearchError(f"no hook is known for {name}; set `hook` in params.yaml.")
+    if name in real_saes.RECIPES and settings.domain and settings.register:
+        corpus = prose.load(real_saes.RECIPES[name].text)
+        return make_prose_ground(spec.load(device=device), hook, corpus, settings, seed)
     if not spec.embedded:
         raise ResearchError(
-            f"no text with a labelled domain is known for {name}; add a source to "
-            "studies/specialized_saes/grounds.py."
+            f"no text with a labelled domain is known for {name}; name parts of its corpus as "
+            "`domain` and `register`, or add a source to studies/specialized_saes/grounds.py."
         )
     return make_toy_ground(spec.load(device=device), hook, settings, seed)
+
+
+def make_prose_ground(
+    model: LanguageModel, hook: str, corpus: prose.Corpus, settings: Settings, seed: int
+) -> Ground:
+    """Real text, labelled by where it stands; no file is in two parts.
+
+    General text and pool are files of `train`, seeds of `validation`, tests of `test` and, where it
+    has too few, `fresh`. The general SAE sees no text of the domain, and nothing but the tests has
+    any of the second register.
+    """
+
+    def label(paragraph: prose.Paragraph) -> str:
+        named = ((REGISTER, settings.register), (DOMAIN, settings.domain))
+        return next((kind for kind, part in named if paragraph.is_in(part)), GENERAL)
+
+    files = Files(model, corpus, label, np.random.default_rng([seed, 31]))
+    take = partial(files.take, length=settings.chunk_tokens, most=settings.file_chunks)
+    few = settings.loss_chunks
+    tests = {k: take(settings.test_chunks, (k,), ("test", "fresh"), least=few) for k in TESTS}
+    general = take(settings.general_chunks, (GENERAL,), ("train",))
+    pool = exclude_test(take(settings.pool_chunks, (GENERAL, DOMAIN), ("train",)), *tests.values())
+    seeds = check_seeds(take(settings.seed_chunks, (DOMAIN,), ("validation",)), *tests.values())
+    in_domain = files.labels[pool.document] == DOMAIN
+    return Ground(model, hook, seeds, pool, in_domain, general.tokens, tests)
 
 
 def make_toy_ground(model: LanguageModel, hook: str, settings: Settings, seed: int) -> Ground:

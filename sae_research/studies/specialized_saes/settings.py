@@ -107,7 +107,7 @@ class Synthetic:
     steps: int = 600
     """Steps of the general SAE, and of each fine-tuning."""
     vectors: int = 60_000
-    """Vectors of each text."""
+    """Vectors of each text; 0 leaves the tier out."""
 
 
 @settings
@@ -122,8 +122,17 @@ class Settings:
     Pythia-70M."""
     hook: str | None = None
     """Where the SAEs read; without it, the catalogue's `train` hook of the model."""
+    domain: str = ""
+    """The domain, a library or subdomain of a real model's corpus such as `statsmodels`; toy models
+    have their own."""
+    register: str = ""
+    """The same for its second register, such as `scipy.stats`."""
+    chunk_tokens: int = 48
+    """Tokens of a chunk of that corpus, BOS included."""
+    file_chunks: int = 8
+    """Most chunks of one of its files in a part."""
     shift_model: str = "pythia-70m"
-    """The model of the bias case study."""
+    """The model of the bias case study; without one, the study is left out."""
     seed_chunks: int = 40
     """Chunks of the domain that are given. The paper's number is unknown."""
     pool_chunks: int = 100_000
@@ -209,3 +218,18 @@ class Settings:
     """The tier of synthetic vectors."""
     shift: Shift = field(default_factory=Shift)
     """The bias case study."""
+
+    def describe(self) -> str:
+        """Models and text of a run: domain, second register, and what is known of them."""
+        models = ", ".join(self.models)
+        if not self.domain:
+            return (
+                f"{models}, on generated text: the domain is physics, the second register asks to "
+                "explain it, and which concept every position depends on is known."
+            )
+        return (
+            f"{models}, on docstrings of installed libraries: the domain is `{self.domain}`, the "
+            f"second register `{self.register}`, general text is all else. A chunk's label is the "
+            "module that it stands in, which nobody chose for this study, and no file is in two "
+            "parts. Its concepts are not known, so what needs them is not measured."
+        )

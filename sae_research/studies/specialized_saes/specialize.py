@@ -4,16 +4,15 @@ specialised to it in three ways, all on the same budget of tokens.
 SAEs of one selector run in lock-step on the same batches. All live in the ground's scaled units.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import LongTensor, Tensor
 
-from sae_research import activations, term, training
+from sae_research import activations, saes, term, training
 from sae_research.errors import unknown
 from sae_research.retrieval import selectors
 from sae_research.retrieval.tracin import TracIn
@@ -125,7 +124,7 @@ def score_tracin(
     ground: Ground, general: "SAE", candidates: np.ndarray, batch: int = 256
 ) -> np.ndarray:
     """Mean influence of each candidate chunk's tokens, cosine-normalised, on the seeds' loss."""
-    tracin = TracIn(unit_rows(general))
+    tracin = TracIn(saes.unit_rows(general))
     seeds = tracin.mean_gradient(ground.residuals(ground.seeds.tokens).split(8192))
     chunks = ground.pool[candidates]
     n_tokens = ground.content(chunks).sum(1)
@@ -136,28 +135,6 @@ def score_tracin(
         sizes = n_tokens[start : start + batch].tolist()
         found += [part.mean().item() for part in tokens.split(sizes)]
     return np.array(found)
-
-
-def unit_rows(sae: "SAE") -> "SAE":
-    """A TopK SAE whose decoder rows have norm 1, so that activations need no rescaling."""
-    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        return sae
-    own = copy.deepcopy(sae)
-    own.fold_W_dec_norm()
-    own.cfg.rescale_acts_by_decoder_norm = False
-    return own
-
-
-def in_raw_units(sae: "SAE", scale: float) -> "SAE":
-    """The SAE for residuals as the model has them, frozen, with unit decoder rows."""
-    own = unit_rows(sae)
-    own.fold_activation_norm_scaling_factor(scale)
-    # the rows now have norm 1 / scale: activations take it up
-    norm = own.W_dec.norm(dim=1, keepdim=True)
-    own.W_enc.data *= norm.T
-    own.b_enc.data *= norm[:, 0]
-    own.W_dec.data /= norm
-    return own.eval().requires_grad_(False)
 
 
 def grade_selectors(
@@ -198,38 +175,6 @@ def choose_text(
     return ground.pool.tokens[torch.from_numpy(rows.copy())]
 
 
-class Stacked(nn.Module):
-    """A general SAE and a small one on its error, as one SAE (SAE Boost; Drori 2024)."""
-
-    def __init__(self, general: "SAE", small: "SAE"):
-        super().__init__()
-        self.general, self.small = general, small
-        self.cfg = copy.copy(general.cfg)
-        self.cfg.d_sae = general.cfg.d_sae + small.cfg.d_sae
-        self.device = general.device
-
-    @property
-    def W_dec(self) -> Tensor:
-        return torch.cat([self.general.W_dec, self.small.W_dec])
-
-    def encode(self, x: Tensor) -> Tensor:
-        acts = self.general.encode(x)
-        return torch.cat([acts, self.small.encode(x - self.general.decode(acts))], -1)
-
-    def decode(self, acts: Tensor) -> Tensor:
-        own, small = acts.split([self.general.cfg.d_sae, self.small.cfg.d_sae], -1)
-        return self.general.decode(own) + self.small.decode(small)
-
-
-def with_k(sae: "SAE", k: int) -> "SAE":
-    """The same TopK SAE with another k."""
-    cfg = copy.copy(sae.cfg)
-    cfg.k = k
-    own = type(sae)(cfg)
-    own.load_state_dict(sae.state_dict())
-    return own.eval().requires_grad_(False)
-
-
 def specialize(
     arms: list[Arm],
     general: "dict[str, SAE]",
@@ -250,7 +195,7 @@ def specialize(
         given = {"start": general[arm.way if null else arm.kind].state_dict()}
         if arm.way == RESIDUAL:
             k = max(1, round(settings.residual_share * arm.sparsity))
-            belows[arm] = with_k(general["topk"], int(arm.sparsity) - k)
+            belows[arm] = saes.with_k(general["topk"], int(arm.sparsity) - k)
             given = {"before": belows[arm]}
         elif arm.way == DIRECT:
             given = {}
@@ -258,25 +203,18 @@ def specialize(
             width = settings.small_latents
         tilt = settings.tilts.get(arm.tilt, Tilt())
         if tilt.bins:
-            given["bins"] = (bin_by_frequency(types, settings.frequency_bins), seed)
+            given["bins"] = (term.bin_by_frequency(types, settings.frequency_bins), seed)
         configs[arm] = term.config(arm.kind, d, width, k)
         trainers[arm] = _frozen(arm.way, term.tilted(tilt, lr=_rate(arm, settings), **given))
     batches = activations.batches(acts, plan.batch_size, plan.steps, seed)
     trained = training.train(configs, batches, plan, seed, trainers)
     logs = [pd.DataFrame(sae.log).assign(**vars(arm)) for arm, sae in trained.items()]
-    found = {arm: Stacked(belows[arm], s) if arm in belows else s for arm, s in trained.items()}
+    found = {
+        arm: saes.Stacked(belows[arm], s) if arm in belows else s for arm, s in trained.items()
+    }
     for sae in found.values():
         sae.eval().requires_grad_(False)
     return found, pd.concat(logs, ignore_index=True)
-
-
-def bin_by_frequency(types: LongTensor, bins: int) -> LongTensor:
-    """A bin for each token: types in `bins` equally large groups by frequency."""
-    counts = torch.bincount(types)
-    order = counts[counts > 0].argsort(stable=True).argsort(stable=True)
-    group = torch.zeros_like(counts)
-    group[counts > 0] = order * bins // len(order)
-    return group[types]
 
 
 def _rate(arm: Arm, settings: Settings) -> float:

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pandas as pd
 import torch
 
-from sae_research import activations, catalogue, explain, paths, training
+from sae_research import activations, catalogue, explain, paths, saes, training
 from sae_research.config import Profile
 from sae_research.studies.runner import Result, Task
 from sae_research.studies.specialized_saes import (
@@ -29,13 +29,13 @@ SPECIALIZE, SHIFT, SYNTHETIC = "specialize", "shift", "synthetic"
 
 
 def tasks(profile: Profile) -> list[Task]:
-    """Every part with every seed; the synthetic tier has no model."""
+    """Every part with every seed, without those that are switched off."""
     settings = profile.specialized_saes
     seeds = range(settings.seeds)
     parts = [{"part": SPECIALIZE, "model": m, "seed": s} for m in settings.models for s in seeds]
     model, few = settings.shift_model, seeds[: settings.shift.seeds]
-    parts += [{"part": SHIFT, "model": model, "seed": s} for s in few]
-    return parts + [{"part": SYNTHETIC, "seed": s} for s in seeds]
+    parts += [{"part": SHIFT, "model": model, "seed": s} for s in few if model]
+    return parts + [{"part": SYNTHETIC, "seed": s} for s in seeds if settings.synthetic.vectors]
 
 
 def run(task: Task, profile: Profile) -> Result:
@@ -79,7 +79,7 @@ class _Recorder:
         self.splicer = evaluate.Splicer(ground, settings.loss_chunks)
         chunks = ground.tests[DOMAIN]
         content = ground.content(chunks)
-        half = (torch.arange(len(chunks)) % 2 == 0)[:, None].expand_as(content)
+        half = torch.from_numpy(chunks.document % 2 == 0)[:, None].expand_as(content)
         self.text = tails.TestText(
             ground.residuals(chunks.tokens),
             chunks.tokens[content],
@@ -93,7 +93,7 @@ class _Recorder:
             model = catalogue.load_model(settings.explainer)
             self.ask = explain.recorded(explain.ask_model(model), answers)
         self.baseline: dict[str, torch.Tensor] = {}
-        self.rows: dict[str, list[pd.DataFrame]] = {"losses": [], "summary": [], "recall": []}
+        self.rows: dict[str, list[pd.DataFrame]] = {"losses": []}
         self.logs: list[pd.DataFrame] = []
         model = pd.DataFrame(self.splicer.measure(None))
         self.rows["losses"].append(model.assign(selector="model"))
@@ -103,12 +103,13 @@ class _Recorder:
         settings = self.settings
         about = asdict(arm)
         report = tails.tail_report(sae, self.text)
-        recall = evaluate.measure_recall(self.ground, report.acts, settings.found_f1)
         tables = {
             "losses": pd.DataFrame(self.splicer.measure(sae)),
             "summary": pd.DataFrame([report.summary]),
-            "recall": recall,
         }
+        if self.ground.truth is not None:
+            f1 = settings.found_f1
+            tables["recall"] = evaluate.measure_recall(self.ground, report.acts, f1)
         if arm.sparsity in (settings.main_l0, settings.main_penalty):
             tables |= self._full(arm, report)
             if self.ask is not None:
@@ -163,5 +164,5 @@ def _train_pair(ground: Ground, texts: torch.LongTensor, settings: Settings, see
         trainers = {"sae": tilted(tilt, start)}
         sae = training.train({"sae": config(*shape)}, batches, plan, seed, trainers)["sae"]
         start = {name: value.clone() for name, value in sae.state_dict().items()}
-        pair.append(specialize.in_raw_units(sae, ground.scale))
+        pair.append(saes.in_raw_units(sae, ground.scale))
     return tuple(pair)
