@@ -162,6 +162,23 @@ def _gemma(size: str, blocks: Mapping[str, int], tuned: str = "", **others: obje
     return _with_saes(name, f"google/{name}", blocks, "post", release, sae_id, **given)
 
 
+def _gemma_3(tuned: str = "", **others: object) -> ModelSpec:
+    name = f"gemma-3-270m{tuned}"
+    release = f"gemma-scope-2-270m{tuned or '-pt'}-res"
+    sae_id = "layer_{n}_width_16k_l0_medium"
+    blocks = {"primary": 9, "downstream": 12, **_layers(5, 9, 12, 15)}
+    wider = {w: (release, f"layer_9_width_{w}_l0_medium") for w in ("65k", "262k")}
+    wider["262k_seed_1"] = (release, "layer_9_width_262k_l0_medium_seed_1")
+    given = {
+        "hooks": {f"width_{w}": "blocks.9.hook_resid_post" for w in wider},
+        "saes": {f"width_{w}": source for w, source in wider.items()},
+        "gated": True,
+        "parameters": 268_098_176,
+        **others,
+    }
+    return _with_saes(name, f"google/{name}", blocks, "post", release, sae_id, **given)
+
+
 def _llama(name: str, expansion: int, *layers: int, **others: object) -> ModelSpec:
     blocks = {"primary": 16, "downstream": 20, **_layers(*layers)}
     release = f"llama_scope_lxr_{expansion}x"
@@ -247,6 +264,8 @@ _SPECS = (
         note="study 4's paper says layer 23, its release 31; the block's input is inferred from "
         "gpt2-large",
     ),
+    _gemma_3(note="Gemma Scope 2: SAEs at four blocks, and one of 262k latents from two seeds"),
+    _gemma_3("-it", chat=True, note="instruction-tuned, with SAEs of its own"),
     _llama(
         "llama-3.1-8b",
         8,

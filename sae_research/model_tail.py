@@ -44,6 +44,9 @@ class ModelTail:
         hf_model = bridge.original_model
         config = hf_model.config.get_text_config()
         self.rotary = getattr(hf_model.base_model, "rotary_emb", None)
+        # Gemma 3 turns keys of its local blocks by other angles than those of its global ones
+        by_kind = isinstance(getattr(self.rotary, "rope_type", None), dict)
+        self.kinds = config.layer_types if by_kind else [None] * self.n_layers
         self.window = _attention_window(config)
         # GPT-Neo applies its window to the number of keys, packed copies of a token included
         self.window_counts_keys = isinstance(getattr(config, "window_size", None), int)
@@ -89,7 +92,10 @@ class ModelTail:
 
         `mask` is additive [rows, 1, queries, keys]; `cache` is a `DynamicCache` to read and fill.
         """
-        rotary = None if self.rotary is None else self.rotary(residual, positions)
+        kinds = {} if self.rotary is None else dict.fromkeys(self.kinds[self.start_at_layer :])
+        rotary = {
+            kind: self.rotary(residual, positions, *([kind] if kind else [])) for kind in kinds
+        }
         # GPT-NeoX calls the cache layer_past
         caching = {} if cache is None else {"past_key_values": cache, "layer_past": cache}
         below = {}
@@ -100,7 +106,7 @@ class ModelTail:
                 h,
                 attention_mask=mask,
                 position_ids=positions,
-                position_embeddings=rotary,
+                position_embeddings=rotary.get(self.kinds[layer]),
                 use_cache=cache is not None,
                 **caching,
             )

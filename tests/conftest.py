@@ -24,6 +24,7 @@ def hub_cache(tmp_path_factory):
 def offline_hub(hub_cache):
     """The hub client reads that cache and no network, here and in processes started from here."""
     from huggingface_hub import constants
+    from sae_lens.loading import pretrained_sae_loaders
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     with pytest.MonkeyPatch.context() as patch:
@@ -32,4 +33,5 @@ def offline_hub(hub_cache):
             patch.setenv(name, str(value))
         for release, sizes in replicas.gemma_overrides().items():
             patch.setattr(get_pretrained_saes_directory()[release], "config_overrides", sizes)
+        patch.setattr(pretrained_sae_loaders, "get_safetensors_tensor_shapes", replicas.shapes)
         yield hub_cache

@@ -23,6 +23,8 @@ BLOCKS = {
     "gemma-2-2b": 26,
     "gemma-2-2b-it": 26,
     "gemma-2-9b": 42,
+    "gemma-3-270m": 18,
+    "gemma-3-270m-it": 18,
     "Llama-3.1-8B": 32,
     "SmolLM2-135M-Instruct": 30,
 }
@@ -43,6 +45,17 @@ def gemma_overrides() -> dict[str, dict]:
     """
     sizes = {"d_in": WIDTH, "d_sae": LATENTS}
     return {f"gemma-scope-{size}-pt-res-canonical": sizes for size in ("2b", "9b")}
+
+
+def shapes(repository: str, file: str) -> dict[str, list[int]]:
+    """Shapes in a safetensors file of the cache, where SAELens' Gemma Scope 2 loader asks the hub
+    for the file's header.
+    """
+    from huggingface_hub import hf_hub_download
+    from safetensors import safe_open
+
+    with safe_open(hf_hub_download(repository, file), "np") as tensors:
+        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
 
 
 def _publish(
@@ -102,12 +115,20 @@ def _model_files(repository: str) -> Callable[[Path], None]:
 
 
 def _dtype(name: str) -> str:
-    halves = {"pythia-70m-deduped": "float16", "Llama-3.1-8B": "bfloat16"}
-    return {**halves, "SmolLM2-135M-Instruct": "bfloat16"}.get(name, "float32")
+    if name == "pythia-70m-deduped":
+        return "float16"
+    in_bfloat16 = ("gemma-3-270m", "gemma-3-270m-it", "Llama-3.1-8B", "SmolLM2-135M-Instruct")
+    return "bfloat16" if name in in_bfloat16 else "float32"
 
 
 def _config(name: str, vocabulary: int):
-    from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
+    from transformers import (
+        Gemma2Config,
+        Gemma3TextConfig,
+        GPT2Config,
+        GPTNeoXConfig,
+        LlamaConfig,
+    )
 
     shape = {
         "hidden_size": WIDTH,
@@ -127,6 +148,15 @@ def _config(name: str, vocabulary: int):
             max_position_embeddings=2048,
             bos_token_id=0,
             eos_token_id=0,
+        )
+    if name.startswith("gemma-3"):
+        return Gemma3TextConfig(
+            **shape,
+            num_key_value_heads=1,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=512,
+            max_position_embeddings=32768,
         )
     if name.startswith("gemma"):
         return Gemma2Config(
@@ -268,6 +298,7 @@ def _sae_files() -> Iterator[tuple[str, Callable[[Path], None]]]:
             for prefix, function in (
                 ("gpt2-small-res-jb", _write_gpt2),
                 ("pythia", _write_pythia),
+                ("gemma-scope-2-", _write_gemma_scope_2),
                 ("gemma-scope", _write_gemma_scope),
                 ("llama_scope", _write_llama_scope),
             )
@@ -363,6 +394,28 @@ def _write_gemma_scope(folder: Path, sae_id: str, lookup) -> None:
         **weights,
         threshold=numpy.linspace(0.01, 0.3, LATENTS, dtype="float32"),
     )
+
+
+def _write_gemma_scope_2(folder: Path, sae_id: str, lookup) -> None:
+    """Gemma Scope 2: a short `config.json`, weights under small letters, a threshold a latent."""
+    import torch
+    from safetensors.torch import save_file
+
+    hook = f"model.layers.{sae_id.split('_')[1]}.output"
+    config = {
+        "hf_hook_point_in": hook,
+        "hf_hook_point_out": hook,
+        "width": LATENTS,
+        "model_name": lookup.repo_id.removeprefix("google/").replace("scope-2", "v3"),
+        "architecture": "jump_relu",
+        "l0": 60,
+        "affine_connection": False,
+        "type": "sae",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {name.lower(): value for name, value in _weights(lookup.release + sae_id).items()}
+    weights["threshold"] = torch.linspace(0.01, 0.3, LATENTS)
+    save_file(weights, folder / "params.safetensors")
 
 
 def _write_llama_scope(folder: Path, sae_id: str, lookup) -> None:

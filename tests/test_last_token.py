@@ -11,11 +11,12 @@ from sae_research.model_tail import ModelTail
 from sae_research.models import LanguageModel, load_model
 from sae_research.paths import ROOT
 
-ARCHITECTURES = ("gpt2", "neox", "gemma2", "llama")
+ARCHITECTURES = ("gpt2", "neox", "gemma2", "gemma3", "llama")
 NAMES = {
     "gpt2": "gpt2",
     "neox": "EleutherAI/pythia-70m",
     "gemma2": "google/gemma-2-2b",
+    "gemma3": "google/gemma-3-270m",
     "llama": "meta-llama/Llama-3.1-8B",
     "gpt-neo": "EleutherAI/gpt-neo-125M",
 }
@@ -39,6 +40,7 @@ def tiny(architecture: str, dtype: torch.dtype = torch.float32, window: int = 32
     from transformers import (
         AutoModelForCausalLM,
         Gemma2Config,
+        Gemma3TextConfig,
         GPT2Config,
         GPTNeoConfig,
         GPTNeoXConfig,
@@ -59,6 +61,14 @@ def tiny(architecture: str, dtype: torch.dtype = torch.float32, window: int = 32
         ),
         "gemma2": lambda: Gemma2Config(
             vocab_size=101, sliding_window=window, query_pre_attn_scalar=8, **grouped
+        ),
+        "gemma3": lambda: Gemma3TextConfig(
+            vocab_size=101,
+            architectures=["Gemma3ForCausalLM"],
+            sliding_window=window,
+            query_pre_attn_scalar=8,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            **grouped,
         ),
         "llama": lambda: LlamaConfig(vocab_size=101, **grouped),
         "gpt-neo": lambda: GPTNeoConfig(

@@ -91,7 +91,7 @@ def _formula(release, weights, x):
     return codes, codes @ weights["W_dec"] + weights["b_dec"]
 
 
-@pytest.mark.parametrize("name", ["gpt2-small", "pythia-70m", "gemma-2-2b"])
+@pytest.mark.parametrize("name", ["gpt2-small", "pythia-70m", "gemma-2-2b", "gemma-3-270m-it"])
 def test_codes_are_those_of_the_files(name):
     import replicas
     import torch

@@ -22,6 +22,8 @@ MODEL_NAMES = {
     "gpt2-small": "GPT-2 small",
     "pythia-70m": "Pythia 70M",
     "gemma-2-2b": "Gemma 2 2B",
+    "gemma-3-270m": "Gemma 3 270M",
+    "gemma-3-270m-it": "Gemma 3 270M, instruction-tuned",
     "llama-3.1-8b": "Llama 3.1 8B",
 }
 SET_NAMES = {
