@@ -116,7 +116,7 @@ def build(recipe: Recipe, n_jobs: int = 2) -> Path:
     """
     Material(recipe).residuals()  # once, with every core
     folders = parallel.shards(partial(train_group, recipe), recipe.groups, n_jobs, desc="SAEs")
-    measured = parallel.shards(partial(_measure_group, recipe), recipe.groups, n_jobs, desc="SAEs")
+    measured = parallel.shards(partial(measure_group, recipe), recipe.groups, n_jobs, desc="SAEs")
     where = dict(zip(recipe.groups, folders, strict=True))
     target = paths.REAL_SAES / recipe.model
     with store.writing(target) as part:
@@ -230,18 +230,27 @@ def make_configs(recipe: Recipe, group: Group, d_in: int) -> "tuple[Mapping, Map
 # quality
 
 
-def _measure_group(recipe: Recipe, group: Group) -> "pd.DataFrame":
+def measure_group(recipe: Recipe, group: Group) -> "pd.DataFrame":
+    """Quality of every SAE of a group on test text, measured unless that was done."""
     import pandas as pd
 
-    material = Material(recipe)
     folder = train_group(recipe, group)
-    rows = []
-    for role, (kind, null) in group.roles().items():
-        sae = saes.load_sae(folder / role)
-        about = {"role": role, "hook": group.hook, "kind": kind, "null": null, "seed": group.seed}
-        about["latents"] = sae.cfg.d_sae
-        rows.append(about | measure(material.model, sae, material.rows("test")))
-    return pd.DataFrame(rows)
+    key = {"saes": (folder / store.CHECKSUMS).read_text(), "rows": recipe.test_rows}
+    key["code"] = store.sha256(Path(__file__))
+
+    def build(part: Path) -> None:
+        material = Material(recipe)
+        rows = []
+        for role, (kind, null) in group.roles().items():
+            sae = saes.load_sae(folder / role)
+            about = {"role": role, "hook": group.hook, "kind": kind, "null": null}
+            about |= {"seed": group.seed, "latents": sae.cfg.d_sae}
+            rows.append(about | measure(material.model, sae, material.rows("test")))
+        table = pd.DataFrame(rows)
+        store.write_text(part / QUALITY, table.to_csv(index=False, float_format="%.6g"))
+
+    place = folder.with_name(f"{folder.name}-quality")
+    return pd.read_csv(store.resumed(place, key, build) / QUALITY, keep_default_na=False)
 
 
 def measure(model: "LanguageModel", sae: "SAE", tokens: "LongTensor") -> dict[str, float]:
