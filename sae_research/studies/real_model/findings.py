@@ -136,6 +136,7 @@ def summarize(t: Tables, settings: Settings, verdicts: pd.Series) -> str:
     found = {name.split(".")[1]: m for name, m in measure_claims(t, settings).items() if m}
     ev, rules = found["explained_variance"], found["token_rules"]
     matched, groups = found["pw_mcc"], found["groups"]
+    again = t["again"].iloc[0]
     counts = verdicts.value_counts()
     said = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
     asked = "Requests were not tried, since XSTest's prompts are not here."
@@ -149,7 +150,10 @@ def summarize(t: Tables, settings: Settings, verdicts: pd.Series) -> str:
         f"The SAEs of block 10 explain {ev.value:.1%} of the residual's variance at 32 active "
         f"latents and recover {found['ce_recovered'].value:.1%} of the cross-entropy; "
         f"without the five largest coordinates they explain "
-        f"{found['without_largest'].value:.1%}. The best null dictionary, whose weights hardly "
+        f"{found['without_largest'].value:.1%}. They were trained on docstrings and serve "
+        f"docstrings: on text that the model samples by itself, one of them explains "
+        f"{again['sampled_explained_variance']:.1%} and recovers "
+        f"{again['sampled_ce_recovered']:.1%}. The best null dictionary, whose weights hardly "
         f"learn, explains {ev.control.value:.1%}, so the number alone says little. "
         f"Two seeds share directions with a mean cosine of {matched.value:.2f} "
         f"(nulls: {matched.control.value:.2f}), and a rule on tokens describes a latent with an F1 "

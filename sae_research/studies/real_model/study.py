@@ -66,7 +66,10 @@ def run(task: Task, profile: Profile) -> Result:
 def compare_saes(
     model: LanguageModel, name: str, corpus: prose.Corpus, settings: Settings
 ) -> dict[str, pd.DataFrame]:
-    """Quality of all SAEs as measured in training, the committed ones again, and loss by row."""
+    """Quality of all SAEs as measured in training, the committed ones again, and loss by row.
+
+    The committed ones are also measured on text that the model samples, which is no docstring.
+    """
     recipe = real_saes.RECIPES[name]
     rows = prose.make_rows(model, corpus.documents("test"), settings.test_rows, recipe.row_tokens)
     quality = real_saes.read_quality(name)
@@ -82,7 +85,9 @@ def compare_saes(
                 f"{stated['explained_variance']:.3f} when it was trained; the model, the text or "
                 "the SAE is another one: run `make setup`."
             )
-        again.append(found)
+        sampled = saes.quality(model, sae, model.sample)
+        names = ("explained_variance", "ce_recovered", "ce_clean", "ce_spliced")
+        again.append(found | {f"sampled_{name}": sampled[name] for name in names})
     return {
         "quality": quality,
         "again": pd.DataFrame(again),
