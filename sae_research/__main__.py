@@ -46,7 +46,7 @@ def real_saes(given: argparse.Namespace) -> None:
 
     if not given.build:
         raise ResearchError(
-            "say `real_saes --build` to train the real model's SAEs anew (two hours on two cores)."
+            "say `real_saes --build` to train the real model's SAEs anew (an hour on two cores)."
         )
     for recipe in real_saes.RECIPES.values():
         real_saes.build(recipe)
