@@ -22,9 +22,9 @@ def make_tables(results: Mapping[str, Result]) -> Tables:
 
 def by_seed(t: Tables, column: str, null: str = "") -> pd.Series:
     """A column of the main SAE, or of one of its nulls, by seed."""
-    q = t["quality"]
-    hook = q["hook"].iloc[0]
-    own = q[(q["hook"] == hook) & (q["kind"] == MAIN) & (q["null"].fillna("") == null)]
+    q = t["quality"].fillna({"null": ""})
+    hook = q.loc[q["null"] != "", "hook"].iloc[0]  # the one that has null dictionaries
+    own = q[(q["hook"] == hook) & (q["kind"] == MAIN) & (q["null"] == null)]
     return own.set_index("seed")[column].astype(float)
 
 
