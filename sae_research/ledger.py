@@ -171,20 +171,20 @@ def compare_grounds(ledgers: dict[str, list[dict]]) -> "pd.DataFrame":
 
 
 def highlights(lines: list[dict]) -> str:
-    """README's table: the main claims with their numbers, grounds and verdicts."""
+    """README's table: the main claims on every ground that measured them."""
     import pandas as pd
 
-    by_id = {line["id"]: line for line in lines}
     rows = [
         {
-            "claim": by_id[i]["statement"],
-            "measured": f"{_interval(by_id[i])} {words}",
-            "minus its control": _interval(by_id[i]["difference"] or {"value": "", "low": None}),
-            "on": _GROUND_WORDS[by_id[i]["ground"]],
-            "verdict": by_id[i]["verdict"],
+            "claim": line["statement"],
+            "measured": f"{_interval(line)} {words}",
+            "minus its control": _interval(line["difference"]) if line["difference"] else "",
+            "on": _GROUND_WORDS[line["ground"]],
+            "verdict": line["verdict"],
         }
         for i, words in HIGHLIGHTS.items()
-        if i in by_id
+        for line in lines
+        if line["id"] == i and line["value"] is not None
     ]
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
