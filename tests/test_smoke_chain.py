@@ -42,7 +42,8 @@ def test_the_smoke_chain_runs_every_notebook(smoke):
 
 def test_nbval_finds_the_smoke_notebooks_unchanged_and_their_files_too(smoke):
     for folder in smoke.root.glob("data/smoke/*/artefacts"):
-        shutil.rmtree(folder)
+        if not (folder / "README.md").is_file():  # a page that says that a study was left out
+            shutil.rmtree(folder)
     print(smoke.run("validate", "--profile", "smoke"))
     for stamp in smoke.root.glob("data/smoke/runs/*.json"):
         for name, checksum in store.read_json(stamp).items():
