@@ -92,7 +92,7 @@ def claims(given: argparse.Namespace) -> None:
     from sae_research import claims, ledger
 
     if given.write:
-        ledger.write_highlights()
+        ledger.write_pages()
         return
     if given.grounds:
         frame = ledger.compare_grounds(ledger.read_grounds())
@@ -139,7 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     command(settings)
     command(stages, None, write="bring dvc.yaml in step")
     side = "verdicts on toy models, a real model and the papers' models side by side"
-    command(claims, markdown=None, grounds=side, write="bring README's verdicts in step")
+    command(
+        claims,
+        markdown=None,
+        grounds=side,
+        write="bring README's verdicts and docs/verdicts.md in step",
+    )
     command(clear, None)
     return parser
 

@@ -13,6 +13,7 @@ from sae_research.errors import ResearchError, unknown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
     from sae_research.stats import Interval
@@ -105,6 +106,18 @@ def label(axes: "Axes", title: str = "", x: str = "", y: str = "") -> None:
     width = axes.get_figure().get_size_inches()[0] * axes.get_position().width
     axes.set_title(_wrap(title, 1.2 * width))
     axes.set(xlabel=x, ylabel=y)
+
+
+def log_axis(axis: "Axis") -> None:
+    """A logarithmic axis labelled at 1, 2 and 5 of each decade, or at decades where many fit."""
+    from matplotlib import ticker
+
+    set_scale = {"x": axis.axes.set_xscale, "y": axis.axes.set_yscale}[axis.axis_name]
+    set_scale("log")
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _wrap(text: str, inches: float) -> str:

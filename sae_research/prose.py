@@ -81,13 +81,16 @@ class Corpus:
             raise unknown("split", split, SPLITS, "the corpus")
         return [p.text for p in self.paragraphs if p.split == split and p.is_in(subdomain)]
 
+    def mixed(self, split: str) -> list[Paragraph]:
+        """The paragraphs of a split, file after file in an order that mixes the libraries."""
+        return sorted((p for p in self.paragraphs if p.split == split), key=lambda p: _draw(p.file))
+
     def documents(self, split: str) -> list[str]:
         """The files of a split, in an order that mixes the libraries."""
         files: dict[str, list[str]] = {}
-        for p in self.paragraphs:
-            if p.split == split:
-                files.setdefault(p.file, []).append(p.text)
-        return ["\n\n".join(files[name]) for name in sorted(files, key=_draw)]
+        for p in self.mixed(split):
+            files.setdefault(p.file, []).append(p.text)
+        return ["\n\n".join(texts) for texts in files.values()]
 
     def sizes(self) -> dict[str, int]:
         """Characters by subdomain, the largest first."""

@@ -114,15 +114,18 @@ def build(recipe: Recipe, n_jobs: int = 2) -> Path:
 
     Each group has one thread whatever `n_jobs`, so that its weights depend on the seed alone.
     """
+    import pandas as pd
+
     Material(recipe).residuals()  # once, with every core
     folders = parallel.shards(partial(train_group, recipe), recipe.groups, n_jobs, desc="SAEs")
     measured = parallel.shards(partial(measure_group, recipe), recipe.groups, n_jobs, desc="SAEs")
     where = dict(zip(recipe.groups, folders, strict=True))
+    quality = pd.concat(measured, ignore_index=True)
     target = paths.REAL_SAES / recipe.model
     with store.writing(target) as part:
         for role in recipe.committed:
             shutil.copytree(where[recipe.roles()[role]] / role, part / role)
-        table = match_seeds(recipe, concatenated(measured), where)
+        table = match_seeds(recipe, quality, where)
         store.write_text(part / QUALITY, table.to_csv(index=False, float_format="%.6g"))
     return target
 
@@ -281,13 +284,6 @@ def explained_variance(sae: "SAE", x: "Tensor", coordinates: "LongTensor") -> fl
     )
     kept = x[:, coordinates]
     return 1 - error / (kept - kept.mean(0)).double().square().sum().item()
-
-
-def concatenated(tables: "list[pd.DataFrame]") -> "pd.DataFrame":
-    """The tables under one another."""
-    import pandas as pd
-
-    return pd.concat(tables, ignore_index=True)
 
 
 def match_seeds(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
-from sae_research import activations, fast_training, saes
+from sae_research import activations, conversion, fast_training, saes
 from sae_research.errors import ResearchError
 from sae_research.hub import quiet
 from sae_research.models import LanguageModel
@@ -303,8 +303,8 @@ def inference(sae: "TrainingSAE", activations: Tensor, k: float | None = None) -
     from sae_lens import SAE
 
     if sae.cfg.architecture() not in ("topk", "standard"):
-        return saes.exact_l0(sae, activations, k, half=True)
+        return conversion.exact_l0(sae, activations, k, half=True)
     with TemporaryDirectory() as folder, quiet():
         sae.save_inference_model(folder)
         export = SAE.load_from_disk(folder).eval().requires_grad_(False)
-    return saes.calibrated(saes.rounded(export), activations)
+    return conversion.calibrated(conversion.rounded(export), activations)

@@ -439,6 +439,22 @@ def test_readme_shows_the_published_verdicts():
     for line in claims.read(ledger.PUBLISHED):
         if line["id"] in ledger.HIGHLIGHTS:
             assert line["statement"] in readme
+    page = ledger.VERDICT_PAGE.read_text(encoding="utf-8")
+    assert page == ledger.verdict_page(ledger.read_grounds()), (
+        "run `python -m sae_research claims --write`"
+    )
+
+
+def test_grounds_disagree_where_both_measured_and_judged_unlike():
+    world = [line for line in claims.read(ledger.PUBLISHED) if line["study"] != "world"][:4]
+    real = [dict(line, ground="real") for line in world]
+    for line in (*world, *real):
+        line |= {"verdict": REPRODUCED, "value": 0.5}
+    real[1]["verdict"] = NOT_REPRODUCED
+    real[2] |= {"verdict": "not testable here", "value": None}
+    found = ledger.disagreements({"world": world, "real": real})
+    assert list(found["id"]) == [world[1]["id"]]
+    assert NOT_REPRODUCED in found["real"].item()
 
 
 def test_checks_of_the_testbed_are_counted_apart():

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as tree
+from itertools import pairwise
 
 import matplotlib as mpl
 import pytest
@@ -231,3 +232,19 @@ def test_mistakes_are_one_sentence():
         figures.forest(axes, list("abc"), INTERVALS, verdicts=["reprodced"] * 3)
     with pytest.raises(ResearchError, match="lengths differ"):
         figures.curve(axes, [1], INTERVALS)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [((3, 40), ["5", "10", "20"]), ((1, 10_000), ["1", "100", "10000"])]
+)
+def test_a_logarithmic_axis_has_labels_that_do_not_overlap(values, expected):
+    figure, axes = figures.canvas("Few decades or many", full=False)
+    axes.plot(values, values)
+    figures.log_axis(axes.xaxis)
+    figure.canvas.draw()
+    marks = [m for m in axes.get_xticklabels(which="both") if m.get_text()]
+    low, high = axes.get_xlim()
+    inside = [m for m in marks if low <= m.get_position()[0] <= high]
+    assert set(expected) <= {m.get_text() for m in inside}
+    boxes = sorted((m.get_window_extent() for m in inside), key=lambda box: box.x0)
+    assert all(a.x1 < b.x0 for a, b in pairwise(boxes))

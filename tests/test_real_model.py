@@ -7,7 +7,7 @@ import json
 import pytest
 from replicas import REAL
 
-from sae_research import activations, models, saes
+from sae_research import activations, conversion, models, saes
 
 FOLDER = REAL / "models" / "stories260K"
 TEXT = REAL / "text" / "tinystories_v1_first1000.json"
@@ -86,6 +86,6 @@ def test_an_sae_of_ours_explains_it(stories, rows):
     assert result["explained_variance"] > 0.9
     assert result["ce_recovered"] > 0.95
     assert result["l0"] <= 24
-    calibrated = saes.exact_l0(sae, acts[:20_000], 24)
+    calibrated = conversion.exact_l0(sae, acts[:20_000], 24)
     assert calibrated.cfg.metadata.calibrated_l0 == pytest.approx(24, abs=1e-3)
     assert saes.quality(stories, calibrated, rows[-40:])["l0"] == pytest.approx(24, rel=0.1)

@@ -5,7 +5,7 @@ import json
 import miniatures
 import pytest
 
-from sae_research import hub, models, saes
+from sae_research import conversion, hub, models, saes
 from sae_research.errors import ResearchError
 
 KINDS = (
@@ -72,7 +72,7 @@ def test_exact_l0_is_exact_and_keeps_the_strongest(kind, k, x):
     the largest margin.
     """
     sae = miniatures.random_sae(kind)
-    export = saes.exact_l0(sae, x, k, batch=300)
+    export = conversion.exact_l0(sae, x, k, batch=300)
     codes = export.encode(x)
     assert abs((codes > 0).sum().item() / len(x) - k) <= 1 / len(x)
     assert export.cfg.metadata.calibrated_l0 == (codes > 0).sum().item() / len(x)
@@ -101,7 +101,7 @@ def test_folding_the_decoder_norm_keeps_every_reconstruction(kind, x):
         own = ((sae.decode(codes) - sae.b_dec).abs().sum(), (codes > 0).sum().item() / len(x))
         if "topk" in kind:
             codes = codes.clamp(min=0)
-        export = saes.exact_l0(sae, x, own[1])
+        export = conversion.exact_l0(sae, x, own[1])
         assert export.decode(export.encode(x)).allclose(sae.decode(codes), atol=1e-5)
         assert (export.encode(x) > 0).equal(codes > 0)
 
@@ -111,7 +111,7 @@ def test_jumprelu_thresholds_keep_their_differences(x):
     order survives.
     """
     sae = miniatures.random_sae("jumprelu")
-    export = saes.exact_l0(sae, x, 3)
+    export = conversion.exact_l0(sae, x, 3)
     shift = export.threshold - sae.threshold * sae.W_dec.norm(dim=-1)
     assert shift.std() < 1e-6
     assert shift.mean() > 0
@@ -119,20 +119,20 @@ def test_jumprelu_thresholds_keep_their_differences(x):
 
 def test_impossible_l0_is_refused(x):
     with pytest.raises(ResearchError, match="no threshold gives 120 active latents"):
-        saes.exact_l0(miniatures.random_sae("relu"), x, 120)
+        conversion.exact_l0(miniatures.random_sae("relu"), x, 120)
 
 
 def test_calibration_leaves_the_source_alone(x):
     sae = miniatures.random_sae("batchtopk-training")
     before = {name: value.clone() for name, value in sae.state_dict().items()}
-    saes.exact_l0(sae, x, 5)
+    conversion.exact_l0(sae, x, 5)
     assert all(value.equal(before[name]) for name, value in sae.state_dict().items())
 
 
 def test_saved_sae_opens_in_saelens_and_here(tmp_path, llama, x):
     from sae_lens import SAE
 
-    export = saes.exact_l0(fitted(llama, "batchtopk-training"), x, 5)
+    export = conversion.exact_l0(fitted(llama, "batchtopk-training"), x, 5)
     saes.save(export, tmp_path / "sae")
     theirs, ours = SAE.load_from_disk(tmp_path / "sae"), saes.load_sae(tmp_path / "sae")
     for sae in (theirs, ours):
@@ -258,7 +258,7 @@ def test_sae_of_centred_weights_reads_raw_residuals(tmp_path, tokens):
     assert loaded.encode(ours).allclose(plain_codes, atol=1e-4)
     assert saes.target(loaded, ours).allclose(theirs, atol=1e-4)
     assert loaded.W_enc.equal(sae.W_enc)
-    again = saes.exact_l0(loaded, ours[:, 1:].reshape(-1, 32), 5)
+    again = conversion.exact_l0(loaded, ours[:, 1:].reshape(-1, 32), 5)
     assert again.encode(ours).allclose(again.encode(theirs), atol=1e-4)
 
 

@@ -9,7 +9,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingS
 from sae_lens.saes.sae import TrainStepInput
 from torch.nn.functional import normalize
 
-from sae_research import saes, training
+from sae_research import conversion, saes, training
 from sae_research.studies.meta_saes import arms, decomposable, structure
 from sae_research.studies.meta_saes.settings import Settings
 from sae_research.training import SAETraining
@@ -152,7 +152,7 @@ def test_warm_up_of_the_penalty():
 def test_exports_open_in_stock_saelens_with_identical_codes(batches, tmp_path):
     found = training.train({"joint": make_config()}, batches, TRAINING, 0, {"joint": joint})
     x = torch.cat(batches)
-    export = saes.exact_l0(found["joint"], x, K)
+    export = conversion.exact_l0(found["joint"], x, K)
     saes.save(export, tmp_path / "sae")
     opened = SAE.load_from_disk(tmp_path / "sae")
     assert opened.cfg.architecture() == "jumprelu"

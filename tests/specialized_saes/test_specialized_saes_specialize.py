@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sae_research import catalogue, saes, term  # noqa: E402
+from sae_research import catalogue, conversion, term  # noqa: E402
 from sae_research.errors import ResearchError  # noqa: E402
 from sae_research.retrieval.tracin import TracIn  # noqa: E402
 from sae_research.studies.specialized_saes import evaluate, grounds, specialize  # noqa: E402
@@ -114,7 +114,7 @@ def test_splicing_nothing_is_the_model_and_a_bad_sae_costs(ground, general):
 
 def test_raw_units_change_nothing_but_the_scale(ground, general):
     x = ground.residuals(ground.seeds.tokens)[:50]
-    raw = saes.in_raw_units(general["topk"], ground.scale)
+    raw = conversion.in_raw_units(general["topk"], ground.scale)
     rebuilt = raw.decode(raw.encode(x / ground.scale))
     torch.testing.assert_close(rebuilt * ground.scale, general["topk"](x), rtol=1e-3, atol=1e-3)
     assert raw.W_dec.norm(dim=1).tolist() == pytest.approx([1] * 96, rel=1e-5)
@@ -123,7 +123,7 @@ def test_raw_units_change_nothing_but_the_scale(ground, general):
 def test_bins_hold_equally_many_types_and_influence_needs_unit_rows(ground, general):
     types = torch.tensor([5] * 100 + [7] * 10 + [9] * 3 + [11])
     assert term.bin_by_frequency(types, 2).unique_consecutive().tolist() == [1, 0]
-    tracin = TracIn(saes.unit_rows(general["topk"]))
+    tracin = TracIn(conversion.unit_rows(general["topk"]))
     x = ground.residuals(ground.seeds.tokens)[:64]
     seeds = tracin.mean_gradient([x])
     norm = sum(block.square().sum() for block in vars(seeds).values())

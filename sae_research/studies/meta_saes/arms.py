@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import normalize
 
-from sae_research import saes, training
+from sae_research import conversion, training
 from sae_research.errors import unknown
 from sae_research.studies.meta_saes import structure
 from sae_research.studies.meta_saes.grounds import Ground
@@ -160,7 +160,7 @@ def train(names: Sequence[str], ground: Ground, settings: Settings, seed: int) -
             weight, width = cell(name, settings)
             error = running[name].errors().mean().item()
             facts = {"lambda2": weight, "sigma2": width, "e": error}
-        arms.append(Arm(name, saes.exact_l0(sae, ground.calibration, k), k, facts))
+        arms.append(Arm(name, conversion.exact_l0(sae, ground.calibration, k), k, facts))
     return arms
 
 

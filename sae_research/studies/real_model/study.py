@@ -129,7 +129,7 @@ def find_contexts(
     model: LanguageModel, sae, corpus: prose.Corpus, settings: Settings
 ) -> pd.DataFrame:
     """Where each shown latent is most active in held-out text: file, words, activation."""
-    parts = [p for p in corpus.paragraphs if p.split == "test"][: 16 * settings.test_rows]
+    parts = corpus.mixed("test")[: 16 * settings.test_rows]
     tokens = model.tokens([p.text for p in parts], 128)
     kept = model.content(tokens)
     acts = detectors.encode(sae, activations.collect(model, tokens, saes.hook_of(sae)))

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import LongTensor, Tensor
 
-from sae_research import activations, saes, term, training
+from sae_research import activations, conversion, term, training
 from sae_research.errors import unknown
 from sae_research.retrieval import selectors
 from sae_research.retrieval.tracin import TracIn
@@ -124,7 +124,7 @@ def score_tracin(
     ground: Ground, general: "SAE", candidates: np.ndarray, batch: int = 256
 ) -> np.ndarray:
     """Mean influence of each candidate chunk's tokens, cosine-normalised, on the seeds' loss."""
-    tracin = TracIn(saes.unit_rows(general))
+    tracin = TracIn(conversion.unit_rows(general))
     seeds = tracin.mean_gradient(ground.residuals(ground.seeds.tokens).split(8192))
     chunks = ground.pool[candidates]
     n_tokens = ground.content(chunks).sum(1)
@@ -195,7 +195,7 @@ def specialize(
         given = {"start": general[arm.way if null else arm.kind].state_dict()}
         if arm.way == RESIDUAL:
             k = max(1, round(settings.residual_share * arm.sparsity))
-            belows[arm] = saes.with_k(general["topk"], int(arm.sparsity) - k)
+            belows[arm] = conversion.with_k(general["topk"], int(arm.sparsity) - k)
             given = {"before": belows[arm]}
         elif arm.way == DIRECT:
             given = {}
@@ -210,7 +210,8 @@ def specialize(
     trained = training.train(configs, batches, plan, seed, trainers)
     logs = [pd.DataFrame(sae.log).assign(**vars(arm)) for arm, sae in trained.items()]
     found = {
-        arm: saes.Stacked(belows[arm], s) if arm in belows else s for arm, s in trained.items()
+        arm: conversion.Stacked(belows[arm], s) if arm in belows else s
+        for arm, s in trained.items()
     }
     for sae in found.values():
         sae.eval().requires_grad_(False)

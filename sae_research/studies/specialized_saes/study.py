@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pandas as pd
 import torch
 
-from sae_research import activations, catalogue, explain, paths, saes, training
+from sae_research import activations, catalogue, conversion, explain, paths, training
 from sae_research.config import Profile
 from sae_research.studies.runner import Result, Task
 from sae_research.studies.specialized_saes import (
@@ -164,5 +164,5 @@ def _train_pair(ground: Ground, texts: torch.LongTensor, settings: Settings, see
         trainers = {"sae": tilted(tilt, start)}
         sae = training.train({"sae": config(*shape)}, batches, plan, seed, trainers)["sae"]
         start = {name: value.clone() for name, value in sae.state_dict().items()}
-        pair.append(saes.in_raw_units(sae, ground.scale))
+        pair.append(conversion.in_raw_units(sae, ground.scale))
     return tuple(pair)
