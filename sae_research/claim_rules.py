@@ -61,6 +61,14 @@ class Expectation:
         numbers = (m.value, m.low, m.high) if self.interval else (m.value,)
         return all(map(self.is_met_at, numbers))
 
+    def may_hold(self, m: "Measurement") -> bool:
+        """Whether the interval reaches where it is expected, so that nothing is refuted."""
+        if not self.interval or m.low is None or m.high is None:
+            return self.is_met_at(m.value)
+        if isinstance(self.threshold, tuple):
+            return m.low <= self.threshold[1] and m.high >= self.threshold[0]
+        return self.is_met_at(m.low) or self.is_met_at(m.high)
+
 
 @_stated
 class Control:
@@ -103,11 +111,12 @@ class Rule(Expectation):
             raise ValueError("`direction` lies beyond the threshold")
         return self
 
-    def leans_at(self, x: float) -> bool:
-        """Whether the value lies at least in the claimed direction."""
+    def leans(self, m: "Measurement") -> bool:
+        """Whether all of a measurement that misses the bar still lies beyond no effect."""
         if self.direction is None:
-            return self.is_met_at(x)
-        return x > self.direction if self.expect in ("above", "at least") else x < self.direction
+            return False
+        side = "above" if self.expect in ("above", "at least") else "below"
+        return Expectation(side, self.direction, self.interval).is_met_by(m)
 
 
 @_stated

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sae_research.stats import Interval
 
 VERDICTS = ledger.VERDICTS
-REPRODUCED, DIRECTION, CONFOUNDED, NOT_REPRODUCED, NOT_TESTABLE = VERDICTS
+REPRODUCED, DIRECTION, CONFOUNDED, UNDECIDED, NOT_REPRODUCED, NOT_TESTABLE = VERDICTS
 LEVEL = 0.05
 """The error rate of all claims of a study."""
 
@@ -132,8 +132,8 @@ def correct(claims: Sequence[Claim], measured: dict[str, Measurement | None]) ->
     }
 
 
-def _stands(claim: Claim, m: Measurement) -> bool:
-    """Whether the control leaves the claim standing."""
+def _against(claim: Claim, m: Measurement) -> tuple[Expectation, Measurement] | None:
+    """What the control asks for and the number that has to meet it; None without a control."""
     rule = claim.rule
     needed = {
         "control": rule.control is not None,
@@ -146,18 +146,20 @@ def _stands(claim: Claim, m: Measurement) -> bool:
                 f"{'none' if stated else 'one'} was measured; make rule and measurement agree."
             )
     if rule.difference is not None:
-        _check(m.difference, rule.difference, f"the difference of claim '{claim.id}'")
-        return rule.difference.is_met_by(m.difference)
-    if rule.control is not None:
-        _check(m.control, rule.control.must, f"the control of claim '{claim.id}'")
-        return rule.control.must.is_met_by(m.control)
-    return True
+        wanted, given, what = rule.difference, m.difference, "difference"
+    elif rule.control is not None:
+        wanted, given, what = rule.control.must, m.control, "control"
+    else:
+        return None
+    _check(given, wanted, f"the {what} of claim '{claim.id}'")
+    return wanted, given
 
 
 def judge(claim: Claim, measurement: Measurement | None, p: float | None = None) -> str:
     """The verdict that follows from value, interval, control, rule and corrected p-value.
 
-    Without an interval, or with a control that is not paired, no claim is reproduced.
+    Without an interval, or with a control that is not paired, no claim is reproduced. Undecided is
+    one whose bar, and whose control's, lie within the intervals.
     """
     rule = claim.rule
     if measurement is None:
@@ -167,13 +169,16 @@ def judge(claim: Claim, measurement: Measurement | None, p: float | None = None)
             )
         return NOT_TESTABLE
     _check(measurement, rule, f"claim '{claim.id}'")
-    stands = _stands(claim, measurement)
+    tests = [(rule, measurement), *filter(None, [_against(claim, measurement)])]
+    stands = all(wanted.is_met_by(m) for wanted, m in tests[1:])
     if rule.is_met_by(measurement):
         if not stands:
             return CONFOUNDED
         weak = not rule.interval or (rule.control is not None and rule.difference is None)
         return DIRECTION if weak or (p is not None and p > LEVEL) else REPRODUCED
-    return DIRECTION if rule.leans_at(measurement.value) and stands else NOT_REPRODUCED
+    if rule.leans(measurement) and stands:
+        return DIRECTION
+    return UNDECIDED if all(wanted.may_hold(m) for wanted, m in tests) else NOT_REPRODUCED
 
 
 def _repeat(claim: Claim) -> dict:

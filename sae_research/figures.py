@@ -25,6 +25,7 @@ VERDICTS = {
     "reproduced": ("#009E73", "o"),
     "direction only": ("#0072B2", "^"),
     "confounded": ("#E69F00", "D"),
+    "undecided": ("#CC79A7", "P"),
     "not reproduced": ("#D55E00", "X"),
     "not testable here": (GREY, "s"),
 }

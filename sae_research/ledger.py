@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
     from sae_research.stats import Interval
 
-VERDICTS = ("reproduced", "direction only", "confounded", "not reproduced", "not testable here")
+VERDICTS = (
+    *("reproduced", "direction only", "confounded"),
+    *("undecided", "not reproduced", "not testable here"),
+)
 """From the best to the worst; notebook 90 says what each means."""
 PUBLISHED = "cpu"
 """The profile whose verdicts are published: `full` has not been run under the present rules."""
@@ -31,7 +34,7 @@ HIGHLIGHTS = {
     "meta_saes.phi.model": "change of mean phi",
     "safety_subspace.align.features": "of safety rate against random features",
     "real_model.pw_mcc": "mean cosine between seeds",
-    "real_model.groups": "correlation with people",
+    "real_model.groups": "per unit of the difference between people",
 }
 """The verdicts that README shows, with what their numbers are."""
 _GROUND_WORDS = {"world": "toy models", "real": "real model", "paper": "the paper's models"}

@@ -14,6 +14,7 @@ from sae_research.claims import (
     NOT_REPRODUCED,
     NOT_TESTABLE,
     REPRODUCED,
+    UNDECIDED,
     Measurement,
 )
 from sae_research.errors import ResearchError
@@ -47,17 +48,18 @@ UPWARD = ("above", "at least")
         ),  # `above` is strict: an interval that touches the bar does not clear it
         (ABOVE, m(0.5, 0.1, 0.7), DIRECTION),
         (ABOVE, m(0.1, 0.05, 0.2), DIRECTION),
-        (ABOVE, m(0.1, -0.1, 0.3), DIRECTION),
+        (ABOVE, m(0.1, -0.1, 0.3), UNDECIDED),
         (ABOVE, m(0.0, -0.1, 0.1), NOT_REPRODUCED),
         (ABOVE, m(-0.5, -0.7, -0.3), NOT_REPRODUCED),
         (BELOW, m(-0.5, -0.7, -0.3), REPRODUCED),
         (BELOW, m(-0.5, -0.7, -0.1), DIRECTION),
-        (BELOW, m(-0.1, -0.2, 0.1), DIRECTION),
+        (BELOW, m(-0.1, -0.2, 0.1), NOT_REPRODUCED),  # -.2 is not below -.2
+        (BELOW, m(-0.1, -0.21, 0.1), UNDECIDED),
         (BELOW, m(0.0, -0.2, 0.1), NOT_REPRODUCED),
         (BELOW, m(0.5, 0.3, 0.7), NOT_REPRODUCED),
-        # without a value of no effect, the threshold itself is the direction
-        ({"expect": "above", "threshold": 0.2}, m(0.5, 0.1, 0.7), DIRECTION),
-        ({"expect": "above", "threshold": 0.2}, m(0.1, 0.05, 0.3), NOT_REPRODUCED),
+        # without a value of no effect there is no direction: what the interval holds is open
+        ({"expect": "above", "threshold": 0.2}, m(0.5, 0.1, 0.7), UNDECIDED),
+        ({"expect": "above", "threshold": 0.2}, m(0.1, 0.05, 0.3), UNDECIDED),
         # without an interval in the rule, the value alone decides, and shows a direction at most
         ({**ABOVE, "interval": False}, m(0.5), DIRECTION),
         ({**ABOVE, "interval": False}, m(0.5, 0.4, 0.6), DIRECTION),
@@ -65,9 +67,9 @@ UPWARD = ("above", "at least")
         ({**ABOVE, "interval": False}, m(0.2), DIRECTION),
         # inclusive bars
         ({"expect": "at least", "threshold": 1.0}, m(1.0, 1.0, 1.0), REPRODUCED),
-        ({"expect": "at least", "threshold": 1.0}, m(0.99, 0.98, 1.0), NOT_REPRODUCED),
+        ({"expect": "at least", "threshold": 1.0}, m(0.99, 0.98, 1.0), UNDECIDED),
         ({"expect": "at most", "threshold": 0.0}, m(0.0, 0.0, 0.0), REPRODUCED),
-        ({"expect": "at most", "threshold": 0.0}, m(0.0, 0.0, 0.1), DIRECTION),
+        ({"expect": "at most", "threshold": 0.0}, m(0.0, 0.0, 0.1), UNDECIDED),
         (
             {"expect": "at least", "threshold": 0.2, "direction": 0},
             m(0.0, 0.0, 0.0),
@@ -75,8 +77,10 @@ UPWARD = ("above", "at least")
         ),
         # bands
         ({"expect": "between", "threshold": [0.4, 0.6]}, m(0.5, 0.4, 0.6), REPRODUCED),
-        ({"expect": "between", "threshold": [0.4, 0.6]}, m(0.5, 0.3, 0.6), DIRECTION),
-        ({"expect": "between", "threshold": [0.4, 0.6]}, m(0.7, 0.5, 0.9), NOT_REPRODUCED),
+        ({"expect": "between", "threshold": [0.4, 0.6]}, m(0.5, 0.3, 0.6), UNDECIDED),
+        ({"expect": "between", "threshold": [0.4, 0.6]}, m(0.7, 0.5, 0.9), UNDECIDED),
+        ({"expect": "between", "threshold": [0.4, 0.6]}, m(0.7, 0.3, 1.1), UNDECIDED),
+        ({"expect": "between", "threshold": [0.4, 0.6]}, m(0.7, 0.65, 0.9), NOT_REPRODUCED),
     ],
 )
 def test_verdict(rule, measured, verdict):
@@ -114,6 +118,9 @@ def test_verdict_under_a_control_with_a_bar(measured, control, verdict):
         (m(0.5, 0.3, 0.7), m(-0.1, -0.2, -0.05), CONFOUNDED),
         (m(0.1, 0.05, 0.2), m(0.1, 0.05, 0.2), DIRECTION),
         (m(0.1, 0.05, 0.2), m(0.0, -0.1, 0.1), NOT_REPRODUCED),
+        # too noisy to tell; and so noisy, while the control shows clearly more
+        (m(0.1, -0.2, 0.4), m(0.1, -0.2, 0.4), UNDECIDED),
+        (m(0.1, -0.2, 0.4), m(-0.3, -0.5, -0.1), NOT_REPRODUCED),
         (m(-0.5, -0.7, -0.3), m(-0.5, -0.7, -0.3), NOT_REPRODUCED),
     ],
 )
@@ -200,7 +207,7 @@ def test_the_ledger_holds_the_corrected_verdict(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path)
     _, measured = study_of_four()
     shown = claims.record("cpu", "s", "10_s", measured)
-    assert shown["verdict"].tolist() == [DIRECTION] * 4
+    assert shown["verdict"].tolist() == [DIRECTION] + [UNDECIDED] * 3
     assert shown["p"].tolist()[1:] == ["1"] * 3
     assert 0.05 < float(shown["p"][0]) < 0.25
 
@@ -228,14 +235,14 @@ def test_a_claim_with_a_paired_control_has_the_larger_p_value():
 
 
 def test_verdict_never_rises_when_the_evidence_gets_worse():
-    order = [REPRODUCED, DIRECTION, NOT_REPRODUCED]
+    order = [REPRODUCED, DIRECTION, UNDECIDED, NOT_REPRODUCED]
     for expect, sign in (("above", 1), ("below", -1)):
         rule = claim(expect=expect, threshold=0.2 * sign, direction=0)
         ranks = []
         for value in np.linspace(1, -1, 81) * sign:
             ranks.append(order.index(claims.judge(rule, m(value, value - 0.1, value + 0.1))))
         assert ranks == sorted(ranks)
-        assert set(ranks) == {0, 1, 2}
+        assert set(ranks) == {0, 1, 3}
         widths = [
             order.index(claims.judge(rule, m(0.5 * sign, 0.5 * sign - w, 0.5 * sign + w)))
             for w in (0.1, 0.4, 2)

@@ -22,10 +22,12 @@ def make_tables(loss=None, f1=None, shift=None):
         unit = {"model": "m", "seed": seed}
         arms = [(s, "fine-tune", "plain") for s in SELECTORS]
         arms += [("dense", way, "plain") for way in ("residual", "direct", *NULLS)]
+        arms += [("random", "direct", "plain")]
         arms += [("dense", "fine-tune", tilt) for tilt in ("500", "ess 0.9")]
         for kind in ("topk", "relu"):
             for i, (selector, way, tilt) in enumerate(arms):
                 name = tilt if tilt != "plain" else way if way != "fine-tune" else selector
+                name = "random direct" if (selector, way) == ("random", "direct") else name
                 arm = {**unit, "selector": selector, "way": way, "kind": kind, "tilt": tilt}
                 arm |= {"sparsity": 10, "main": True}
                 for text in ("domain", "second register", "general"):
@@ -87,6 +89,12 @@ def test_text_of_the_domain_that_is_no_better_than_random_text_is_confounded():
     assert judge(make_tables(f1=rare | {"random": 0.2}), "selectors.rare_concepts") == (
         claims.CONFOUNDED
     )
+
+
+def test_a_small_sae_that_is_as_poor_after_random_text_says_nothing_of_the_domain():
+    planted = {"direct": 0.5}
+    assert judge(make_tables(planted), "ways.direct") == claims.REPRODUCED
+    assert judge(make_tables(planted | {"random direct": 0.5}), "ways.direct") != claims.REPRODUCED
 
 
 def test_random_ablation_that_repairs_the_probe_as_well_confounds_shift():

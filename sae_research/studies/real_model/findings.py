@@ -7,6 +7,7 @@ import pandas as pd
 
 from sae_research import stats
 from sae_research.claims import Measurement
+from sae_research.errors import ResearchError
 from sae_research.studies.real_model.settings import Settings
 from sae_research.studies.runner import Result
 from sae_research.training import NULLS
@@ -28,6 +29,18 @@ def by_seed(t: Tables, column: str, null: str = "") -> pd.Series:
     return own.set_index("seed")[column].astype(float)
 
 
+def by_pair(t: Tables, null: str = "") -> pd.Series:
+    """PW-MCC of each pair of seeds, named by the third seed.
+
+    The table has, for each seed, the mean over its pairs. Three of those give the pairs; an
+    interval over the seeds' own means would count every pair twice.
+    """
+    means = by_seed(t, "pw_mcc", null)
+    if len(means) != 3:
+        raise ResearchError(f"PW-MCC by pair needs three seeds, and there are {len(means)}.")
+    return means.sum() - 2 * means
+
+
 def versus(own: pd.Series, control: pd.Series) -> Measurement:
     """Mean over seeds, the same for the control, and their paired difference."""
     found, other, gap = (stats.mean_interval(list(v)) for v in (own, control, own - control))
@@ -42,6 +55,11 @@ def best_null(t: Tables, column: str) -> str:
 def measure_saes(t: Tables, column: str) -> Measurement:
     """A measure of the main SAE over its seeds; control: the best null dictionary."""
     return versus(by_seed(t, column), by_seed(t, column, best_null(t, column)))
+
+
+def measure_matching(t: Tables) -> Measurement:
+    """PW-MCC over pairs of seeds; control: that of the best null dictionary."""
+    return versus(by_pair(t), by_pair(t, best_null(t, "pw_mcc")))
 
 
 def measure_later(t: Tables, column: str) -> Measurement:
@@ -74,13 +92,16 @@ def without_group(t: Tables) -> pd.DataFrame:
 
 
 def measure_questions(t: Tables, column: str) -> Measurement:
-    """Mean of a column over questions without a group prompt."""
-    return Measurement.of(stats.cluster_bootstrap(without_group(t)[column], seed=0))
+    """Mean of a column over topics of questions, without a group prompt."""
+    own = without_group(t)
+    return Measurement.of(stats.cluster_bootstrap(own[column], own["topic"], seed=0))
 
 
 def group_shifts(t: Tables, settings: Settings) -> pd.DataFrame:
     """Difference between each two neighbouring groups by question: the model's and people's."""
-    by_group = t["survey"].pivot(index="question", columns="group", values=["answer", "people"])
+    by_group = t["survey"].pivot(
+        index=["question", "topic"], columns="group", values=["answer", "people"]
+    )
     parts = []
     for first, second in zip(settings.groups[::2], settings.groups[1::2], strict=True):
         gaps = by_group.xs(first, axis=1, level=1) - by_group.xs(second, axis=1, level=1)
@@ -89,15 +110,14 @@ def group_shifts(t: Tables, settings: Settings) -> pd.DataFrame:
 
 
 def measure_groups(t: Tables, settings: Settings) -> Measurement:
-    """Correlation of the model's and people's group differences, questions drawn as clusters."""
+    """How far prompts move answers where people differ by one (a slope), topics as clusters."""
     gaps = group_shifts(t, settings)
-
     return Measurement.of(
         stats.bootstrap(
-            lambda ours, theirs: np.corrcoef(ours, theirs)[0, 1],
+            lambda ours, theirs: np.polyfit(theirs, ours, 1)[0],
             gaps["answer"],
             gaps["people"],
-            clusters=gaps["question"],
+            clusters=gaps["topic"],
             seed=0,
         )
     )
@@ -119,8 +139,9 @@ def measure_claims(t: Tables, settings: Settings) -> dict[str, Measurement | Non
         "real_model.without_largest": measure_saes(t, "ev_without_largest"),
         "real_model.ce_recovered": measure_saes(t, "ce_recovered"),
         "real_model.later_block": measure_later(t, "explained_variance"),
+        "real_model.later_without_largest": measure_later(t, "ev_without_largest"),
         "real_model.later_block_ce": measure_later(t, "ce_recovered"),
-        "real_model.pw_mcc": measure_saes(t, "pw_mcc"),
+        "real_model.pw_mcc": measure_matching(t),
         "real_model.token_rules": measure_saes(t, "token_rule_f1"),
         "real_model.steering": measure_steering(t, settings),
         "real_model.letter_mass": measure_questions(t, "mass"),
@@ -136,7 +157,8 @@ def summarize(t: Tables, settings: Settings, verdicts: pd.Series) -> str:
     found = {name.split(".")[1]: m for name, m in measure_claims(t, settings).items() if m}
     ev, rules = found["explained_variance"], found["token_rules"]
     matched, groups = found["pw_mcc"], found["groups"]
-    again = t["again"].iloc[0]
+    again, later = t["again"].iloc[0], t["again"].iloc[1]
+    gaps = group_shifts(t, settings)[["answer", "people"]].abs().mean()
     counts = verdicts.value_counts()
     said = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
     asked = "Requests were not tried, since XSTest's prompts are not here."
@@ -145,22 +167,29 @@ def summarize(t: Tables, settings: Settings, verdicts: pd.Series) -> str:
             f"It refuses {found['refuses_unsafe'].value:.0%} of unsafe and "
             f"{found['refuses_safe'].value:.0%} of safe requests of XSTest."
         )
-    return (
-        f"**A real model of 135 million weights and SAEs that everyone can rebuild** ({said}). "
-        f"The SAEs of block 10 explain {ev.value:.1%} of the residual's variance at 32 active "
-        f"latents and recover {found['ce_recovered'].value:.1%} of the cross-entropy; "
-        f"without the five largest coordinates they explain "
-        f"{found['without_largest'].value:.1%}. They were trained on docstrings and serve "
-        f"docstrings: on text that the model samples by itself, one of them explains "
-        f"{again['sampled_explained_variance']:.1%} and recovers "
-        f"{again['sampled_ce_recovered']:.1%}. The best null dictionary, whose weights hardly "
-        f"learn, explains {ev.control.value:.1%}, so the number alone says little. "
-        f"Two seeds share directions with a mean cosine of {matched.value:.2f} "
-        f"(nulls: {matched.control.value:.2f}), and a rule on tokens describes a latent with an F1 "
-        f"of {rules.value:.2f} (nulls: {rules.control.value:.2f}). "
-        f"Asked survey questions, the model puts {found['letter_mass'].value:.0%} on the "
-        f"letters, and a prompt that names a group moves its answers with a correlation of "
-        f"{groups.value:.2f} [{groups.low:.2f}, {groups.high:.2f}] with how people differ. {asked}"
+    return "\n".join(
+        [
+            f"**A real model of 135 million weights and SAEs that everyone can rebuild** ({said}).",
+            f"- The SAEs of block 10 explain {ev.value:.1%} of the residual's variance at 32 active "
+            f"latents ({found['without_largest'].value:.1%} without the five largest coordinates) "
+            f"and recover {found['ce_recovered'].value:.1%} of the cross-entropy. The best null "
+            "dictionary, whose decoder stays near its random start, explains "
+            f"{ev.control.value:.1%}, so the number alone says little.",
+            f"- At block 20 the five largest coordinates hold {later['share_of_largest']:.0%} of the "
+            f"variance: the SAE explains {later['explained_variance']:.1%} with and "
+            f"{later['ev_without_largest']:.1%} without them.",
+            "- The SAEs were trained on docstrings and serve docstrings: on text that the model "
+            f"samples by itself, one explains {again['sampled_explained_variance']:.1%} and recovers "
+            f"{again['sampled_ce_recovered']:.1%}.",
+            f"- Two seeds share directions with a mean cosine of {matched.value:.2f} (nulls: "
+            f"{matched.control.value:.2f}), and a rule on tokens describes a latent with an F1 of "
+            f"{rules.value:.2f} (nulls: {rules.control.value:.2f}).",
+            "- Asked survey questions, the model puts "
+            f"{found['letter_mass'].value:.0%} on the letters. Prompts that name opposed groups move "
+            f"its answers apart by {gaps['answer']:.3f} on a scale of 1, where people differ by "
+            f"{gaps['people']:.2f}: a slope of {groups.value:.3f} [{groups.low:.3f}, "
+            f"{groups.high:.3f}]. {asked}",
+        ]
     )
 
 
@@ -201,7 +230,10 @@ def null_intervals(t: Tables, columns: list[str]) -> dict[str, list[stats.Interv
     """Mean and interval over seeds of some columns, for the trained SAE and each null."""
     return {
         null.replace("_", " ") or "trained": [
-            stats.mean_interval(list(by_seed(t, column, null))) for column in columns
+            stats.mean_interval(
+                list(by_pair(t, null) if column == "pw_mcc" else by_seed(t, column, null))
+            )
+            for column in columns
         ]
         for null in ("", *NULLS)
     }

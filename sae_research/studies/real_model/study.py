@@ -91,15 +91,21 @@ def compare_saes(
     return {
         "quality": quality,
         "again": pd.DataFrame(again),
-        "losses": pd.DataFrame(measure_losses(model, corpus, rows, recipe.row_tokens)),
+        "losses": pd.DataFrame(
+            measure_losses(model, corpus, settings.test_rows, recipe.row_tokens)
+        ),
     }
 
 
 @torch.no_grad()
 def measure_losses(
-    model: LanguageModel, corpus: prose.Corpus, rows: torch.LongTensor, length: int
+    model: LanguageModel, corpus: prose.Corpus, n: int, length: int
 ) -> dict[str, list[float]]:
-    """Nats per token of each row: the model's, and those of token frequencies in training text."""
+    """Nats per token of rows spread over the test text: the model's, and those of token frequencies
+    in training text.
+    """
+    rows = model.packed(corpus.documents("test"), length)
+    rows = rows[torch.linspace(0, len(rows) - 1, n).long()]
     seen = model.packed(corpus.documents("train"), length)[:1024]
     counts = torch.bincount(seen[:, 1:].flatten().cpu(), minlength=model.d_vocab).double() + 1
     unigram = -(counts / counts.sum()).log()[rows[:, 1:].cpu()].mean(1)
@@ -243,6 +249,7 @@ def ask_survey(model: LanguageModel, survey: Survey, settings: Settings) -> dict
             rows.append(
                 {
                     "question": question.key,
+                    "topic": question.topic,
                     "group": name,
                     "mass": sum(mass) / 2,
                     "order": float((found[0] - found[1]).abs().sum() / 2),

@@ -230,6 +230,6 @@ class Settings:
         return (
             f"{models}, on docstrings of installed libraries: the domain is `{self.domain}`, the "
             f"second register `{self.register}`, general text is all else. A chunk's label is the "
-            "module that it stands in, which nobody chose for this study, and no file is in two "
-            "parts. Its concepts are not known, so what needs them is not measured."
+            "module that it stands in, and no file is in two parts. Its concepts are not known, so "
+            "what needs them is not measured."
         )

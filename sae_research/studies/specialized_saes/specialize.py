@@ -54,6 +54,8 @@ def make_arms(settings: Settings) -> list[Arm]:
         arms += [Arm(s, FINETUNE, "topk", k, PLAIN) for s in settings.selectors]
         arms += [Arm(own, FINETUNE, "topk", k, tilt) for tilt in settings.tilts]
         arms += [Arm(own, way, "topk", k, PLAIN) for way in settings.ways]
+    if DIRECT in settings.ways and "random" in settings.selectors:  # what is not the domain's doing
+        arms.append(Arm("random", DIRECT, "topk", settings.main_l0, PLAIN))
     arms += [Arm(own, NULL + x, "topk", settings.main_l0, PLAIN) for x in settings.nulls]
     for penalty in settings.penalties:
         arms += [Arm(s, FINETUNE, "relu", penalty, PLAIN) for s in ("general", own)]
@@ -166,8 +168,9 @@ def choose_text(
         return ground.seeds.tokens
     if selector == "general":
         budget = settings.fine_tuning.steps * settings.fine_tuning.batch_size
-        n = min(len(ground.pool), -(-budget // (ground.pool.tokens.shape[1] - 1)))
-        rows = selectors.rank_randomly(len(ground.pool), seed + 1)[:n]
+        n = -(-budget // (ground.pool.tokens.shape[1] - 1))
+        ranking = selectors.rank_randomly(len(ground.pool), seed + 1)
+        rows = ranking[~ground.in_domain[ranking]][:n]
     elif selector in ranked:
         rows = ranked[selector][: settings.selected_chunks]
     else:
