@@ -170,23 +170,23 @@ def summarize(t: Tables, settings: Settings, verdicts: pd.Series) -> str:
     return "\n".join(
         [
             f"**A real model of 135 million weights and SAEs that everyone can rebuild** ({said}).",
-            f"- The SAEs of block 10 explain {ev.value:.1%} of the residual's variance at 32 active "
-            f"latents ({found['without_largest'].value:.1%} without the five largest coordinates) "
+            f"- The SAEs of block 10 explain {ev.value:.1%} of the residual's variance at 32 "
+            f"active latents ({found['without_largest'].value:.1%} without the five largest coordinates) "
             f"and recover {found['ce_recovered'].value:.1%} of the cross-entropy. The best null "
             "dictionary, whose decoder stays near its random start, explains "
             f"{ev.control.value:.1%}, so the number alone says little.",
-            f"- At block 20 the five largest coordinates hold {later['share_of_largest']:.0%} of the "
-            f"variance: the SAE explains {later['explained_variance']:.1%} with and "
+            f"- At block 20 the five largest coordinates hold {later['share_of_largest']:.0%} of "
+            f"the variance: the SAE explains {later['explained_variance']:.1%} with and "
             f"{later['ev_without_largest']:.1%} without them.",
             "- The SAEs were trained on docstrings and serve docstrings: on text that the model "
-            f"samples by itself, one explains {again['sampled_explained_variance']:.1%} and recovers "
-            f"{again['sampled_ce_recovered']:.1%}.",
+            f"samples by itself, one explains {again['sampled_explained_variance']:.1%} and "
+            f"recovers {again['sampled_ce_recovered']:.1%}.",
             f"- Two seeds share directions with a mean cosine of {matched.value:.2f} (nulls: "
             f"{matched.control.value:.2f}), and a rule on tokens describes a latent with an F1 of "
             f"{rules.value:.2f} (nulls: {rules.control.value:.2f}).",
             "- Asked survey questions, the model puts "
-            f"{found['letter_mass'].value:.0%} on the letters. Prompts that name opposed groups move "
-            f"its answers apart by {gaps['answer']:.3f} on a scale of 1, where people differ by "
+            f"{found['letter_mass'].value:.0%} on the letters. Prompts that name opposed groups "
+            f"move its answers apart by {gaps['answer']:.3f} on a scale of 1, where people differ by "
             f"{gaps['people']:.2f}: a slope of {groups.value:.3f} [{groups.low:.3f}, "
             f"{groups.high:.3f}]. {asked}",
         ]
