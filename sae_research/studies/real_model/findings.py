@@ -171,8 +171,8 @@ def summarize(t: Tables, settings: Settings, verdicts: pd.Series) -> str:
         [
             f"**A real model of 135 million weights and SAEs that everyone can rebuild** ({said}).",
             f"- The SAEs of block 10 explain {ev.value:.1%} of the residual's variance at 32 "
-            f"active latents ({found['without_largest'].value:.1%} without the five largest coordinates) "
-            f"and recover {found['ce_recovered'].value:.1%} of the cross-entropy. The best null "
+            f"active latents ({found['without_largest'].value:.1%} without the five largest "
+            f"coordinates) and recover {found['ce_recovered'].value:.1%} of the cross-entropy. The best null "
             "dictionary, whose decoder stays near its random start, explains "
             f"{ev.control.value:.1%}, so the number alone says little.",
             f"- At block 20 the five largest coordinates hold {later['share_of_largest']:.0%} of "
@@ -186,8 +186,8 @@ def summarize(t: Tables, settings: Settings, verdicts: pd.Series) -> str:
             f"{rules.value:.2f} (nulls: {rules.control.value:.2f}).",
             "- Asked survey questions, the model puts "
             f"{found['letter_mass'].value:.0%} on the letters. Prompts that name opposed groups "
-            f"move its answers apart by {gaps['answer']:.3f} on a scale of 1, where people differ by "
-            f"{gaps['people']:.2f}: a slope of {groups.value:.3f} [{groups.low:.3f}, "
+            f"move its answers apart by {gaps['answer']:.3f} on a scale of 1, where people differ "
+            f"by {gaps['people']:.2f}: a slope of {groups.value:.3f} [{groups.low:.3f}, "
             f"{groups.high:.3f}]. {asked}",
         ]
     )
