@@ -172,7 +172,8 @@ def summarize(t: Tables, settings: Settings, verdicts: pd.Series) -> str:
             f"**A real model of 135 million weights and SAEs that everyone can rebuild** ({said}).",
             f"- The SAEs of block 10 explain {ev.value:.1%} of the residual's variance at 32 "
             f"active latents ({found['without_largest'].value:.1%} without the five largest "
-            f"coordinates) and recover {found['ce_recovered'].value:.1%} of the cross-entropy. The best null "
+            f"coordinates) and recover {found['ce_recovered'].value:.1%} of the cross-entropy. "
+            "The best null "
             "dictionary, whose decoder stays near its random start, explains "
             f"{ev.control.value:.1%}, so the number alone says little.",
             f"- At block 20 the five largest coordinates hold {later['share_of_largest']:.0%} of "
