@@ -17,7 +17,7 @@ from sae_research.training import SAETraining
 
 NAME = "tiny-smol"
 GROUPS = (
-    *(real_saes.Group(0, seed, ("topk",), nulls=True) for seed in range(2)),
+    *(real_saes.Group(0, seed, ("topk",), nulls=True) for seed in range(3)),
     real_saes.Group(1, 0, ("topk",)),
 )
 OTHERS = (real_saes.Group(1, 0, ("jumprelu",)), real_saes.Group(0, 0, ("relu", "topk_wide")))
@@ -80,7 +80,7 @@ def test_a_build_commits_one_sae_of_each_hook_and_what_all_of_them_can(built, re
     assert sorted(p.name for p in built.iterdir() if p.is_dir()) == ["block0_topk", "block1_topk"]
     quality = real_saes.read_quality(NAME).set_index("role")
     assert set(quality.index) == {role for group in GROUPS for role in group.roles()}
-    assert len(quality) == 2 * 4 + 1
+    assert len(quality) == 3 * 4 + 1
     # by definition a frozen decoder stays where it starts, and seeds start apart
     frozen = quality.loc["block0_topk_frozen_decoder"]
     assert frozen["explained_variance"] < quality.loc["block0_topk", "explained_variance"]
