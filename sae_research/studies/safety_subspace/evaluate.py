@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import LongTensor, Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sae_research.attack import Attack, add_suffix, find_suffix
+from sae_research.chat_rows import continue_prompts
 from sae_research.world.text.chat import ANSWER, REPLY, Requests, answer, refuse
 from sae_research.world.text.lexicon import ACTION_ENDINGS, TOPIC_ENDINGS, lexicon
 
@@ -22,19 +23,13 @@ def sample_replies(
 ) -> LongTensor:
     """`draws` replies to each prompt at temperature 1, [prompts, draws, REPLY]."""
     g = torch.Generator().manual_seed(seed)
-    found = []
-    for part in prompts.split(max(1, batch // draws)):
-        cache = DynamicCache(config=model.config)
-        logits = model(part, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        cache.batch_repeat_interleave(draws)
-        logits = logits.repeat_interleave(draws, 0)
-        reply = []
-        for step in range(REPLY):
-            reply.append(torch.multinomial(logits.softmax(-1), 1, generator=g))
-            if step + 1 < REPLY:
-                logits = model(reply[-1], past_key_values=cache).logits[:, -1]
-        found.append(torch.cat(reply, 1).view(len(part), draws, REPLY))
-    return torch.cat(found)
+
+    def sample(logits: Tensor) -> LongTensor:
+        return torch.multinomial(logits.softmax(-1), 1, generator=g)
+
+    parts = prompts.split(max(1, batch // draws))
+    found = [continue_prompts(model, part, REPLY, sample, draws) for part in parts]
+    return torch.cat(found).view(len(prompts), draws, REPLY)
 
 
 @torch.no_grad()
