@@ -51,8 +51,7 @@ class Alignment:
     tuned: dict = field(default_factory=dict)
     """Tuned models that later steps need, by method."""
 
-    def run(self) -> Result:
-        """Compare the methods, then look into them."""
+    def __post_init__(self) -> None:
         s = self.settings
         rates = s.learning_rates and s.full_learning_rates
         if s.n_pairs is None or s.steps is None or not rates:
@@ -60,6 +59,10 @@ class Alignment:
                 "set n_pairs, steps, learning_rates and full_learning_rates of safety_subspace in "
                 "params.yaml; no source says what the paper took."
             )
+
+    def run(self) -> Result:
+        """Compare the methods, then look into them."""
+        s = self.settings
         self._begin()
         self._judge("base", self.setup.base)
         for method in (*s.methods, *self.setup.nulls):
@@ -67,6 +70,9 @@ class Alignment:
         self._sweep()
         self._project()
         self._interpret()
+        return self._result()
+
+    def _result(self) -> Result:
         return Result({name: pd.DataFrame(rows) for name, rows in self.tables.items()})
 
     def _add(self, table: str, rows: Iterator[dict] | list[dict], **keys: object) -> None:

@@ -221,12 +221,8 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
             "-0.00", "0.00"
         )
 
-    ground = "the toy model"
-    if "recovery" not in t:
-        ground = (
-            "the real model, which is taught to decline one harmless topic as a stand-in for "
-            "safety data (or the reader's own pairs),"
-        )
+    real = "the real model, taught a harmless stand-in for safety (or the reader's own pairs),"
+    ground = "the toy model" if "recovery" in t else real
     sentences = (
         f"Starting in the SAE's safety subspace, {ground} reaches a safety rate of "
         f"{say('align.rate')}. The difference is {say('align.lora')} from LoRA, "

@@ -72,8 +72,6 @@ class Settings:
     """Tokens of a real model's replies, in training and test (ours)."""
     tested: int = 32
     """Most test requests of each kind to a real model (ours)."""
-    loss_rows: int = 12
-    """Rows of 64 tokens of other text on which a real model's loss is measured (ours)."""
     pair_budgets: tuple[int, ...] = ()
     """Further numbers of pairs."""
     ranks: tuple[int, ...] = ()

@@ -8,9 +8,8 @@ import pandas as pd
 from sae_research import catalogue, judge, paths, real_saes
 from sae_research.config import Profile
 from sae_research.studies.runner import Result, Task
-from sae_research.studies.safety_subspace import theory
+from sae_research.studies.safety_subspace import real, theory
 from sae_research.studies.safety_subspace.alignment import Alignment
-from sae_research.studies.safety_subspace.real import RealAlignment
 from sae_research.studies.safety_subspace.settings import Settings
 
 TAUS = (0.8, 0.9, 0.95, 1.0)
@@ -18,15 +17,20 @@ _XSTEST = paths.DATA / "private" / "xstest"
 
 
 def tasks(profile: Profile) -> list[Task]:
-    """A task for each seed of alignment, for each planted world, and one for the judge."""
+    """A task for each seed of a toy model's alignment, for each seed and method of a real one's,
+    for each planted world, and one for the judge.
+    """
     settings = profile.safety_subspace
     usable = [
         name
         for name in settings.models
         if catalogue.get(name).embedded or name in real_saes.RECIPES
     ]
-    seeds = range(settings.seeds if usable else 0)
-    found = [{"part": "alignment", "model": usable[s % len(usable)], "seed": s} for s in seeds]
+    found: list[Task] = []
+    for seed in range(settings.seeds if usable else 0):
+        task = {"part": "alignment", "model": usable[seed % len(usable)], "seed": seed}
+        toy = catalogue.get(task["model"]).embedded
+        found += [task] if toy else [{**task, "method": m} for m in settings.methods]
     found += [{"part": "theory", "seed": s} for s in range(settings.theory.seeds)]
     judged = settings.judge and _XSTEST.is_dir()
     return [*found, {"part": "judge"}] if judged else found
@@ -48,8 +52,9 @@ def run(task: Task, profile: Profile) -> Result:
         return Result({"agreement": agreement}, {"judge": judge.choose_judge(agreement)})
     if task["part"] == "theory":
         return _recover(task["seed"], settings)
-    kind = Alignment if catalogue.get(task["model"]).embedded else RealAlignment
-    return kind(task["model"], task["seed"], settings).run()
+    if "method" in task:
+        return real.compare(task["model"], task["seed"], settings, task["method"])
+    return Alignment(task["model"], task["seed"], settings).run()
 
 
 def _recover(seed: int, settings: Settings) -> Result:
