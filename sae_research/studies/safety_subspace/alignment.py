@@ -117,7 +117,7 @@ class Alignment:
                 nulls.setdefault(f"{NULL}{name}", {})[block] = null
         pairs = chat.safety_pairs(self.split.train, s.n_pairs, self.seed)
         useful = chat.useful_pairs(self.split.train, s.n_pairs, self.seed)
-        return Setup(base, model, at, pairs, useful, self.seed, nulls)
+        return Setup(base, model, at, pairs, useful, self.seed, nulls=nulls)
 
     def _train(
         self,

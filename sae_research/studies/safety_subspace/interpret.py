@@ -32,7 +32,7 @@ def describe_features(setup: Setup, s: Settings, n_tokens: int = 4) -> Iterator[
         page = getattr(sae.cfg.metadata, "neuronpedia_id", None)
         for i, latent in enumerate(found.latents.tolist()):
             yield {
-                "block": block,
+                "block": setup.first + block,
                 "latent": latent,
                 "delta": float(found.delta[i]),
                 "aligned_rate": float((contrast.aligned[:, latent] > 0).float().mean()),

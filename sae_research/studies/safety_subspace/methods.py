@@ -68,6 +68,8 @@ class Setup:
     inputs: Tensor | None = None
     """What the first block of `base` reads on the training rows, where `base` is only the upper
     blocks of `model`; blocks are then counted from its first."""
+    first: int = 0
+    """The block of `model` that this is."""
     nulls: "Mapping[str, Mapping[int, SAE]]" = field(default_factory=dict)
     """Dictionaries whose training leaves out what SAEs learn, by name and block: each becomes a
     method."""

@@ -34,7 +34,7 @@ OTHER_TEXT = 12, 64
 
 
 class RealAlignment(Alignment):
-    """The same comparison with a pretrained model; blocks are counted from the first tuned one."""
+    """The same comparison with a pretrained model."""
 
     def _begin(self) -> None:
         from transformers import AutoModelForCausalLM
@@ -62,7 +62,8 @@ class RealAlignment(Alignment):
         hook = f"blocks.{self.first}.hook_resid_pre"
         inputs = torch.cat([model.residual(part, hook) for part in rows.split(32)])
         by_block = {n - self.first: sae for n, sae in at.items()}
-        self.setup = Setup(base, model, by_block, safety, useful, self.seed, s.reply_tokens, inputs)
+        rest = {"reply": s.reply_tokens, "inputs": inputs, "first": self.first}
+        self.setup = Setup(base, model, by_block, safety, useful, self.seed, **rest)
         self.own_rows = {use: self._harmless_rows(use) for use in ("validation", "test")}
         self.own_losses = {use: self._own_losses(base, use) for use in self.own_rows}
 
