@@ -135,10 +135,9 @@ class RealAlignment(Alignment):
         return []  # a look at every few steps would cost as much as the training
 
     def _leaves(self, model: torch.nn.Module) -> float:
-        return float("nan")  # measured in toy models, like the next
+        return float("nan")
 
-    def _remove(self) -> None:
-        return
+    def _remove(self) -> None: ...
 
 
 @lru_cache(maxsize=1)
