@@ -10,9 +10,20 @@ torch = pytest.importorskip("torch")
 
 from test_wheels import fetched, source  # noqa: E402, F401
 
-from sae_research import catalogue, claims, config, paths, real_saes, saes, training  # noqa: E402
+from sae_research import (  # noqa: E402
+    catalogue,
+    claims,
+    config,
+    notebooks,
+    paths,
+    real_saes,
+    saes,
+    training,
+)
 from sae_research.chat_rows import ChatRows  # noqa: E402
+from sae_research.dependencies import notebook_code  # noqa: E402
 from sae_research.request_pairs import DECLINE  # noqa: E402
+from sae_research.studies import runner  # noqa: E402
 from sae_research.studies.runner import concatenate  # noqa: E402
 from sae_research.studies.safety_subspace import findings, methods, study  # noqa: E402
 from sae_research.studies.safety_subspace.real import RealAlignment  # noqa: E402
@@ -140,7 +151,8 @@ def test_a_model_that_refuses_or_babbles_does_not_look_good(begun, monkeypatch):
     assert begun._balance(base) == 0.5
 
 
-def test_every_method_is_compared_and_judged(profile):
+@pytest.fixture(scope="module")
+def tables(profile):
     tasks = study.tasks(profile)
     assert [(task["seed"], task["method"]) for task in tasks] == [
         (seed, method) for seed in (0, 1) for method in SETTINGS.methods
@@ -148,7 +160,10 @@ def test_every_method_is_compared_and_judged(profile):
     results = [study.run(task, profile) for task in tasks]
     for task, result in zip(tasks, results, strict=True):
         result.task = task
-    tables = concatenate(results).tables
+    return concatenate(results).tables
+
+
+def test_every_method_is_compared_and_judged(tables):
     assert set(tables["methods"]["method"]) == set(SETTINGS.methods)
     adapters = tables["methods"].set_index("method")["parameters"]
     free = (LORA, "mean difference", SAILS, RANDOM, SHUFFLED)
@@ -167,3 +182,14 @@ def test_every_method_is_compared_and_judged(profile):
     }
     assert "added_chat_loss" in findings.summarize_methods(tables)
     assert "stand-in" in findings.summarize(tables, verdicts)
+
+
+def test_the_results_notebook_reads_what_the_real_model_wrote(tables, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "read", lambda profile, study: {"": runner.Result(tables)})
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    space: dict = {}
+    for tree in notebook_code(notebooks.source("51_safety_subspace_results")):
+        exec(compile(tree, "notebook", "exec"), space)
+    assert {path.stem for path in tmp_path.rglob("*.png")} == {"methods"}
+    assert len(space["verdicts"]) == len(claims.load_claims("safety_subspace"))

@@ -73,7 +73,7 @@ class Alignment:
         return self._result()
 
     def _result(self) -> Result:
-        return Result({name: pd.DataFrame(rows) for name, rows in self.tables.items()})
+        return Result({name: pd.DataFrame(rows) for name, rows in self.tables.items() if rows})
 
     def _add(self, table: str, rows: Iterator[dict] | list[dict], **keys: object) -> None:
         self.tables.setdefault(table, []).extend({**keys, **row} for row in rows)
