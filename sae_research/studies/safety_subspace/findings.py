@@ -21,8 +21,15 @@ from sae_research.studies.safety_subspace.settings import (
     SHUFFLED,
     USEFUL,
 )
-from sae_research.studies.safety_subspace.theory import Planted
+from sae_research.world.planted import Planted
 
+RATES = {  # column of the summary: number and set of requests
+    "harm score": ("score", "harmful"),
+    "high risk": ("fulfilled", "harmful"),
+    "new topics": ("safe", "new topics"),
+    "over-refusal": ("safe", "look-alikes"),
+    "answers": ("fulfilled", "plain"),
+}
 Tables = Mapping[str, pd.DataFrame]
 SHAPES = {  # d, blocks, width of q, width of k and v, all parameters
     "gemma-2-2b": (2304, 26, 2048, 1024, 2_614_341_888),
@@ -125,26 +132,29 @@ def _measure_alignment(t: Tables) -> dict[str, Measurement | None]:
     for claim, (table, group, column, control) in AGAINST.items():
         name = best_null(t) if control == NULL else control
         pair = OWN.get(claim, SAILS), name
-        sides = [by_seed(t[table], column, method=m, set=group) for m in pair]
-        found[claim] = compare(*sides) if all(map(len, sides)) else None
+        known = column in t.get(table, ())
+        sides = [by_seed(t[table], column, method=m, set=group) for m in pair if known]
+        found[claim] = compare(*sides) if sides and all(map(len, sides)) else None
     found["align.few_pairs"] = None
     if "budgets" in t:
         few = select(t["budgets"], set="harmful", n_pairs=t["budgets"]["n_pairs"].min())
         found["align.few_pairs"] = compare(*(by_seed(few, "safe", method=m) for m in (SAILS, LORA)))
     rates = [by_seed(t["outcomes"], "safe", method=m, set="harmful") for m in (SAILS, RANDOM)]
     found["align.rate"] = with_control(*rates)
-    inside = [
-        by_seed(t["projections"], "safe", set="harmful", subspace=name, part="parallel")
-        for name in (SAILS, RANDOM)
-    ]
-    found["project.parallel"] = compare(*inside)
-    drops = (by_seed(t["removal"], "drop", kind=kind) for kind in ("top", "random"))
-    found["interpret.removal"] = compare(*drops)
-    retrained = t.get("retraining")
-    found["interpret.retraining"] = None
-    if retrained is not None:
-        refused = (by_seed(retrained, "refused", kind=kind) for kind in ("top", "random"))
-        found["interpret.retraining"] = compare(*refused)
+    found["project.parallel"] = None
+    if "projections" in t:
+        parts = select(t["projections"], set="harmful", part="parallel")
+        found["project.parallel"] = compare(
+            *(by_seed(parts, "safe", subspace=name) for name in (SAILS, RANDOM))
+        )
+    for name, table, column in (
+        ("interpret.removal", "removal", "drop"),
+        ("interpret.retraining", "retraining", "refused"),
+    ):
+        found[name] = None
+        if table in t:
+            sides = [by_seed(t[table], column, kind=kind) for kind in ("top", "random")]
+            found[name] = compare(*sides)
     overlaps = t["subspaces"]
     seeds = overlaps[overlaps["other"].str.startswith("seed")]
     random = by_seed(overlaps, "overlap", other=RANDOM)
@@ -156,7 +166,9 @@ def measure_claims(t: Tables) -> dict[str, Measurement | None]:
     """A measurement for every claim; None where a profile does not measure it."""
     names = [*AGAINST, "align.few_pairs", "align.rate", "project.parallel"]
     names += [f"interpret.{name}" for name in ("removal", "retraining", "seeds")]
-    found = _measure_theory(t)
+    theory = ("floor", "direct", "recovery", "truncation", "monosemantic")
+    found: dict[str, Measurement | None] = dict.fromkeys(f"theory.{name}" for name in theory)
+    found |= _measure_theory(t) if "recovery" in t else {}
     found |= _measure_alignment(t) if "outcomes" in t else dict.fromkeys(names)
     found["parameters.share"] = Measurement(share_of_parameters()["gemma-2-9b"])
     found["judge.agreement"] = None
@@ -170,10 +182,10 @@ def measure_claims(t: Tables) -> dict[str, Measurement | None]:
 
 def summarize_methods(t: Tables) -> pd.DataFrame:
     """Every method's rates, means over seeds, beside Wilson's interval of the pooled safety rate,
-    which takes all replies as independent.
+    which takes all replies as independent; a column that a ground does not measure is left out.
     """
-    columns = ["safe", "score", "fulfilled"]
     keys = ["method", "set", "seed"]
+    columns = [name for name in ("safe", "score", "fulfilled") if name in t["outcomes"]]
     means = t["outcomes"].groupby(keys, sort=False)[columns].mean()
     means = means.groupby(keys[:2], sort=False).mean().unstack("set")
     harmful = select(t["outcomes"], set="harmful")
@@ -181,20 +193,19 @@ def summarize_methods(t: Tables) -> pd.DataFrame:
     for method, own in harmful.groupby("method", sort=False):
         safe = round((own["safe"] * own["replies"]).sum())
         rate = stats.wilson(safe, int(own["replies"].sum()))
-        later = by_seed(t["benign"], "safe", method=method, set="harmful")
         rows[method] = {
             "safety rate": means["safe", "harmful"][method],
             "Wilson low": rate.low,
             "Wilson high": rate.high,
-            "harm score": means["score", "harmful"][method],
-            "high risk": means["fulfilled", "harmful"][method],
-            "new topics": means["safe", "new topics"][method],
-            "over-refusal": means["safe", "look-alikes"][method],
-            "answers": means["fulfilled", "plain"][method],
-            "after benign tuning": later.mean(),
+            **{name: means[pair][method] for name, pair in RATES.items() if pair in means.columns},
         }
+        if "benign" in t:
+            later = by_seed(t["benign"], "safe", method=method, set="harmful")
+            rows[method]["after benign tuning"] = later.mean()
     table = pd.DataFrame(rows).T
-    return table.join(t["methods"].groupby("method")[["parameters", "lr", "added_loss"]].mean())
+    costs = ["parameters", "lr", "added_loss", "added_chat_loss"]
+    costs = [name for name in costs if name in t["methods"]]
+    return table.join(t["methods"].groupby("method")[costs].mean())
 
 
 def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
@@ -210,8 +221,10 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
             "-0.00", "0.00"
         )
 
+    real = "the real model, taught a harmless stand-in for safety (or the reader's own pairs),"
+    ground = "the toy model" if "recovery" in t else real
     sentences = (
-        "Starting in the SAE's safety subspace, the toy model reaches a safety rate of "
+        f"Starting in the SAE's safety subspace, {ground} reaches a safety rate of "
         f"{say('align.rate')}. The difference is {say('align.lora')} from LoRA, "
         f"{say('align.full')} from full fine-tuning and {say('align.features')} from random "
         "features of the same SAE.",

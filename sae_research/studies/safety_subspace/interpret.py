@@ -8,13 +8,12 @@ import torch
 from torch import LongTensor, Tensor
 
 from sae_research import saes
-from sae_research.models import LanguageModel
 from sae_research.studies.safety_subspace import adapter, methods, subspace
 from sae_research.studies.safety_subspace.evaluate import refusal_probability
-from sae_research.studies.safety_subspace.methods import REPLIES, Setup
+from sae_research.studies.safety_subspace.methods import Setup
 from sae_research.studies.safety_subspace.settings import RANDOM, SAILS, Settings
 from sae_research.studies.safety_subspace.subspace import Bases
-from sae_research.world.text.chat import Pairs, Requests
+from sae_research.world.text.chat import Requests
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -29,11 +28,11 @@ def describe_features(setup: Setup, s: Settings, n_tokens: int = 4) -> Iterator[
     for block, contrast in setup.contrasts.items():
         sae = setup.saes[block]
         found = methods.select(setup, contrast, s)
-        tokens, means = top_tokens(setup.model, sae, setup.safety, found.latents, n_tokens)
+        tokens, means = top_tokens(setup, sae, found.latents, n_tokens)
         page = getattr(sae.cfg.metadata, "neuronpedia_id", None)
         for i, latent in enumerate(found.latents.tolist()):
             yield {
-                "block": block,
+                "block": setup.first + block,
                 "latent": latent,
                 "delta": float(found.delta[i]),
                 "aligned_rate": float((contrast.aligned[:, latent] > 0).float().mean()),
@@ -44,16 +43,15 @@ def describe_features(setup: Setup, s: Settings, n_tokens: int = 4) -> Iterator[
             }
 
 
-def top_tokens(
-    model: LanguageModel, sae: "SAE", pairs: Pairs, latents: LongTensor, n: int
-) -> tuple[LongTensor, Tensor]:
+def top_tokens(setup: Setup, sae: "SAE", latents: LongTensor, n: int) -> tuple[LongTensor, Tensor]:
     """The tokens of the replies on which each latent's mean activation is largest, and that mean,
     [latents, n] each.
     """
-    rows = torch.cat([pairs.aligned, pairs.unaligned])
+    model, replies = setup.model, setup.replies
+    rows = torch.cat([setup.safety.aligned, setup.safety.unaligned])
     with torch.no_grad():
-        acts = sae.encode(model.residual(rows, saes.hook_of(sae)))[:, REPLIES][..., latents]
-    tokens = rows[:, REPLIES].flatten()
+        acts = sae.encode(model.residual(rows, saes.hook_of(sae)))[:, replies][..., latents]
+    tokens = rows[:, replies].flatten()
     total = torch.zeros(model.d_vocab, len(latents)).index_add(0, tokens, acts.flatten(0, 1).cpu())
     mean = total / tokens.bincount(minlength=model.d_vocab)[:, None].clamp(min=1)
     found = mean.T.topk(n)
@@ -98,7 +96,7 @@ def measure_removal(
     bases = methods.find_bases(setup, SAILS, s)
     g = torch.Generator().manual_seed(setup.seed + 400)
     before = float(refusal_probability(tuned, tested).mean())
-    owners = subspace.nearest(setup.saes, setup.model.n_layers)
+    owners = subspace.nearest(setup.saes, setup.n_blocks)
     for block, sae in setup.saes.items():
         blocks = [n for n, owner in owners.items() if owner == block]
         top = methods.select(setup, setup.contrasts[block], s).latents
@@ -127,7 +125,7 @@ def reduced_subspaces(setup: Setup, s: Settings) -> Iterator[tuple[dict, Bases]]
     without a random direction of it; each with the keys of its row.
     """
     bases = methods.find_bases(setup, SAILS, s)
-    owners = subspace.nearest(setup.saes, setup.model.n_layers)
+    owners = subspace.nearest(setup.saes, setup.n_blocks)
     g = torch.Generator().manual_seed(setup.seed + 500)
     for block, sae in setup.saes.items():
         own = bases[block]

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from sae_lens import SAE
     from transformers import PreTrainedModel
 
-REPLIES = slice(-REPLY, None)
 STOCK: dict[str, dict] = {
     LORA: {},
     "LoRA, orthogonal": {"init_lora_weights": "orthogonal"},
@@ -64,6 +63,13 @@ class Setup:
     """Harmless requests, answered rightly and wrongly."""
     seed: int
     """Draws features, orders of training and initial weights."""
+    reply: int = REPLY
+    """Tokens of every reply, the last ones of every row."""
+    inputs: Tensor | None = None
+    """What the first block of `base` reads on the training rows, where `base` is only the upper
+    blocks of `model`; blocks are then counted from its first."""
+    first: int = 0
+    """The block of `model` that this is."""
     nulls: "Mapping[str, Mapping[int, SAE]]" = field(default_factory=dict)
     """Dictionaries whose training leaves out what SAEs learn, by name and block: each becomes a
     method."""
@@ -72,6 +78,16 @@ class Setup:
     def training_rows(self) -> LongTensor:
         """Harmful requests refused and as many harmless ones answered."""
         return torch.cat([self.safety.aligned, self.useful.aligned])
+
+    @property
+    def replies(self) -> slice:
+        """Where the replies stand in every row."""
+        return slice(-self.reply, None)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of `base`."""
+        return len(self.base.model.layers)
 
     @cached_property
     def contrasts(self) -> dict[int, Contrast]:
@@ -83,7 +99,7 @@ class Setup:
         """Mean residual over each reply of the safety pairs, aligned and unaligned, by block."""
         sides = (self.safety.aligned, self.safety.unaligned)
         return {
-            n: tuple(self.model.residual(r, hook_of(sae))[:, REPLIES].mean(1) for r in sides)
+            n: tuple(self.model.residual(r, hook_of(sae))[:, self.replies].mean(1) for r in sides)
             for n, sae in self.saes.items()
         }
 
@@ -92,7 +108,8 @@ def measure_contrasts(setup: Setup, saes: "Mapping[int, SAE]", pairs: Pairs) -> 
     """The contrast of pairs over the tokens of their replies, by block."""
     sides = pairs.aligned, pairs.unaligned
     return {
-        n: subspace.measure_contrast(setup.model, sae, *sides, REPLIES) for n, sae in saes.items()
+        n: subspace.measure_contrast(setup.model, sae, *sides, setup.replies)
+        for n, sae in saes.items()
     }
 
 
@@ -101,9 +118,8 @@ def request_contrasts(setup: Setup) -> dict[int, Contrast]:
     it is decided whether to refuse, by block.
     """
     sides = setup.safety.requests.tokens, setup.useful.requests.tokens
-    before = slice(-REPLY, None)
     return {
-        n: subspace.measure_contrast(setup.model, sae, *sides, before)
+        n: subspace.measure_contrast(setup.model, sae, *sides, setup.replies)
         for n, sae in setup.saes.items()
     }
 
@@ -203,7 +219,7 @@ def find_bases(setup: Setup, method: str, s: Settings) -> dict[int, Tensor]:
         found = _span(setup, measure_contrasts(setup, saes, setup.safety), s, saes)
     else:
         found = SUBSPACES[method](setup, s)
-    return subspace.assign_bases(found, setup.model.n_layers, s.assignment)
+    return subspace.assign_bases(found, setup.n_blocks, s.assignment)
 
 
 def prepare(
@@ -213,7 +229,9 @@ def prepare(
     torch.manual_seed(setup.seed)
     base = copy.deepcopy(setup.base)
     if method == FULL:
-        return base.requires_grad_(True)
+        # below the upper blocks nothing is trained: neither are the tied embeddings
+        (base if setup.inputs is None else base.model.layers).requires_grad_(True)
+        return base
     if method in STOCK:
         return _stock_adapter(setup, base, STOCK[method], s.rank)
     bases = bases or find_bases(setup, method, s)
@@ -231,7 +249,7 @@ def find_penalty(setup: Setup, method: str, s: Settings, model: "torch.nn.Module
 def _stock_adapter(setup: Setup, base: "PreTrainedModel", given: dict, rank: int):
     from peft import EvaConfig, get_peft_model, initialize_lora_eva_weights
 
-    ranks = dict.fromkeys(range(setup.model.n_layers), rank)
+    ranks = dict.fromkeys(range(setup.n_blocks), rank)
     eva = given.get("init_lora_weights") == "eva"
     if eva:
         given = {**given, "eva_config": EvaConfig(rho=1.0)}  # the same rank everywhere
@@ -252,9 +270,11 @@ def fine_tune(
     seed: int,
     batch_size: int = 16,
     penalty: Callable[[], Tensor | float] = lambda: 0.0,
+    reply: int = REPLY,
+    inputs: Tensor | None = None,
 ) -> Iterator[int]:
     """Train on the replies of `rows` with AdamW, whose rate falls linearly to zero; yields the
-    number of steps done after each.
+    number of steps done after each. The model reads `inputs` in place of embeddings, if given.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
@@ -264,8 +284,9 @@ def fine_tune(
     for step in range(1, steps + 1):
         while len(order) < batch_size:
             order = torch.cat([order, torch.randperm(len(rows), generator=g)])
-        batch = rows[order[:batch_size]]
-        loss = reply_losses(model, batch, REPLY).mean() + penalty()
+        drawn = order[:batch_size]
+        read = None if inputs is None else inputs[drawn]
+        loss = reply_losses(model, rows[drawn], reply, read).mean() + penalty()
         order = order[batch_size:]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

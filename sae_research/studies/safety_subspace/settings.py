@@ -42,7 +42,7 @@ class Settings:
 
     models: tuple[str, ...] = ("gemma-2-2b", "gemma-2-9b", "llama-3.1-8b")
     """Models with their SAEs, by their name in the catalogue (abstract); seeds take turns. Models
-    that are no toy models are passed over: their data and judge are missing."""
+    that are neither toys nor have SAEs made here are passed over: their data are missing."""
     sae_roles: tuple[str, ...] = tuple(f"layer_{n}" for n in (5, 10, 15, 20, 25, 30))
     """Roles of the SAEs that span the subspace; a model skips those it lacks (second-hand)."""
     sae_seeds: int = 0
@@ -65,6 +65,13 @@ class Settings:
     """What is compared, at equal rank, data and learning rates."""
     n_pairs: int | None = None
     """Safety pairs of the main comparison (unknown)."""
+    pairs_file: str = ""
+    """The reader's own pairs for a real model, csv or jsonl with prompt, chosen and rejected; empty
+    takes a harmless stand-in, requests about gardening that are to be declined (ours)."""
+    reply_tokens: int = 10
+    """Tokens of a real model's replies, in training and test (ours)."""
+    tested: int = 32
+    """Most test requests of each kind to a real model (ours)."""
     pair_budgets: tuple[int, ...] = ()
     """Further numbers of pairs."""
     ranks: tuple[int, ...] = ()
@@ -82,7 +89,7 @@ class Settings:
     full_learning_rates: tuple[float, ...] = ()
     """Those of full fine-tuning, which needs lower ones: as many (unknown)."""
     benign_steps: int = 30
-    """Steps of later fine-tuning of all weights on harmless requests (ours)."""
+    """Steps of later fine-tuning of all weights on harmless requests, 0 for none (ours)."""
     benign_lr: float = 3e-4
     """Its learning rate (ours)."""
     draws: int = 4
