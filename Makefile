@@ -71,6 +71,6 @@ format: setup  ## ruff, and clear the notebook sources
 	@$(RUN) -m ruff check --fix && $(RUN) -m ruff format && $(RUN) -m sae_research clear
 
 clean:  ## remove the environment, caches and intermediate files; results stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .dvc/cache .dvc/tmp .reproduce data/scratch data/cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .dvc/cache .dvc/tmp data/scratch data/cache
 	rm -rf data/*/runs data/*/*/artefacts data/smoke figures/smoke notebooks/executed/smoke
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
