@@ -144,7 +144,7 @@ def test_what_is_wrong_is_one_sentence_that_names_the_layouts(tmp_path, text, gi
     ("wrong", "reason"),
     [
         ({"counts": "[5, 3"}, "'counts' holds .* not a list"),
-        ({"counts": "[5, 5]"}, "3 options, 3 ordinals and 2 counts"),
+        ({"counts": "[5, 5]"}, "3 options and 2 counts"),
         ({"counts": "[5, -3, 8]"}, "numbers of at least 0"),
         ({"counts": "[0, 0, 0]", "n": "0"}, "not all 0"),
         ({"ordinal": "[1, 1, 2]"}, "different numbers"),
