@@ -5,7 +5,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 from sae_research import store
@@ -55,18 +55,18 @@ def download(
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    fetch = partial(snapshot_download, repository, allow_patterns=list(patterns))
+    wanted = {"revision": revision, "allow_patterns": list(patterns)}
     try:
         # asked first: the library's own question waits without end, and takes a page for an answer
-        found = HfApi().model_info(repository, revision=revision, timeout=_PATIENCE)
+        HfApi().model_info(repository, revision=revision, timeout=_PATIENCE)
     except Exception as error:
         try:
-            folder = fetch(revision=revision, local_files_only=True)
+            folder = snapshot_download(repository, **wanted, local_files_only=True)
         except (OSError, ValueError):
             raise explain(repository, error) from error
     else:
         try:
-            folder = fetch(revision=found.sha)
+            folder = snapshot_download(repository, **wanted)
         except Exception as error:
             raise explain(repository, error) from error
     _refuse_damaged(Path(folder))

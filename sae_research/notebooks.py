@@ -115,6 +115,15 @@ def _relative(text: str) -> str:
     return _STYLER.sub("T_0", _ADDRESS.sub("0x0", text))
 
 
+def _plain(value: object) -> object:
+    """The same at any depth of a cell's output."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return _relative(value) if isinstance(value, str) else value
+
+
 def _outputs(outputs: "list[NotebookNode]") -> "list[NotebookNode]":
     """Outputs that two runs share: streams joined; bars, warnings and widgets dropped."""
     kept: list[NotebookNode] = []
@@ -130,9 +139,11 @@ def _outputs(outputs: "list[NotebookNode]") -> "list[NotebookNode]":
             if any(kind.startswith(_WIDGET) for kind in out.data):
                 continue
             for kind, shown in out.data.items():
-                if isinstance(shown, str) and kind != "image/png":
-                    out.data[kind] = _relative(shown)
+                if not kind.startswith("image/") or kind == "image/svg+xml":
+                    out.data[kind] = _plain(shown)
             out.metadata = {}
+        elif out.output_type == "error":
+            out.evalue, out.traceback = _plain(out.evalue), _plain(out.traceback)
         kept.append(out)
     return kept
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sae_research import claims, comparison, config, ledger, notebooks, paths, store
@@ -190,10 +191,24 @@ def _dvc(force: bool) -> int:
             store.write_text(local, "[core]\n    no_scm = true\n")
     import logging
 
+    import psutil
+
+    logging.getLogger("dvc").setLevel(logging.WARNING)
+    # in the main thread DVC would be deaf to Ctrl-C until its stage ends
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(_run_stages, force).result()
+        except KeyboardInterrupt:
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    child.kill()
+            raise
+
+
+def _run_stages(force: bool) -> int:
     from dvc.exceptions import DvcException, ReproductionError
     from dvc.repo import Repo
 
-    logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
         with Repo(str(paths.ROOT)) as repo:
             if not force:
@@ -201,11 +216,13 @@ def _dvc(force: bool) -> int:
             return len(repo.reproduce(force=force))
     except ReproductionError as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
+        if re.search(r"exited with (-9|137)\b", cause):
+            cause += ", killed from outside, most likely for want of memory"
         raise ResearchError(
             f"the chain stopped: {error}{cause}; finished stages are kept."
         ) from error
     except DvcException as error:
-        raise ResearchError(f"DVC stopped: {error}") from error
+        raise ResearchError(f"DVC stopped: {' '.join(str(error).split())}") from error
 
 
 def _refuse_rebuilding(status: list) -> None:

@@ -4,6 +4,7 @@ Pew's American Trends Panel, which it holds, may not be passed on: `writable` re
 where git would pick it up.
 """
 
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ from sae_research.surveys.cells import Cell, assemble, find_flaw, make_question
 from sae_research.surveys.survey import OVERALL, Question, Survey
 from sae_research.surveys.tables import malformed, parse_literal, parse_number, read_rows
 
-RESTRICTED = ("OpinionQA", "SubPOP")
-"""Sources whose data must stay with the reader."""
+RESTRICTED = ("opinionqa", "subpop", "americantrendspanel", "atp", "pew")
+"""What names of sources hold, in whatever spelling, whose data must stay with the reader."""
 
 
 # OpinionQA
@@ -120,7 +121,9 @@ def _find_chosen(
 def writable(path: Path, source: str) -> Path:
     """`path`, unless data of `source` may not be passed on and git would pick the file up."""
     path = Path(path).resolve()
-    if source in RESTRICTED and path.is_relative_to(ROOT) and not is_ignored(path):
+    letters = re.sub("[^a-z]", "", source.lower())
+    restricted = any(name in letters for name in RESTRICTED)
+    if restricted and path.is_relative_to(ROOT) and not is_ignored(path):
         raise ResearchError(
             f"{source} holds Pew's American Trends Panel, which may not be redistributed, and git "
             f"would pick {relative(path)} up; write it outside the repository or to a folder that "
@@ -130,8 +133,8 @@ def writable(path: Path, source: str) -> Path:
 
 
 def is_ignored(path: Path) -> bool:
-    """Whether git leaves a path alone; an unpacked archive has no repository."""
-    if not (ROOT / ".git").exists():
+    """Whether git leaves a path alone; an unpacked archive may lie in another repository."""
+    if not any((folder / ".git").exists() for folder in (ROOT, *ROOT.parents)):
         return True
     try:
         ignored, tracked = (
