@@ -118,7 +118,7 @@ def _relative(text: str) -> str:
 def _plain(value: object) -> object:
     """The same at any depth of a cell's output."""
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
+        return {_relative(name): _plain(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
     return _relative(value) if isinstance(value, str) else value

@@ -19,7 +19,8 @@ from sae_research import paths
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 SHA = "a" * 40
-WEIGHTS = save({"w": torch.arange(50_000, dtype=torch.float32)})
+WEIGHTS = save({"w": torch.zeros(4_000_000)})
+"""More than the 10 MB that the client writes at once, so that a broken download has a beginning."""
 FILES = {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": WEIGHTS}
 
 

@@ -236,7 +236,7 @@ def test_manifests_and_json(tmp_path):
     manifest = tmp_path / "art" / store.CHECKSUMS
     good = manifest.read_text()
 
-    @many(800)
+    @many(500)
     @given(mutated(good) | st.recursive(VALUES, st.lists).map(json.dumps))
     def check(damaged):
         write(manifest, damaged)
@@ -254,10 +254,14 @@ PIECES = st.lists(
     | st.text(max_size=5),
     max_size=5,
 ).map("".join)
-DATA = st.recursive(PIECES | st.integers(), lambda x: st.lists(x) | st.dictionaries(PIECES, x))
+DATA = st.recursive(
+    PIECES | st.integers(),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(PIECES, x, max_size=3),
+    max_leaves=4,
+)
 
 
-@many(1500)
+@many(1000)
 @given(st.lists(PIECES, max_size=3), DATA, PIECES)
 def test_the_normaliser_is_done_after_once_and_leaves_no_folder_of_this_machine(texts, data, said):
     def make():
