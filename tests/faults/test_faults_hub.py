@@ -73,7 +73,7 @@ class Hub(BaseHTTPRequestHandler):
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(body) - start))
             self.end_headers()
-            self.wfile.write(body[start:100_000] if not start else b"")
+            self.wfile.write(body[:12_000_000] if not start else b"")
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
