@@ -16,7 +16,6 @@ from sae_research.errors import ResearchError
 STATE = paths.ROOT / ".reproduce"
 LOCK = paths.ROOT / "dvc.lock"
 _MARKER = STATE / "state.json"
-_KEYS = ("before", "running")
 WORLD = "world"
 
 
@@ -111,8 +110,8 @@ def _read_marker() -> dict | None:
     except ResearchError:
         state = {}
     known = config.profiles()
-    whole = isinstance(state, dict) and all(state.get(key) in known for key in _KEYS)
-    return state if whole else None
+    named = [state.get(key) if isinstance(state, dict) else "" for key in ("before", "running")]
+    return state if all(name in known for name in named) else None
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def check_survey(survey) -> None:
     ids=["counts", "long", "wide"],
 )
 def test_a_survey_of_ones_own(text, options, tmp_path):
-    @many(1500)
+    @many(1200)
     @given(mutated(text))
     def check(damaged):
         path = write(tmp_path / "poll.csv", damaged)
@@ -142,7 +142,7 @@ def test_a_survey_of_ones_own(text, options, tmp_path):
 def test_opinion_qa(name, tmp_path):
     place = tmp_path / "human_resp" / "American_Trends_Panel_W27"
 
-    @many(700)
+    @many(500)
     @given(mutated(OPINION[name]))
     def check(damaged):
         for file, text in OPINION.items():
@@ -168,7 +168,7 @@ def test_settings(block):
     cls = config.block_classes()[block]
     names = st.sampled_from([f.name for f in fields(cls)]) | st.text(max_size=4)
 
-    @many(400)
+    @many(250)
     @given(st.dictionaries(names, VALUES, min_size=1, max_size=2))
     def check(overrides):
         found = refused_or(lambda: config.build(cls, overrides, block))
@@ -192,7 +192,7 @@ def test_files_of_the_project(file, tmp_path):
     }
     module, name, load = loads[file]
 
-    @many(400)
+    @many(300)
     @given(mutated(text))
     def check(damaged):
         with pytest.MonkeyPatch.context() as patch:
@@ -216,7 +216,7 @@ def test_claims():
         },
     )
 
-    @many(1500)
+    @many(1000)
     @given(st.dictionaries(names, VALUES, max_size=2), rules, st.booleans())
     def check(change, rule, keep):
         block = CLAIM | ({} if keep else {"rule": CLAIM["rule"] | rule}) | change
