@@ -17,6 +17,10 @@ STATE = paths.ROOT / ".reproduce"
 LOCK = paths.ROOT / "dvc.lock"
 _MARKER = STATE / "state.json"
 WORLD = "world"
+_ASK = (
+    "build the toy models anew with `dvc repro world` (an hour on two cores), or keep them as they "
+    "are with `dvc commit --force world`; then run again."
+)
 
 
 def _git(*words: str) -> bytes | None:
@@ -226,17 +230,16 @@ def _run_stages(force: bool) -> int:
 
 def _refuse_rebuilding(status: list) -> None:
     """Say why DVC would build the toy models anew: an hour's work is asked for, no side effect."""
-    changed: dict[str, dict] = {}
-    for found in (found for found in status if isinstance(found, dict)):
-        changed |= found
-    if not changed or not (_read_lock(LOCK) or {}).get(WORLD):
+    found = (each for each in status if isinstance(each, dict))
+    changed = {kind: what for each in found for kind, what in each.items()}
+    known = (_read_lock(LOCK) or {}).get(WORLD)
+    if not status or not (known or paths.EMBEDDED.exists()):
         return
     if changed.get("changed outs"):
         folders = sorted(path.parent for path in paths.EMBEDDED.rglob(store.CHECKSUMS))
         for folder in folders:
             store.verified(folder)
-        files = (path for path in sorted(paths.EMBEDDED.rglob("*")) if path.is_file())
-        for path in files:
+        for path in filter(Path.is_file, sorted(paths.EMBEDDED.rglob("*"))):
             if not any(path.is_relative_to(folder) for folder in folders):
                 raise ResearchError(
                     f"{paths.relative(path)} is no part of the toy models; move it away."
@@ -245,14 +248,9 @@ def _refuse_rebuilding(status: list) -> None:
             f"data/embedded is not what dvc.lock names; `git checkout data/embedded`, or {_ASK}"
         )
     raise ResearchError(
-        f"the code behind data/embedded changed ({', '.join(changed['changed deps'])}); {_ASK}"
+        f"what data/embedded is made from changed ({', '.join(changed.get('changed deps', status))}"
+        f"); {_ASK}"
     )
-
-
-_ASK = (
-    "build the toy models anew with `dvc repro world` (an hour on two cores), or keep them as they "
-    "are with `dvc commit --force world`; then run again."
-)
 
 
 # what was known before

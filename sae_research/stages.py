@@ -76,7 +76,7 @@ def make_stages() -> dict[str, dict]:
 def _world() -> dict:
     files = dependencies.source_files([ast.parse("import sae_research.world.build")])
     return {
-        "desc": "the toy models and their SAEs; about an hour, only if their code changed",
+        "desc": "the toy models and their SAEs; about an hour, only if asked for",
         "cmd": "python -m sae_research world --build",
         "deps": [*list_dependencies(files), dependencies.relative(dependencies.PINS)],
         "outs": [_kept("data/embedded")],

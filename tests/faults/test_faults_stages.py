@@ -131,7 +131,7 @@ def test_toy_models_are_rebuilt_only_if_asked(tiny, damage):
         words = "data/embedded/notes.txt is no part of the toy models"
     else:
         code.write_text(code.read_text() + "# changed\n")
-        words = "the code behind data/embedded changed (sae_research/world/build.py)"
+        words = "data/embedded is made from changed (sae_research/world/build.py)"
     printed = tiny.run(*SMOKE, rc=1)
     assert words in printed
     assert printed.count("\n") == 1
