@@ -240,7 +240,8 @@ def _refuse_rebuilding(status: list) -> None:
         for folder in folders:
             store.verified(folder)
         for path in filter(Path.is_file, sorted(paths.EMBEDDED.rglob("*"))):
-            if not any(path.is_relative_to(folder) for folder in folders):
+            owned = any(path.is_relative_to(folder) for folder in folders)
+            if not owned and not store.LEFT_BEHIND.search(paths.relative(path)):
                 raise ResearchError(
                     f"{paths.relative(path)} is no part of the toy models; move it away."
                 )

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 CHECKSUMS = "checksums.json"
+LEFT_BEHIND = re.compile(r"(^|/)\.|~$")
+"""Names of what editors and file managers leave in a folder."""
 _PARTIAL = ".partial-"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What the system says where nothing more can be written."""
@@ -144,14 +146,18 @@ def install(new: Path, place: Path) -> None:
     if new.is_file():
         write_bytes(place, new.read_bytes())
         return
+    partial = _partial(place)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
         _recover(place)
-        partial = _partial(place)
-        shutil.copytree(new, partial)
+        partial.mkdir(parents=True)
+        for path in new.rglob("*"):  # shutil.copytree hides the system's reason in a list
+            target = partial / path.relative_to(new)
+            target.mkdir() if path.is_dir() else shutil.copyfile(path, target)
         _replace(partial, place)
     except OSError as error:
         raise _explain(error.strerror or str(error), place) from error
+    finally:
+        _remove(partial)
 
 
 def verified(folder: Path, remedy: str = "run `make reproduce` to make it.") -> Path:
@@ -169,8 +175,7 @@ def verified(folder: Path, remedy: str = "run `make reproduce` to make it.") -> 
         raise ResearchError(f"{relative(folder / CHECKSUMS)} is damaged; {again}")
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
-        # what editors and file managers leave is hidden or ends in a tilde
-        if name not in sums and not re.search(r"(^|/)\.|~$", name):
+        if name not in sums and not LEFT_BEHIND.search(name):
             raise ResearchError(f"{relative(path)} is no part of {relative(folder)}; move it away.")
     for name, expected in sums.items():
         path = folder / name
