@@ -9,11 +9,11 @@ RUN := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 READY := $(VENV)/ready
 
-.PHONY: help setup lock reproduce test validate lint typecheck format doctor clean
+.PHONY: help setup lock reproduce test test-faults validate lint typecheck format doctor clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1~\2/p' Makefile | column -t -s '~' 2>/dev/null || sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1~\2/p' Makefile | column -t -s '~' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
 
 # Both ways install the same versions: uv.lock for uv, and constraints.txt (made from uv.lock) for pip.
 # The environment uses $(PYTHON), never a Python that uv would download.
@@ -55,6 +55,9 @@ reproduce: setup  ## the whole chain of PROFILE (cpu), then verdicts, comparison
 test: setup  ## all tests: unit, notebooks, the smoke chain through DVC, nbval on its notebooks
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+test-faults: setup  ## what is damaged, killed or cut off is refused in a sentence and loses nothing
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m faults tests/faults
+
 validate: setup  ## nbval: run the committed notebooks of PROFILE (cpu) again and compare every output
 	@$(RUN) -m sae_research validate --profile $(PROFILE)
 
@@ -71,6 +74,6 @@ format: setup  ## ruff, and clear the notebook sources
 	@$(RUN) -m ruff check --fix && $(RUN) -m ruff format && $(RUN) -m sae_research clear
 
 clean:  ## remove the environment, caches and intermediate files; results stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .dvc/cache .dvc/tmp .reproduce data/scratch data/cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .dvc/cache .dvc/tmp data/scratch data/cache
 	rm -rf data/*/runs data/*/*/artefacts data/smoke figures/smoke notebooks/executed/smoke
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

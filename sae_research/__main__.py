@@ -162,9 +162,9 @@ def main(words: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        from sae_research.paths import relative
+        from sae_research.paths import ROOT, relative
 
-        where = relative(error.filename) if error.filename else "a file"
+        where = relative(error.filename) if error.filename else f"the disk of {ROOT}"
         remedy = "free disk space or mend the permissions, then run again."
         print(f"{where}: {error.strerror or error}; {remedy}", file=sys.stderr)
     except KeyboardInterrupt:

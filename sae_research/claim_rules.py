@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
-from sae_research import paths
+from sae_research import config, paths
 from sae_research.errors import ResearchError, unknown
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ _SIDES = {
     "at most": lambda x, bar: x <= bar,
     "between": lambda x, bar: bar[0] <= x <= bar[1],
 }
-Number = int | Annotated[float, pydantic.AllowInfNan(False)]
+_FINITE = pydantic.Field(ge=-1e12, le=1e12, allow_inf_nan=False)
+Number = Annotated[int, _FINITE] | Annotated[float, _FINITE]
+Words = Annotated[str, pydantic.Field(pattern=r"\S")]
+"""Text that is not empty."""
 _stated = pydantic.dataclasses.dataclass(
     frozen=True, config=pydantic.ConfigDict(extra="forbid", strict=True)
 )
@@ -74,7 +77,7 @@ class Expectation:
 class Control:
     """The same measurement with the claimed ingredient removed."""
 
-    name: str
+    name: Words
     """The control, in words that a reader understands."""
     must: Expectation | None = None
     """Where the control's own number has to lie. Without it, the verdict reads the paired
@@ -123,11 +126,11 @@ class Rule(Expectation):
 class Change:
     """An earlier form of a claim, which stays beside the present one."""
 
-    date: str
+    date: Words
     """When the claim changed, YYYY-MM-DD."""
-    old: str
+    old: Words
     """What the rule or the measure was until then."""
-    reason: str
+    reason: Words
     """Why it changed, and whether results had been seen."""
 
 
@@ -135,11 +138,11 @@ class Change:
 class Claim:
     """One claim of a paper, and how we decide it."""
 
-    id: str
+    id: Words
     """`study.topic.detail`."""
-    statement: str
+    statement: Words
     """What the paper says, in one sentence."""
-    measure: str
+    measure: Words
     """The number that we compute, with its unit and what its interval covers."""
     rule: Rule
     """When the claim counts as reproduced."""
@@ -193,6 +196,8 @@ def parse(study: str, given: dict) -> Claim:
         return pydantic.TypeAdapter(Claim).validate_json(json.dumps(block, default=str))
     except pydantic.ValidationError as error:
         raise _explain(error.errors()[0], name) from None
+    except (ValueError, RecursionError) as error:  # a block within itself
+        raise ResearchError(f"{name} in claims.yaml: {error}; correct it.") from error
 
 
 def _explain(error: Any, name: str) -> ResearchError:
@@ -223,14 +228,7 @@ def _explain(error: Any, name: str) -> ResearchError:
 
 def load_claims(study: str | None = None) -> dict[str, Claim]:
     """The claims of claims.yaml by id, of one study or of all."""
-    import yaml
-
-    try:
-        book = yaml.safe_load(paths.CLAIMS.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ResearchError(
-            f"claims.yaml cannot be read ({error}); restore it from the repository."
-        ) from error
+    book = config.read_yaml(paths.CLAIMS)
     if not isinstance(book, dict) or not all(isinstance(block, list) for block in book.values()):
         raise ResearchError(
             "claims.yaml must map each study to a list of claims; restore it from the repository."

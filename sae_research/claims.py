@@ -236,7 +236,7 @@ def record(
     p = store.rounded(correct(list(claims.values()), found))
     where = {"ground": config.load(profile).runtime.ground}
     lines = [entry(claim, found[i], notebook, p.get(i)) | where for i, claim in claims.items()]
-    store.write_json(_file(profile, study), lines)
+    store.write_json(paths.aside(_file(profile, study)), lines)
     return ledger.table(lines)
 
 
@@ -263,7 +263,8 @@ def unite(profile: str) -> list[dict]:
                 "it; run `make reproduce` to measure it again."
             )
         lines.append(line)
-    store.write_json(paths.DATA / profile / "claims.json", lines)
+    folder = paths.aside(paths.DATA / profile)
+    store.write_json(folder / "claims.json", lines)
     metrics = {line["id"]: {"value": line["value"], "verdict": line["verdict"]} for line in lines}
-    store.write_json(paths.DATA / profile / "metrics.json", metrics)
+    store.write_json(folder / "metrics.json", metrics)
     return lines

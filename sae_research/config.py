@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, Literal, TypeVar, dataclass_transform
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import pydantic
 
@@ -19,9 +20,14 @@ from sae_research.errors import ResearchError, unknown
 from sae_research.paths import PARAMS
 
 T = TypeVar("T")
+_TAKEN = ("cache", "embedded", "private", "real_saes", "scratch", "surveys")
+"""Folders of `data` that are no profile's."""
 _RULES = pydantic.ConfigDict(
     extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
 )
+
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+"""A number from 0 to 1."""
 
 
 @dataclass_transform(frozen_default=True)
@@ -34,11 +40,11 @@ def settings(cls: type[T]) -> type[T]:
 class Runtime:
     """How a profile runs, whatever the study."""
 
-    device: str = "cuda"
+    device: Annotated[str, pydantic.Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cuda"
     """Where models and SAEs live: `cpu` or `cuda`."""
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of model weights; labels and answers are always read in float32."""
-    threads: int = 8
+    threads: Annotated[int, pydantic.Field(le=1024)] = 8
     """CPU threads of torch; two threads on a tiny loop can be slower than one."""
     n_jobs: int | str = 1
     """Tasks that run at once (joblib): 1 stays in one process, -1 is one per core, `ray` a Ray
@@ -109,9 +115,35 @@ def build(cls: type[T], overrides: object, where: str) -> T:
         raise ResearchError(f"{words}, not {overrides!r}.")
     try:
         # JSON mode takes lists for tuples and still refuses text where a number belongs
-        return pydantic.TypeAdapter(cls).validate_json(json.dumps(overrides))
+        found = pydantic.TypeAdapter(cls).validate_json(json.dumps(overrides))
+        _check_numbers(found, cls(), where)
+        return found
     except pydantic.ValidationError as error:
         raise _explain(cls, error.errors()[0], where) from None
+    except (TypeError, ValueError, RecursionError) as error:  # a date, or a block within itself
+        raise ResearchError(f"'{where}' in params.yaml: {error}; correct it.") from error
+
+
+def _check_numbers(found: Any, usual: Any, where: str) -> None:
+    """No number is negative, and a count that is usually above zero stays so.
+
+    A setting that takes zero for "none" is listed in its class's `MAY_BE_ZERO`.
+    """
+    for f in fields(found):
+        value, default = getattr(found, f.name), getattr(usual, f.name)
+        if is_dataclass(value):
+            _check_numbers(value, default, f"{where}.{f.name}")
+            continue
+        counts = type(default) is int and default > 0
+        least = int(counts and f.name not in getattr(found, "MAY_BE_ZERO", ()))
+        if f.type == int | str:  # processes: -1 is one a core
+            least = -1
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not least <= number <= 1e12:
+                raise ResearchError(
+                    f"setting '{where}.{f.name}' must be at least {least} and below 1e12, not "
+                    f"{number!r}; correct it in params.yaml."
+                )
 
 
 def _explain(cls: type, error: Any, where: str) -> ResearchError:
@@ -133,6 +165,8 @@ def _explain(cls: type, error: Any, where: str) -> ResearchError:
     if error["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         return unknown("choice", str(error["input"]), choices, place)
+    if error["type"] == "value_error":
+        return ResearchError(f"{place}: {error['ctx']['error']}; correct it in params.yaml.")
     reason = error["msg"][0].lower() + error["msg"][1:]
     return ResearchError(
         f"setting '{place}': {reason}, not {error['input']!r}; correct it in params.yaml."
@@ -141,29 +175,56 @@ def _explain(cls: type, error: Any, where: str) -> ResearchError:
 
 @cache
 def _loader() -> type:
-    """A YAML loader that reads 1e-4, without a point, as the number it is."""
+    """A YAML loader that reads 1e-4, without a point, as a number; keys are text, none twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """PyYAML follows YAML 1.1, where only 1.0e-4 is a number."""
+        """PyYAML follows YAML 1.1, where only 1.0e-4 is a number, and takes the last of equals."""
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"line {line}: '{key.value}' is no key, or stands twice")
+                seen.add(key.value)
+                if key.tag != "tag:yaml.org,2002:merge":
+                    key.tag = self.DEFAULT_SCALAR_TAG  # `1e9`, `on` and `500` are names here
+            return node
 
     number = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     return Loader
 
 
-def read_params() -> dict:
-    """The content of `params.yaml`."""
+def read_yaml(path: Path) -> object:
+    """A file of the project; what cannot be read is told in one sentence."""
     import yaml
 
-    restore = "restore it from the repository."
     try:
-        params = yaml.load(PARAMS.read_text(encoding="utf-8"), Loader=_loader())
-    except (OSError, yaml.YAMLError) as error:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
+    # PyYAML hands on what its constructors raise: a date of month 13, brackets without end
+    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ResearchError(f"params.yaml cannot be read ({reason}); {restore}") from error
+        raise ResearchError(
+            f"{path.name} cannot be read ({reason}); correct it or restore it from the repository."
+        ) from error
+
+
+def read_params() -> dict:
+    """The content of `params.yaml`."""
+    params = read_yaml(PARAMS)
     if not isinstance(params, dict) or not isinstance(params.get("profiles"), dict):
-        raise ResearchError(f"params.yaml must hold `profile` and `profiles`; {restore}")
+        raise ResearchError(
+            "params.yaml must hold `profile` and `profiles`; restore it from the repository."
+        )
+    for name in params["profiles"]:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in _TAKEN:
+            raise ResearchError(
+                f"'{name}' in params.yaml cannot be the name of a profile; use letters, digits, "
+                f"'-' and '_', and none of the folders {', '.join(_TAKEN)}."
+            )
     return params
 
 
@@ -175,16 +236,19 @@ def profiles() -> tuple[str, ...]:
 def load(profile: str | None = None) -> Profile:
     """The settings of `profile`, or of the one that `params.yaml` names."""
     params = read_params()
-    name = str(profile or params.get("profile"))
+    name = str(params.get("profile") if profile is None else profile)
     if name not in params["profiles"]:
         raise unknown("profile", name, params["profiles"], "params.yaml")
-    given = params["profiles"][name] or {}
+    given = params["profiles"][name]
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise ResearchError(f"'profiles.{name}' in params.yaml must be a block, not {given!r}.")
     classes = block_classes()
     for key in given:
         if key not in classes:
             raise unknown("setting", str(key), classes, f"profiles.{name}")
     blocks = {
-        key: build(cls, given.get(key) or {}, f"profiles.{name}.{key}")
+        key: build(cls, {} if given.get(key) is None else given[key], f"profiles.{name}.{key}")
         for key, cls in classes.items()
     }
     return Profile(name, blocks.pop("runtime"), blocks.pop("world"), blocks)

@@ -1,15 +1,18 @@
 """Files of the Hugging Face hub, and the libraries that read them kept silent."""
 
 import contextlib
-import functools
 import io
 import logging
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+from sae_research import store
 from sae_research.errors import ResearchError
 
+_PATIENCE = 10
+"""Seconds to wait for the hub's answer."""
 _MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -32,7 +35,7 @@ def quiet() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-@functools.cache
+@cache
 def canonical_name(model: str) -> str:
     """The hub name of a model that libraries also know by short names (`gpt2-small` is `gpt2`)."""
     if "/" in model:
@@ -50,23 +53,87 @@ def download(
     """The folder, named by its commit, with those files of a hub repository that `patterns` name;
     fetched unless already on this machine.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub import HfApi, snapshot_download
 
+    wanted = {"revision": revision, "allow_patterns": list(patterns)}
     try:
-        folder = snapshot_download(repository, revision=revision, allow_patterns=list(patterns))
-        return Path(folder)
-    except GatedRepoError as error:
-        raise ResearchError(
-            f"{repository} is gated: accept its licence on its page of the Hugging Face hub, then "
-            "set the environment variable HF_TOKEN to a token of that account."
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ResearchError(
-            f"there is no '{repository}' on the hub, and no such folder here; check the name."
-        ) from error
-    except OSError as error:
-        raise unreachable(repository) from error
+        # asked first: the library's own question waits without end, and takes a page for an answer
+        HfApi().model_info(repository, revision=revision, timeout=_PATIENCE)
+    except Exception as error:
+        try:
+            folder = snapshot_download(repository, **wanted, local_files_only=True)
+        except (OSError, ValueError):
+            raise explain(repository, error) from error
+    else:
+        try:
+            folder = snapshot_download(repository, **wanted)
+        except Exception as error:
+            raise explain(repository, error) from error
+    _refuse_damaged(Path(folder))
+    return Path(folder)
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Name a file of weights that was cut short or altered; its header tells."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in folder.rglob("*.safetensors"):
+        try:
+            with safe_open(path, "np"):
+                pass
+        except SafetensorError as error:
+            raise ResearchError(
+                f"{path.name} of {folder.parent.parent.name} is damaged ({error}); delete "
+                f"{path.resolve()} and run again to fetch it anew."
+            ) from error
+
+
+def explain(repository: str, error: Exception) -> Exception:
+    """What the hub's answer, or its silence, means for the reader; other errors stay themselves."""
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    kinds = {kind.__name__ for each in chain for kind in type(each).__mro__}
+    answers = [each.response for each in chain if getattr(each, "response", None) is not None]
+    if kinds & {"GatedRepoError"}:
+        words = "is gated: accept its licence on its page of the Hugging Face hub, then set the "
+        words += "environment variable HF_TOKEN to a token of that account."
+    elif kinds & {"RepositoryNotFoundError", "HFValidationError", "RevisionNotFoundError"}:
+        return ResearchError(
+            f"there is no '{repository}' on the hub, and no such folder here; check the name, or "
+            "set HF_TOKEN if it is private."
+        )
+    elif answers:
+        words = _explain_status(answers[0].status_code, answers[0].headers.get("Retry-After"))
+    elif kinds & {"UnsupportedProtocol", "InvalidURL", "LocalProtocolError"}:
+        words = "cannot be asked for: the environment variable HF_ENDPOINT is no address; unset it."
+    elif "JSONDecodeError" in kinds:
+        words = "cannot be fetched: a page, not the hub, answers; log in to this network (open any "
+        words += "page in a browser) or unset HF_ENDPOINT, then run again."
+    elif "TimeoutException" in kinds:
+        words = f"cannot be fetched: the hub did not answer in {_PATIENCE} s; run again later."
+    elif "ConnectError" not in kinds and kinds & {"NetworkError", "RemoteProtocolError"}:
+        words = "came in part: the connection broke; run again, what came whole is kept."
+    elif any(isinstance(each, OSError) and each.errno in store.FULL for each in chain):
+        words = "cannot be kept: no room or no right to write; free disk space or set HF_HOME."
+    elif kinds & {"ConnectError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+        return unreachable(repository)
+    else:
+        return error
+    return ResearchError(f"{repository} {words}")
+
+
+def _explain_status(status: int, wait: str | None) -> str:
+    if status == 401:
+        return "cannot be fetched: the hub refuses the token (401); set HF_TOKEN to a valid one."
+    if status == 403:
+        return "may not be fetched (403): give the token of HF_TOKEN the right to read it."
+    if status == 429:
+        when = f"in {wait} s" if wait else "in some minutes"
+        return f"cannot be fetched now: the hub has had too many requests (429); run again {when}."
+    if status >= 500:
+        return f"cannot be fetched now: the hub is out of order ({status}); run again later."
+    return f"cannot be fetched: the hub answers {status}; check its name and its files."
 
 
 def sae_commit(release: str) -> str:

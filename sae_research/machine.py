@@ -152,19 +152,24 @@ def world_problems(root: Path = paths.EMBEDDED) -> dict[str, str]:
 
 def hub_problem(endpoint: str, offline: bool = False, timeout: float = 4.0) -> str | None:
     """Why nothing can be downloaded from the hub, if so."""
+    from http.client import HTTPException
     from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
+    from urllib.request import urlopen
 
     host = re.sub(r"^https?://", "", endpoint)
     if offline:
         return "the network (HF_HUB_OFFLINE is set)"
+    if host == endpoint:
+        return f"an address of the hub (HF_ENDPOINT is '{endpoint}', without https://)"
     try:
-        asked = Request(f"{endpoint}/gpt2/resolve/main/config.json", method="HEAD")
-        urlopen(asked, timeout=timeout).close()
+        with urlopen(f"{endpoint}/gpt2/resolve/main/config.json", timeout=timeout) as answer:
+            found = answer.read(100_000)
     except HTTPError as error:
         return f"the hub ({host} answers {error.code})"
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException):
         return f"the network ({host} does not answer)"
+    if not found.lstrip().startswith(b"{"):
+        return f"the hub ({host} answers with a page; log in to this network)"
     return None
 
 

@@ -55,6 +55,7 @@ def environment(profile: config.Profile, folder: Path) -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "IPYTHONDIR": str(folder / "ipython"),
+        paths.ASIDE: str(_aside(folder)),
         "JUPYTER_PREFER_ENV_PATH": "1",
         "JUPYTER_PLATFORM_DIRS": "1",
         "OMP_NUM_THREADS": threads,
@@ -62,6 +63,10 @@ def environment(profile: config.Profile, folder: Path) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": threads,
         **({} if profile.runtime.hub else {"HF_HUB_OFFLINE": "1"}),
     }
+
+
+def _aside(folder: Path) -> Path:
+    return folder / "aside"
 
 
 @contextmanager
@@ -110,6 +115,15 @@ def _relative(text: str) -> str:
     return _STYLER.sub("T_0", _ADDRESS.sub("0x0", text))
 
 
+def _plain(value: object) -> object:
+    """The same at any depth of a cell's output."""
+    if isinstance(value, dict):
+        return {_relative(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return _relative(value) if isinstance(value, str) else value
+
+
 def _outputs(outputs: "list[NotebookNode]") -> "list[NotebookNode]":
     """Outputs that two runs share: streams joined; bars, warnings and widgets dropped."""
     kept: list[NotebookNode] = []
@@ -125,9 +139,11 @@ def _outputs(outputs: "list[NotebookNode]") -> "list[NotebookNode]":
             if any(kind.startswith(_WIDGET) for kind in out.data):
                 continue
             for kind, shown in out.data.items():
-                if isinstance(shown, str) and kind != "image/png":
-                    out.data[kind] = _relative(shown)
+                if not kind.startswith("image/") or kind == "image/svg+xml":
+                    out.data[kind] = _plain(shown)
             out.metadata = {}
+        elif out.output_type == "error":
+            out.evalue, out.traceback = _plain(out.evalue), _plain(out.traceback)
         kept.append(out)
     return kept
 
@@ -271,8 +287,11 @@ def run(name: str, profile: str) -> Path:
         if is_left_out(name, settings):
             notebook = _leave_out(name, profile, [o for o in declared if o not in own])
         else:
+            shutil.rmtree(_aside(scratch), ignore_errors=True)
             with patch.dict(os.environ, environment(settings, scratch)):
                 notebook = normalised(_execute(name, settings, scratch), profile)
+            results = [o for o in declared if o not in own and o.name != "artefacts"]
+            _publish(name, results, _aside(scratch))
         store.write_text(published, nbformat.writes(notebook) + "\n")
         _stamp(profile, name, [out for out in declared if out != own[0]])
         shutil.rmtree(scratch, ignore_errors=True)
@@ -282,6 +301,22 @@ def run(name: str, profile: str) -> Path:
     place = f"[{names().index(name) + 1}/{len(names())}]"
     print(f"{place} {name} ({profile}): {time.monotonic() - started:.0f} s", flush=True)
     return published
+
+
+def _publish(name: str, results: list[Path], aside: Path) -> None:
+    """Put what a notebook wrote aside in place, once all of it is there."""
+    written = [aside / out.relative_to(paths.ROOT) for out in results]
+    for out, new in zip(results, written, strict=True):
+        if not new.exists():
+            raise _undelivered(name, out)
+    for out, new in zip(results, written, strict=True):
+        store.install(new, out)
+
+
+def _undelivered(name: str, out: Path) -> ResearchError:
+    return ResearchError(
+        f"notebook {name} did not write {paths.relative(out)}, which its stage declares."
+    )
 
 
 def validate(profile: str) -> int:
@@ -305,9 +340,7 @@ def _stamp(profile: str, name: str, outputs: list[Path]) -> None:
     """Write the checksum of every output, after making sure that all of them are there."""
     for out in outputs:
         if not out.exists():
-            raise ResearchError(
-                f"notebook {name} did not write {paths.relative(out)}, which its stage declares."
-            )
+            raise _undelivered(name, out)
     found = [f for out in outputs for f in (out.rglob("*") if out.is_dir() else [out])]
     sums = {paths.relative(f): store.sha256(f) for f in found if f.is_file()}
     store.write_json(stamp(profile, name), sums)

@@ -14,6 +14,8 @@ REAL_SAES = DATA / "real_saes"
 """SAEs of real models that were trained here: `<model>/<role>`, in SAELens format."""
 CACHE = Path(os.environ.get("SAE_RESEARCH_CACHE") or DATA / "cache").expanduser().resolve()
 """What can be fetched or made again: real models, their text and residuals."""
+ASIDE = "SAE_RESEARCH_ASIDE"
+"""The environment variable that names the folder for results of a notebook that still runs."""
 
 
 def study_data(profile: str, study: str) -> Path:
@@ -27,8 +29,16 @@ def artefacts(profile: str, study: str) -> Path:
 
 
 def figures(profile: str, study: str) -> Path:
-    """Folder of a study's figures in a profile."""
-    return ROOT / "figures" / profile / study
+    """Folder to draw a study's figures into."""
+    return aside(ROOT / "figures" / profile / study)
+
+
+def aside(path: Path) -> Path:
+    """Where to write what git keeps: beside `path` while a stage runs, so that one that fails or is
+    killed leaves the committed results as they were; `notebooks.run` puts all in place at the end.
+    """
+    folder = os.environ.get(ASIDE)
+    return Path(folder) / path.relative_to(ROOT) if folder else path
 
 
 def executed(profile: str) -> Path:

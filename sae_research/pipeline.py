@@ -6,7 +6,8 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sae_research import claims, comparison, config, ledger, notebooks, paths, store
@@ -14,7 +15,12 @@ from sae_research.errors import ResearchError
 
 STATE = paths.ROOT / ".reproduce"
 LOCK = paths.ROOT / "dvc.lock"
+_MARKER = STATE / "state.json"
 WORLD = "world"
+_ASK = (
+    "build the toy models anew with `dvc repro world` (an hour on two cores), or keep them as they "
+    "are with `dvc commit --force world`; then run again."
+)
 
 
 def _git(*words: str) -> bytes | None:
@@ -73,29 +79,51 @@ def _set_profile(profile: str) -> None:
     store.write_text(paths.PARAMS, text)
 
 
+def _find_owner(stages: dict) -> str | None:
+    """The profile whose stages a lock holds, by their commands; none if it holds none."""
+    words = " ".join(str(stage.get("cmd")) for stage in stages.values() if isinstance(stage, dict))
+    found = re.search(r"--profile (\S+)", words)
+    return found[1] if found else None
+
+
 def _restore(state: dict) -> None:
-    """Put back the profile and the lock that were there before another profile ran."""
-    stages = _read_lock(LOCK) or {}
-    if stages:  # a kill may have cut it short
-        store.write_bytes(_profile_lock(state["running"]), LOCK.read_bytes())
-    kept = STATE / "dvc.lock"
-    before = _read_lock(kept) or {}
-    world = stages.get(WORLD)
-    if kept.exists() and world in (None, before.get(WORLD)):
-        store.write_bytes(LOCK, kept.read_bytes())
-    else:
-        _write_lock(world, before)
+    """Put back the profile and the lock that were there before another profile ran.
+
+    After a kill the reader may have put back one or the other: a lock goes to its own profile only.
+    """
+    stages = _read_lock(LOCK) or {}  # a kill may have cut it short
+    owner = _find_owner(stages)
+    if owner == state["running"]:
+        store.write_bytes(_profile_lock(owner), LOCK.read_bytes())
+    if owner in (None, state["running"]):
+        kept = STATE / "dvc.lock"
+        before = _read_lock(kept) or {}
+        world = stages.get(WORLD)
+        if kept.exists() and world in (None, before.get(WORLD)):
+            store.write_bytes(LOCK, kept.read_bytes())
+        else:
+            _write_lock(world, before)
     _set_profile(state["before"])
-    (STATE / "state.json").unlink()
+    _MARKER.unlink()
+
+
+def _read_marker() -> dict | None:
+    """What a killed run left to be put back; one that names no profiles is worth nothing."""
+    try:
+        state = store.read_json(_MARKER) if _MARKER.exists() else {}
+    except ResearchError:
+        state = {}
+    known = config.profiles()
+    named = [state.get(key) if isinstance(state, dict) else "" for key in ("before", "running")]
+    return state if all(name in known for name in named) else None
 
 
 @contextmanager
 def selected(profile: str) -> Iterator[None]:
     """Make `profile` the one that DVC runs; the former one comes back, even after a kill."""
-    marker = STATE / "state.json"
-    if marker.exists():
-        _restore(store.read_json(marker))
-    before = config.read_params()["profile"]
+    if state := _read_marker():
+        _restore(state)
+    before = config.load().name
     _heal()
     if before == profile:
         yield
@@ -105,7 +133,7 @@ def selected(profile: str) -> Iterator[None]:
         store.write_bytes(kept, LOCK.read_bytes())
     else:
         kept.unlink(missing_ok=True)
-    store.write_json(marker, {"before": before, "running": profile})
+    store.write_json(_MARKER, {"before": before, "running": profile})
     world = (_read_lock(kept) or {}).get(WORLD)
     _write_lock(world, _read_lock(_profile_lock(profile)) or {})
     _set_profile(profile)
@@ -166,20 +194,64 @@ def _dvc(force: bool) -> int:
             store.write_text(local, "[core]\n    no_scm = true\n")
     import logging
 
+    import psutil
+
+    logging.getLogger("dvc").setLevel(logging.WARNING)
+    # in the main thread DVC would be deaf to Ctrl-C until its stage ends
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(_run_stages, force).result()
+        except KeyboardInterrupt:
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    child.kill()
+            raise
+
+
+def _run_stages(force: bool) -> int:
     from dvc.exceptions import DvcException, ReproductionError
     from dvc.repo import Repo
 
-    logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
         with Repo(str(paths.ROOT)) as repo:
+            if not force:
+                _refuse_rebuilding(repo.status([WORLD]).get(WORLD, []))
             return len(repo.reproduce(force=force))
     except ReproductionError as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
+        if re.search(r"exited with (-9|137)\b", cause):
+            cause += ", killed from outside, most likely for want of memory"
         raise ResearchError(
             f"the chain stopped: {error}{cause}; finished stages are kept."
         ) from error
     except DvcException as error:
-        raise ResearchError(f"DVC stopped: {error}") from error
+        raise ResearchError(f"DVC stopped: {' '.join(str(error).split())}") from error
+
+
+def _refuse_rebuilding(status: list) -> None:
+    """Say why DVC would build the toy models anew: an hour's work is asked for, no side effect."""
+    found = (each for each in status if isinstance(each, dict))
+    changed = {kind: what for each in found for kind, what in each.items()}
+    known = (_read_lock(LOCK) or {}).get(WORLD)
+    if not status or not (known or paths.EMBEDDED.exists()):
+        return
+    if changed.get("changed outs"):
+        folders = sorted(path.parent for path in paths.EMBEDDED.rglob(store.CHECKSUMS))
+        for folder in folders:
+            store.verified(folder)
+        for path in filter(Path.is_file, sorted(paths.EMBEDDED.rglob("*"))):
+            owned = any(path.is_relative_to(folder) for folder in folders)
+            if not owned and not store.LEFT_BEHIND.search(paths.relative(path)):
+                raise ResearchError(
+                    f"{paths.relative(path)} is no part of the toy models; move it away."
+                )
+        raise ResearchError(
+            f"data/embedded is not what dvc.lock names; `git checkout data/embedded`, or {_ASK}"
+        )
+    raise ResearchError(
+        f"what data/embedded is made from changed ({', '.join(changed.get('changed deps', status))}"
+        f"); {_ASK}"
+    )
 
 
 # what was known before

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sae_research import config, dependencies, notebooks, paths, store
+from sae_research.errors import ResearchError
 
 FILE = paths.ROOT / "dvc.yaml"
 _HEAD = """\
@@ -30,13 +31,16 @@ _REAL = "real_model"
 
 def read_outputs(profile: str) -> dict[str, list[Path]]:
     """The stages of dvc.yaml with what each declares to write in a profile."""
-    import yaml
-
     found = {}
-    for name, stage in yaml.safe_load(FILE.read_text(encoding="utf-8"))["stages"].items():
-        declared = [*stage.get("outs", []), *stage.get("metrics", [])]
-        given = [out if isinstance(out, str) else next(iter(out)) for out in declared]
-        found[name] = [paths.ROOT / out.replace("${profile}", profile) for out in given]
+    try:
+        for name, stage in config.read_yaml(FILE)["stages"].items():
+            declared = [*stage.get("outs", []), *stage.get("metrics", [])]
+            given = [out if isinstance(out, str) else next(iter(out)) for out in declared]
+            found[name] = [paths.ROOT / out.replace("${profile}", profile) for out in given]
+    except (AttributeError, KeyError, TypeError, StopIteration) as error:
+        raise ResearchError(
+            "dvc.yaml is damaged; write it anew with `python -m sae_research stages --write`."
+        ) from error
     return found
 
 
@@ -72,10 +76,10 @@ def make_stages() -> dict[str, dict]:
 def _world() -> dict:
     files = dependencies.source_files([ast.parse("import sae_research.world.build")])
     return {
-        "desc": "the toy models and their SAEs; about an hour, only if their code changed",
+        "desc": "the toy models and their SAEs; about an hour, only if asked for",
         "cmd": "python -m sae_research world --build",
         "deps": [*list_dependencies(files), dependencies.relative(dependencies.PINS)],
-        "outs": [{"data/embedded": {"cache": False, "persist": True}}],
+        "outs": [_kept("data/embedded")],
     }
 
 
@@ -126,8 +130,8 @@ def _ledger(study: str) -> str:
 
 
 def _kept(path: str) -> dict:
-    """An output that git keeps, not DVC's cache."""
-    return {path: {"cache": False}}
+    """An output that git keeps, not DVC's cache, which would remove it before its stage runs."""
+    return {path: {"cache": False, "persist": True}}
 
 
 def _settings_blocks(code: Iterable[ast.AST], study: str) -> list[str]:

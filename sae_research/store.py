@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     import torch
 
 CHECKSUMS = "checksums.json"
+LEFT_BEHIND = re.compile(r"(^|/)\.|~$")
+"""Names of what editors and file managers leave in a folder."""
 _PARTIAL = ".partial-"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What the system says where nothing more can be written."""
 
 
 def sha256(path: Path) -> str:
@@ -110,13 +113,13 @@ def writing(folder: Path) -> Iterator[Path]:
         _replace(partial, folder)
     except OSError as error:
         # the block may also read files or the network: only failed writing is explained here
-        if error.errno in _FULL or str(error.filename or "").startswith(str(partial)):
+        if error.errno in FULL or str(error.filename or "").startswith(str(partial)):
             raise _explain(error.strerror or str(error), folder) from error
         raise
     except Exception as error:
         # how safetensors hands the system's error on
         code = re.search(r"os error (\d+)", str(error))
-        if code and int(code[1]) in _FULL:
+        if code and int(code[1]) in FULL:
             raise _explain(os.strerror(int(code[1])), folder) from error
         raise
     finally:
@@ -138,6 +141,25 @@ def _replace(partial: Path, folder: Path) -> None:
     _remove(old)
 
 
+def install(new: Path, place: Path) -> None:
+    """Put a copy of a file or folder in place of what was there, at once."""
+    if new.is_file():
+        write_bytes(place, new.read_bytes())
+        return
+    partial = _partial(place)
+    try:
+        _recover(place)
+        partial.mkdir(parents=True)
+        for path in new.rglob("*"):  # shutil.copytree hides the system's reason in a list
+            target = partial / path.relative_to(new)
+            target.mkdir() if path.is_dir() else shutil.copyfile(path, target)
+        _replace(partial, place)
+    except OSError as error:
+        raise _explain(error.strerror or str(error), place) from error
+    finally:
+        _remove(partial)
+
+
 def verified(folder: Path, remedy: str = "run `make reproduce` to make it.") -> Path:
     """Return `folder` after checking every checksum; name the first file that does not match."""
     folder = Path(folder)
@@ -146,9 +168,15 @@ def verified(folder: Path, remedy: str = "run `make reproduce` to make it.") -> 
         raise ResearchError(f"{relative(folder)} is missing or incomplete; {remedy}")
     again = f"delete {relative(folder)} and run again."
     try:
-        sums = dict(json.loads((folder / CHECKSUMS).read_text()))
-    except (TypeError, ValueError) as error:
-        raise ResearchError(f"{relative(folder / CHECKSUMS)} is damaged; {again}") from error
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        sums = None
+    if not isinstance(sums, dict) or not sums:
+        raise ResearchError(f"{relative(folder / CHECKSUMS)} is damaged; {again}")
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in sums and not LEFT_BEHIND.search(name):
+            raise ResearchError(f"{relative(path)} is no part of {relative(folder)}; move it away.")
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():

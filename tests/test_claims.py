@@ -311,6 +311,13 @@ def test_numbers_of_numpy_become_plain_ones():
             "lacks",
         ),
         ({"rule": "above 0"}, "block"),
+        ({"rule": {"expect": ["above"], "threshold": 0}}, "unknown expectation"),
+        ({"rule": {"expect": "above", "threshold": 10**400}}, "one number"),
+        ({"rule": {"expect": "above", "threshold": float("nan")}}, "one number"),
+        ({"rule": {"expect": "above", "threshold": 0, "control": {"name": ""}}}, "`name` must be"),
+        ({"statement": None}, "`statement` must be"),
+        ({"statement": " "}, "`statement` must be"),
+        ({"needs": True}, "`needs` must be"),
         ({"unit": ""}, "lacks `unit`"),
         ({"family": ""}, "lacks `family`"),
         ({"no_control": ""}, "one of a `control`"),
@@ -330,6 +337,16 @@ def test_a_mistake_in_a_stated_claim_is_named(change, says):
     }
     with pytest.raises(ResearchError, match=says):
         claim_rules.parse("s", {**given, **change})
+
+
+@pytest.mark.parametrize(
+    "twice", ["s: []\ns: []\n", "s:\n- {id: s.a, rule: {expect: above}, id: s.b}"]
+)
+def test_a_study_or_a_field_stated_twice_is_refused(twice, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CLAIMS", tmp_path / "claims.yaml")
+    (tmp_path / "claims.yaml").write_text(twice)
+    with pytest.raises(ResearchError, match=r"claims.yaml cannot be read \(line 2: .* twice\)"):
+        claim_rules.load_claims()
 
 
 def test_every_claim_of_the_repository_is_stated_well_and_once():

@@ -159,3 +159,66 @@ def test_numbers_without_a_point_are_read_as_numbers(tmp_path, monkeypatch):
         "profile: a\nprofiles: {a: {opinion_qa: {training: {lr: 1e-4}}}}\n"
     )
     assert config.load().opinion_qa.training.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("study", "given", "words"),
+    [
+        ("runtime", {"seeds": 0}, "'a.seeds' must be at least 1"),
+        ("runtime", {"threads": 0}, "'a.threads' must be at least 1"),
+        ("runtime", {"threads": 100_000}, "'a.threads'"),
+        ("runtime", {"device": "gpu"}, "'a.device'"),
+        ("runtime", {"dtype": "float8"}, "unknown choice 'float8' in a.dtype"),
+        ("runtime", {"n_jobs": -2}, "'a.n_jobs' must be at least -1"),
+        ("side_effects", {"n_features": -2}, "'a.n_features' must be at least 1"),
+        ("side_effects", {"n_contexts": 0}, "'a.n_contexts' must be at least 1"),
+        ("side_effects", {"n_downstream_latents": 0}, "'a.n_downstream_latents' must be"),
+        ("side_effects", {"contexts_per_bucket": 0}, "'a.contexts_per_bucket' must be"),
+        ("side_effects", {"n_features": 10**30}, "'a.n_features' must be"),
+        ("side_effects", {"frequency_band": [0.5, 0.1]}, "`frequency_band` must be two numbers"),
+        ("side_effects", {"holdout_fraction": 1.5}, "'a.holdout_fraction'"),
+        ("side_effects", {"tau": float("nan")}, "'a.tau'"),
+        ("side_effects", {"dose": float("inf")}, "'a.dose'"),
+        ("opinion_qa", {"training": {"steps": 0}}, "'a.training.steps' must be at least 1"),
+        ("opinion_qa", {"ranks": [1, -1]}, "'a.ranks' must be at least 0"),
+        ("meta_saes", {"k": 30_000.0}, "`k` must be below `d_sae`"),
+        ("meta_saes", {"meta_d_sae": 30_000}, "`meta_d_sae` must be below `d_sae`"),
+        ("specialized_saes", {"main_l0": 7}, "7 is not among its `l0s`"),
+        ("specialized_saes", {"latents": 10}, "more active latents than the 10"),
+    ],
+)
+def test_a_number_out_of_range_or_at_odds_with_another_is_refused(study, given, words):
+    with pytest.raises(ResearchError) as caught:
+        config.build(config.block_classes()[study], given, "a")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("profile: a\nprofiles: {a: {world: {}, world: {}}}\n", "line 2: 'world' is no key, or"),
+        ("profile: a\nprofile: b\nprofiles: {a: {}}\n", "line 2: 'profile' is no key, or"),
+        ("profile: a\nprofiles: {a: [1]}\n", "'profiles.a' in params.yaml must be a block"),
+        ("profile: a\nprofiles: {a: {world: 0}}\n", "must be a block of settings, not 0"),
+        ("profile: a\nprofiles: {a: &x {world: {seeds: *x}}}\n", "params.yaml"),
+        ("profiles: {a: {}}\n", "unknown profile 'None'"),
+        ("profile: a\nprofiles: {a: {world: {seeds: 2020-13-01}}}\n", "cannot be read (month"),
+        ("[" * 5_000, "params.yaml cannot be read"),
+    ],
+)
+def test_a_damaged_file_of_settings_is_one_sentence(text, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "PARAMS", tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ResearchError) as caught:
+        config.load()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_keys_are_words_and_a_merged_block_may_be_overruled(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text("a: &a {x: 1, on: 2}\nb: {<<: *a, x: 3, 1e9: 4}\n")
+    assert config.read_yaml(path)["b"] == {"x": 3, "on": 2, "1e9": 4}
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ResearchError, match=r"some.yaml cannot be read"):
+        config.read_yaml(path)

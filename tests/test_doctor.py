@@ -141,9 +141,12 @@ def test_the_readers_data_is_looked_for(tmp_path):
 class _Hub(BaseHTTPRequestHandler):
     status = 200
 
-    def do_HEAD(self):
+    body = b'{"model_type": "gpt2"}'
+
+    def do_GET(self):
         self.send_response(self.status)
         self.end_headers()
+        self.wfile.write(self.body)
 
     def log_message(self, *_):
         pass
@@ -159,13 +162,14 @@ def test_the_hub_is_asked_and_its_answer_is_told():
         assert (
             machine.hub_problem(address) == f"the hub (127.0.0.1:{server.server_port} answers 503)"
         )
+        _Hub.status, _Hub.body = 200, b"<html>Log in to this network</html>"
+        assert "answers with a page" in machine.hub_problem(address)
         assert "HF_HUB_OFFLINE" in machine.hub_problem(address, offline=True)
     finally:
-        _Hub.status = 200
         server.shutdown()
         server.server_close()
     assert "does not answer" in machine.hub_problem(address, timeout=1)
-    assert "does not answer" in machine.hub_problem("not an address")
+    assert "without https://" in machine.hub_problem("not an address")
 
 
 def test_gpus_are_read_from_the_drivers_tool(tmp_path, monkeypatch):

@@ -95,10 +95,12 @@ def test_a_notebook_stage_has_the_common_form(name):
     assert stage["cmd"] == f"python -m sae_research run {name} --profile ${{profile}}"
     assert f"notebooks/{name}.ipynb" in stage["deps"]
     assert f"data/${{profile}}/runs/{name}.json" in stage["outs"]
-    assert {f"notebooks/executed/${{profile}}/{name}.ipynb": {"cache": False}} in stage["outs"]
+    kept = {"cache": False, "persist": True}  # DVC would remove it before the stage runs
+    assert {f"notebooks/executed/${{profile}}/{name}.ipynb": kept} in stage["outs"]
     for out in [*stage["outs"], *stage.get("metrics", [])]:
         path = out if isinstance(out, str) else next(iter(out))
-        cached = isinstance(out, str) or out[path].get("cache", True)
+        cached = isinstance(out, str)
+        assert cached or out[path] == kept
         assert cached == ("/runs/" in path or path.endswith("/artefacts")), f"{name}: {path}"
 
 

@@ -137,6 +137,19 @@ def test_normalised_copies_of_two_runs_are_equal():
     assert len(first.cells[1].outputs) == 2
 
 
+def test_errors_and_data_name_no_folder_of_this_machine():
+    where = f"{paths.ROOT}/data/x at 0x7f12ab34cd56"
+    error = nbformat.v4.new_output("error", ename="E", evalue=where, traceback=[where])
+    data = {"application/json": {where: [where, 1]}, "image/png": where}
+    shown = nbformat.v4.new_output("display_data", data)
+    cell = nbformat.v4.new_code_cell("x", outputs=[error, shown])
+    made = notebooks.normalised(nbformat.v4.new_notebook(cells=[cell]), "cpu")
+    error, shown = made.cells[0].outputs
+    plain = "data/x at 0x0"
+    assert (error.evalue, error.traceback) == (plain, [plain])
+    assert shown.data == {"application/json": {plain: [plain, 1]}, "image/png": where}
+
+
 def test_an_unknown_notebook_names_the_nearest():
     with pytest.raises(ResearchError, match="did you mean '90_claims'"):
         notebooks.run("90_claim", "cpu")

@@ -101,7 +101,7 @@ def test_a_study_is_added_in_four_steps(tiny):
     assert {f"notebooks/executed/smoke/{name}.ipynb" for name in CHAIN} < set(tiny.results)
     assert re.search(r"tiny.draws.mean .*reproduced", tiny.first)
     assert re.search(r"tiny.draws.real .*not testable here", tiny.first)
-    assert (tiny.root / "data/embedded/world.txt").exists()
+    assert (tiny.root / "data/embedded/tiny/world.txt").exists()
 
 
 def test_another_profile_leaves_the_default_one_as_it_was(tiny):
@@ -219,6 +219,7 @@ def test_results_from_a_zip_without_git_are_the_same_in_another_folder(tiny, tmp
     names = {
         *tiny.call("git", "ls-files").split(),
         *tiny.results,
+        *tiny.files("data/embedded/**/*"),
         "data/smoke/dvc.lock",
         "dvc.lock",
     }

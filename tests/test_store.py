@@ -52,7 +52,8 @@ def test_a_failing_block_changes_nothing_and_keeps_its_own_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncate", "alter", "delete", "checksums", "list", "no checksums"]
+    "damage",
+    ["truncate", "alter", "delete", "checksums", "list", "pairs", "none", "stray", "no checksums"],
 )
 def test_damage_is_detected_and_the_file_named(tmp_path, damage):
     folder = make(tmp_path / "art")
@@ -67,11 +68,20 @@ def test_damage_is_detected_and_the_file_named(tmp_path, damage):
         os.truncate(folder / "checksums.json", 20)
     elif damage == "list":
         (folder / "checksums.json").write_text("[1, 2]")
+    elif damage == "pairs":
+        (folder / "checksums.json").write_text("[[1, 2]]")
+    elif damage == "none":
+        (folder / "checksums.json").write_text("{}")
+    elif damage == "stray":
+        (folder / ".DS_Store").write_text("left by a file manager")
+        assert store.verified(folder) == folder
+        (folder / "deep" / "mine.txt").write_text("mine")
     else:
         (folder / "checksums.json").unlink()
     named = {
         "checksums": "checksums.json is damaged",
-        "list": "checksums.json is damaged",
+        **dict.fromkeys(("list", "pairs", "none"), "checksums.json is damaged"),
+        "stray": "mine.txt is no part of",
         "no checksums": "art",
     }
     with pytest.raises(ResearchError, match=named.get(damage, "b.bin")):

@@ -104,6 +104,18 @@ def test_opinion_qa_sorts_options_weights_respondents_and_leaves_refusals_out(op
             "__import__('os')",
             r"metadata.csv, line 2: .* is not a list",
         ),
+        ("metadata.csv", "'Female'", "['Female']", r"metadata.csv, line 2: a group of 'SEX' is no"),
+        ("metadata.csv", "[", "[{[]: 1}, ", r"metadata.csv, line 2: .* is not a list"),
+        ("info.csv", "INDUSTRY_W27", "CARS_W27", r"info.csv: 'CARS_W27' has two rows"),
+        ("info.csv", "'Fewer'", "'More'", r"info.csv, line 2: an option stands twice"),
+        ("info.csv", "[1, 1, 1]", "[1, 1, 1e999]", r"info.csv, line 3: 'ordinal' must hold num"),
+        ("info.csv", "[1, 1, 1]", f"[1, 1, 1{'0' * 400}]", r"info.csv, line 3: 'ordinal' must"),
+        ("info.csv", "[1, 1, 1]", "[1, 1, '2']", r"info.csv, line 3: 'ordinal' must hold num"),
+        ("info.csv", "Where do", f"{'x' * 140_000}Where do", r"info.csv, line \d: field larger"),
+        ("responses.csv", "Farm,2.0", "Farm,1e300", r"responses.csv, line 2: 'WEIGHT_W27' is"),
+        ("responses.csv", "Farm,2.0", "Farm,2.0,9", r"responses.csv, line 2: the row has more"),
+        ("responses.csv", "Male,More", '"Male,More', r"responses.csv, line \d+: unexpected end"),
+        ("responses.csv", "Mill,1.0", "Mill,0", r"'Female' who answered 'INDUSTRY_W27' .* of 0"),
     ],
 )
 def test_damage_to_opinion_qa_is_named_by_file_line_and_reason(opinion_qa, file, old, new, reason):
@@ -151,6 +163,12 @@ def test_whole_waves_are_kept_for_the_test_and_families_stay_together():
     assert [q.split for q in again.questions] != splits.tolist()
 
 
+@pytest.mark.parametrize("waves", [[], [27, 27]])
+def test_no_wave_and_the_same_wave_twice_are_refused(opinion_qa, waves):
+    with pytest.raises(ResearchError, match=r"OpinionQA(:| holds) "):
+        published.load_opinion_qa(opinion_qa, waves)
+
+
 def test_a_missing_wave_is_named(opinion_qa):
     with pytest.raises(ResearchError, match=r"info.csv cannot be read"):
         published.load_opinion_qa(opinion_qa, [92])
@@ -170,6 +188,20 @@ def test_pew_data_is_never_written_where_git_would_pick_it_up(tmp_path):
         assert published.writable(ROOT / place, "GSS") == ROOT / place
     assert published.writable(tmp_path / "pew.csv", "OpinionQA") == (tmp_path / "pew.csv").resolve()
     assert published.writable(ROOT / "data" / "scratch" / "pew.csv", "SubPOP")
+    for spelling in ("opinionqa", "Opinion QA", "ATP", "American Trends Panel", "Pew, wave 92"):
+        with pytest.raises(ResearchError, match="may not be redistributed"):
+            published.writable(ROOT / "pew.csv", spelling)
+
+
+def test_pew_data_is_kept_from_a_repository_around_an_unpacked_archive(tmp_path, monkeypatch):
+    inside = tmp_path / "thesis" / "sae_research"
+    inside.mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", str(tmp_path / "thesis")], check=True)
+    (tmp_path / "thesis" / ".gitignore").write_text("scratch/\n")
+    monkeypatch.setattr(published, "ROOT", inside)
+    with pytest.raises(ResearchError, match="may not be redistributed"):
+        published.writable(inside / "pew.csv", "OpinionQA")
+    assert published.writable(inside / "scratch" / "pew.csv", "OpinionQA")
 
 
 def test_artefacts_may_hold_it_while_they_are_written_too(tmp_path, monkeypatch):

@@ -131,6 +131,18 @@ def test_a_group_without_answers_to_every_question_is_named_and_left_out(tmp_pat
         (WIDE, {"attributes": ["party"], "options": {"tax": ["no", "aye"]}}, "line 2: 'yes' is no"),
         (WIDE.replace("red,2", "red,-2"), {"attributes": ["party"]}, "line 2: 'weight' is '-2'"),
         (LONG + "1,tax,no,red,2\n", {}, "line 9: this respondent has answered the question before"),
+        (LONG + "4,tax,no,red,3\n", {}, "line 9: this respondent had another 'party' before"),
+        (LONG, {"questions": ["tacks"]}, "unknown question 'tacks' in .*did you mean 'tax'"),
+        (LONG, {"options": {"tax": ["no", "yes", "no"]}}, "an option stands twice"),
+        ("party,tax,tax\nred,no,no\n", {"attributes": ["party"]}, "column 'tax' stands twice"),
+        ("party,tax\nred,no,1\n", {"attributes": ["party"]}, "line 2: the row has more cells"),
+        ("party,tax\nred,1\nred,nan\n", {"attributes": ["party"]}, "'tax' .* are no scale"),
+        ("party,tax\nred,1\nred,1.0\n", {"attributes": ["party"]}, "the same number"),
+        (
+            "respondent,party,tax\n1,red,no\n1,red,yes\n",
+            {"attributes": ["party"]},
+            "line 3: this respondent stands in a row before",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_sentence_that_names_the_layouts(tmp_path, text, given, reason):
@@ -144,10 +156,21 @@ def test_what_is_wrong_is_one_sentence_that_names_the_layouts(tmp_path, text, gi
     ("wrong", "reason"),
     [
         ({"counts": "[5, 3"}, "'counts' holds .* not a list"),
-        ({"counts": "[5, 5]"}, "3 options, 3 ordinals and 2 counts"),
+        ({"counts": "[5, 5]"}, "3 options and 2 counts"),
         ({"counts": "[5, -3, 8]"}, "numbers of at least 0"),
         ({"counts": "[0, 0, 0]", "n": "0"}, "not all 0"),
         ({"ordinal": "[1, 1, 2]"}, "different numbers"),
+        ({"ordinal": "[1, 2, 1e999]"}, "'ordinal' must hold numbers"),
+        ({"ordinal": '["2", "3", "10"]'}, "'ordinal' must hold numbers"),
+        ({"counts": "[5, 1e999, 2]"}, "numbers of at least 0"),
+        ({"counts": f"[5, 1{'0' * 400}, 2]"}, "numbers of at least 0"),
+        ({"options": '["More", "More", "Less"]'}, "an option stands twice"),
+        ({"options": '["More", ["Same"], "Less"]'}, "an option is no text"),
+        ({"options": '["More"]', "ordinal": "[1]", "counts": "[1]"}, "from 2 to 26"),
+        ({"group": "Male", "n": "0"}, "'n' is '0', not a number of at least 1"),
+        ({"group": "Male", "n": "-5"}, "'n' is '-5'"),
+        ({"group": "Male", "n": "1e300"}, "'n' is '1e300'"),
+        ({"group": " "}, "'group' is empty"),
         ({"group": "Male", "n": "many"}, "'n' is 'many'"),
         ({}, "appears twice"),
         ({"group": "Male", "options": '["A", "B", "C"]'}, "another wording or other options"),
@@ -158,6 +181,20 @@ def test_a_malformed_row_is_named_by_file_line_and_reason(tmp_path, wrong, reaso
     with pytest.raises(ResearchError, match=reason) as error:
         sr.load_survey(path)
     assert "poll.csv, line 3:" in str(error.value)
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u0085", "\f", "\x1e"])
+def test_only_ends_of_lines_end_a_row(tmp_path, end):
+    table = counts_csv(tmp_path / "t.csv", {**GOOD, "question": f"Space{end}or sea?"})
+    assert sr.load_survey(table).questions[0].text == f"Space{end}or sea?"
+
+
+def test_groups_and_attributes_that_are_not_there_are_named(tmp_path):
+    table = counts_csv(tmp_path / "t.csv", GOOD)
+    with pytest.raises(ResearchError, match="unknown attribute 'sexx'"):
+        sr.load_survey(table, attributes=["sexx"])
+    with pytest.raises(ResearchError, match=r"unknown question 'spice' .*did you mean 'space'"):
+        sr.load_survey(table, questions=["space", "spice"])
 
 
 def test_a_missing_file_is_named(tmp_path):

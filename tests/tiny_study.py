@@ -127,7 +127,8 @@ from sae_research import paths, store
 
 def build() -> None:
     """Write it."""
-    store.write_text(paths.EMBEDDED / "world.txt", "a small world\\n")
+    with store.writing(paths.EMBEDDED / "tiny") as folder:
+        (folder / "world.txt").write_text("a small world\\n")
 '''
 
 

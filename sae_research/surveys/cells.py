@@ -7,6 +7,7 @@ import numpy as np
 
 from sae_research.errors import ResearchError
 from sae_research.surveys.survey import OVERALL, Group, Question, Survey
+from sae_research.surveys.tables import LARGEST
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,24 @@ class Cell:
     """Share of each option, in the order of the question's options."""
     respondents: int | None
     """How many answered; None where the source does not say."""
+
+
+MOST_OPTIONS = 26
+"""Options are lettered, so no question can have more."""
+
+
+def find_flaw(options: Sequence[object], ordinal: Sequence[object]) -> str:
+    """Why these cannot be a question's options with their ordinals; empty if they can."""
+    if not 2 <= len(options) == len(ordinal) <= MOST_OPTIONS:
+        counts = f"{len(options)} options and {len(ordinal)} ordinals"
+        return f"{counts}; there must be equally many, from 2 to {MOST_OPTIONS}"
+    if not all(type(o) in (str, int, float) and str(o).strip() for o in options):
+        return f"an option is no text: {str(options)[:80]}"
+    if len(set(map(str, options))) < len(options):
+        return f"an option stands twice: {str(options)[:80]}"
+    if not all(type(o) in (int, float) and -LARGEST <= o <= LARGEST for o in ordinal):
+        return f"'ordinal' must hold numbers: {str(ordinal)[:80]}"
+    return ""
 
 
 def make_question(
@@ -44,11 +63,20 @@ def assemble(cells: Sequence[Cell], source: str) -> Survey:
 
     The population is the group `Overall`, or the mean of the groups where the source has none.
     """
-    questions = {c.question.key: c.question for c in cells}
-    width = max(q.n_options for q in questions.values())
+    if not cells:
+        raise ResearchError(f"{source} holds no answers; load at least one question, wave or file.")
+    questions: dict[str, Question] = {}
     found: dict[tuple[str, str], dict[str, Cell]] = {}
     for cell in cells:
-        found.setdefault((cell.attribute, cell.group), {})[cell.question.key] = cell
+        key = cell.question.key
+        row = found.setdefault((cell.attribute, cell.group), {})
+        if key in row or questions.setdefault(key, cell.question) != cell.question:
+            raise ResearchError(
+                f"{source}: question '{key}' appears twice for group '{cell.group}', or with "
+                "another wording or other options; give each question a key of its own."
+            )
+        row[key] = cell
+    width = max(q.n_options for q in questions.values())
     full = {name: row for name, row in found.items() if len(row) == len(questions)}
     tables = {
         name: np.stack([_pad(row[q].shares, width) for q in questions])

@@ -16,21 +16,28 @@ are people who were not asked or did not answer. `weight` is a respondent's surv
 """  # noqa: E501 - the table
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sae_research.errors import ResearchError
+from sae_research.errors import ResearchError, unknown
 from sae_research.paths import relative
-from sae_research.surveys.cells import Cell, assemble, make_question
+from sae_research.surveys.cells import MOST_OPTIONS, Cell, assemble, find_flaw, make_question
 from sae_research.surveys.survey import OVERALL, Question, Survey
-from sae_research.surveys.tables import Row, malformed, parse_literal, parse_number, read_rows
+from sae_research.surveys.tables import (
+    LARGEST,
+    Row,
+    malformed,
+    parse_literal,
+    parse_number,
+    read_rows,
+)
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 COUNTS = ("qkey", "attribute", "group", "question", "options", "counts")
 LONG = ("respondent", "question", "answer")
@@ -40,8 +47,6 @@ LAYOUTS = (
     "respondent (one column per question; name the attribute columns: "
     "`load_survey(path, attributes=['gender'])`)."
 )
-MOST_OPTIONS = 26
-"""Options are lettered, so no question can have more."""
 
 
 def load_survey(
@@ -66,6 +71,8 @@ def load_survey(
     rows = read_rows(path, layout=LAYOUTS)
     columns = list(rows[0][1])
     if set(COUNTS) <= set(columns):
+        _check_names("question", questions, (row["qkey"] for _, row in rows), path)
+        _check_names("attribute", attributes, (row["attribute"] for _, row in rows), path)
         wanted = [r for r in rows if not questions or r[1]["qkey"] in questions]
         if attributes:
             wanted = [r for r in wanted if r[1]["attribute"] in (*attributes, OVERALL)]
@@ -82,6 +89,7 @@ def load_survey(
             found = ", ".join(columns[:8])
             raise ResearchError(f"{relative(path)} has the columns {found}. {LAYOUTS}")
         if questions:
+            _check_names("question", questions, answers["question"], path)
             answers = answers[answers["question"].isin(list(questions))]
         wordings = questions if isinstance(questions, Mapping) else {}
         cells = _count_answers(answers, path, attributes, wordings, options or {})
@@ -89,6 +97,13 @@ def load_survey(
         raise ResearchError(f"{relative(path)} holds no answers to the questions. {LAYOUTS}")
     _warn_of_incomplete_groups(cells, path)
     return assemble(cells, relative(path))
+
+
+def _check_names(kind: str, wanted: Iterable[str], present: Iterable[str], path: Path) -> None:
+    present = set(present)
+    for name in wanted:
+        if name not in present:
+            raise unknown(kind, name, present, relative(path))
 
 
 # one row per group and question
@@ -102,6 +117,8 @@ def _read_counts(rows: list[Row], path: Path) -> list[Cell]:
     for line, row in rows:
         if not row["counts"].strip():
             continue
+        if empty := [name for name in COUNTS if not row[name].strip()]:
+            raise malformed(path, line, f"'{empty[0]}' is empty")
         item, counts = _parse_counts(row, path, line)
         if known.setdefault(item.key, item) != item:
             reason = f"question '{item.key}' has another wording or other options than before"
@@ -111,7 +128,7 @@ def _read_counts(rows: list[Row], path: Path) -> list[Cell]:
             reason = f"question '{item.key}' of group '{row['group']}' appears twice"
             raise malformed(path, line, reason)
         n = (row.get("n") or "").strip()
-        respondents = round(parse_number(n, path, line, "n") if n else counts.sum())
+        respondents = round(parse_number(n, path, line, "n", least=1) if n else counts.sum())
         shares = counts / counts.sum()
         cells[place] = Cell(item, row["attribute"], row["group"], shares, max(1, respondents))
         pooled[item.key] = pooled.get(item.key, 0) + counts
@@ -130,15 +147,16 @@ def _parse_counts(row: dict[str, str], path: Path, line: int) -> tuple[Question,
     ordinal = list(range(1, len(options) + 1))
     if (row.get("ordinal") or "").strip():
         ordinal = parse_literal(row["ordinal"], list, path, line, "ordinal")
-    if not 2 <= len(options) == len(ordinal) == len(counts):
-        reason = f"{len(options)} options, {len(ordinal)} ordinals and {len(counts)} counts"
-        raise malformed(path, line, f"{reason}; there must be equally many, at least 2")
-    numeric = all(type(o) in (int, float) for o in ordinal)
-    if not numeric or len(set(ordinal)) not in (1, len(ordinal)):
+    if flaw := find_flaw(options, ordinal):
+        raise malformed(path, line, flaw)
+    if len(set(ordinal)) not in (1, len(ordinal)):
         reason = f"'ordinal' must hold different numbers, or equal ones for no order: {ordinal}"
         raise malformed(path, line, reason)
-    if not all(type(c) in (int, float) and 0 <= c < np.inf for c in counts) or sum(counts) == 0:
-        reason = f"'counts' must be numbers of at least 0, not all 0: {counts}"
+    if len(counts) != len(options):
+        raise malformed(path, line, f"{len(options)} options and {len(counts)} counts")
+    numeric = all(type(c) in (int, float) and 0 <= c <= LARGEST for c in counts)
+    if not numeric or sum(counts) == 0:
+        reason = f"'counts' must be numbers of at least 0, not all 0: {str(counts)[:80]}"
         raise malformed(path, line, reason)
     item, order = make_question(row["qkey"], row["question"], options, ordinal)
     item = replace(item, topic=(row.get("topic") or "").strip())
@@ -153,11 +171,18 @@ def _read_long(rows: list[Row], path: Path, attributes: Sequence[str], weight: s
     frame = _read_people(rows, path, attributes, weight, ("question", "answer"))
     frame["question"] = [row["question"].strip() for _, row in rows]
     frame["answer"] = [row["answer"].strip() for _, row in rows]
-    twice = frame.assign(who=[row["respondent"] for _, row in rows]).duplicated(["who", "question"])
-    if twice.any():
-        line = int(frame["_line"][twice].iloc[0])
-        raise malformed(path, line, "this respondent has answered the question before")
+    people = frame.assign(who=[row["respondent"].strip() for _, row in rows])
+    _refuse(people.duplicated(["who", "question"]), people, path, "has answered the question")
+    for name in attributes:
+        other = people[name] != people.groupby("who")[name].transform("first")
+        _refuse(other, people, path, f"had another '{name}'")
     return frame
+
+
+def _refuse(wrong: "Series", people: "DataFrame", path: Path, reason: str) -> None:
+    if wrong.any():
+        line = int(people["_line"][wrong].iloc[0])
+        raise malformed(path, line, f"this respondent {reason} before")
 
 
 def _read_wide(
@@ -167,6 +192,9 @@ def _read_wide(
     import pandas as pd
 
     people = _read_people(rows, path, attributes, weight, questions)
+    if "respondent" in rows[0][1]:
+        who = pd.Series([row["respondent"].strip() for _, row in rows])
+        _refuse(who.duplicated(), people, path, "stands in a row")
     answers = {name: [row[name].strip() for _, row in rows] for name in questions}
     asked = [people.assign(question=name, answer=given) for name, given in answers.items()]
     return pd.concat(asked, ignore_index=True)
@@ -227,6 +255,8 @@ def _infer_question(
 ) -> Question:
     """A question with the options that are given, or else with those that occur."""
     if options:
+        if flaw := find_flaw(options, range(len(options))):
+            raise ResearchError(f"the options of '{key}': {flaw}.")
         return make_question(key, wording, options, range(len(options)))[0]
     found = sorted(set(answers))
     if not 2 <= len(found) <= MOST_OPTIONS:
@@ -238,6 +268,14 @@ def _infer_question(
         ordinal = [float(answer) for answer in found]
     except ValueError:
         ordinal = [0.0] * len(found)
+    else:
+        flaw = find_flaw(found, ordinal)
+        if flaw or len(set(ordinal)) < len(found):
+            reason = flaw or "two of them are the same number"
+            raise ResearchError(
+                f"the answers to '{key}' ({', '.join(found)}) are no scale: {reason}; "
+                "correct them, or list its `options`."
+            )
     return make_question(key, wording, found, ordinal)[0]
 
 

@@ -4,7 +4,9 @@ Pew's American Trends Panel, which it holds, may not be passed on: `writable` re
 where git would pick it up.
 """
 
+import re
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +15,12 @@ import numpy as np
 
 from sae_research.errors import ResearchError
 from sae_research.paths import ROOT, relative
-from sae_research.surveys.cells import Cell, assemble, make_question
+from sae_research.surveys.cells import Cell, assemble, find_flaw, make_question
 from sae_research.surveys.survey import OVERALL, Question, Survey
 from sae_research.surveys.tables import malformed, parse_literal, parse_number, read_rows
 
-RESTRICTED = ("OpinionQA", "SubPOP")
-"""Sources whose data must stay with the reader."""
+RESTRICTED = ("opinionqa", "subpop", "americantrendspanel", "atp", "pew")
+"""What names of sources hold, in whatever spelling, whose data must stay with the reader."""
 
 
 # OpinionQA
@@ -38,10 +40,8 @@ def load_opinion_qa(folder: Path, waves: Sequence[int]) -> Survey:
             _make_opinion_item(row, place / "info.csv", line, wave)
             for line, row in read_rows(place / "info.csv", _INFO)
         ]
-        attributes = {
-            row["key"]: parse_literal(row["options"], list, place / "metadata.csv", line)
-            for line, row in read_rows(place / "metadata.csv", ("key", "options"))
-        }
+        attributes = _read_attributes(place / "metadata.csv")
+        _refuse_twice([item.key for item, _ in items], place / "info.csv")
         weight = f"WEIGHT_W{wave}"
         needed = (weight, *attributes, *(q.key for q, _ in items))
         people = read_rows(place / "responses.csv", needed)
@@ -59,11 +59,32 @@ def load_opinion_qa(folder: Path, waves: Sequence[int]) -> Survey:
                 if not here.any():
                     continue
                 shares = np.bincount(chosen[here], weights[here], item.n_options)
+                if not shares.any():
+                    raise ResearchError(
+                        f"{relative(responses)}: everybody of group '{name}' who answered "
+                        f"'{item.key}' has a {weight} of 0; correct the weights."
+                    )
                 cells.append(Cell(item, attribute, name, shares / shares.sum(), int(here.sum())))
     return assemble(cells, "OpinionQA")
 
 
 _INFO = ("key", "question", "references", "option_ordinal")
+
+
+def _read_attributes(path: Path) -> dict[str, list[str]]:
+    """The groups of each attribute."""
+    rows = read_rows(path, ("key", "options"))
+    _refuse_twice([row["key"] for _, row in rows], path)
+    found = {row["key"]: parse_literal(row["options"], list, path, line) for line, row in rows}
+    for (line, row), names in zip(rows, found.values(), strict=True):
+        if not all(isinstance(name, str) for name in names):
+            raise malformed(path, line, f"a group of '{row['key']}' is no text")
+    return found
+
+
+def _refuse_twice(keys: Sequence[str], path: Path) -> None:
+    if twice := [key for key, n in Counter(keys).items() if n > 1]:
+        raise ResearchError(f"{relative(path)}: '{twice[0]}' has two rows; remove one.")
 
 
 def _make_opinion_item(
@@ -74,6 +95,8 @@ def _make_opinion_item(
     if not 2 <= len(ordinal) <= len(options):
         counts = f"{len(options)} references but {len(ordinal)} ordinals"
         raise malformed(path, line, f"{counts}; refusals alone may lack one")
+    if flaw := find_flaw(options[: len(ordinal)], ordinal):
+        raise malformed(path, line, flaw)
     item, _ = make_question(row["key"], row["question"], options[: len(ordinal)], ordinal)
     return replace(item, topic=f"wave {wave}"), set(map(str, options[len(ordinal) :]))
 
@@ -98,7 +121,9 @@ def _find_chosen(
 def writable(path: Path, source: str) -> Path:
     """`path`, unless data of `source` may not be passed on and git would pick the file up."""
     path = Path(path).resolve()
-    if source in RESTRICTED and path.is_relative_to(ROOT) and not is_ignored(path):
+    letters = re.sub("[^a-z]", "", source.lower())
+    restricted = any(name in letters for name in RESTRICTED)
+    if restricted and path.is_relative_to(ROOT) and not is_ignored(path):
         raise ResearchError(
             f"{source} holds Pew's American Trends Panel, which may not be redistributed, and git "
             f"would pick {relative(path)} up; write it outside the repository or to a folder that "
@@ -108,8 +133,8 @@ def writable(path: Path, source: str) -> Path:
 
 
 def is_ignored(path: Path) -> bool:
-    """Whether git leaves a path alone; an unpacked archive has no repository."""
-    if not (ROOT / ".git").exists():
+    """Whether git leaves a path alone; an unpacked archive may lie in another repository."""
+    if not any((folder / ".git").exists() for folder in (ROOT, *ROOT.parents)):
         return True
     try:
         ignored, tracked = (

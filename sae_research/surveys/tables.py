@@ -5,8 +5,6 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from sae_research.errors import ResearchError
 from sae_research.paths import relative
 
@@ -17,24 +15,37 @@ Row = tuple[int, dict[str, str]]
 def read_rows(path: Path, columns: Sequence[str] = (), layout: str = "") -> list[Row]:
     """Rows of a csv; a missing column or cell and an empty file are named, with the `layout`."""
     try:
-        # without the byte-order mark that spreadsheets put in front
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        # csv finds ends of lines itself; utf-8-sig drops the mark that spreadsheets put first
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return _read_rows(csv.DictReader(file, strict=True), path, columns, layout)
+    except (OSError, ValueError) as error:  # such as a name with a null character
         raise ResearchError(
             f"{relative(path)} cannot be read ({error}); check the path, and save it as UTF-8 text."
         ) from error
-    if not text.strip():
-        raise ResearchError(f"{relative(path)} is empty; {layout or 'fetch the data set again.'}")
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    header = reader.fieldnames or ()
-    if missing := [column for column in columns if column not in header]:
-        words = f"{relative(path)}, line 1: column '{missing[0]}' is missing. {layout}"
-        raise ResearchError(words.rstrip())
+
+
+def _read_rows(
+    reader: csv.DictReader, path: Path, columns: Sequence[str], layout: str
+) -> list[Row]:
     rows = []
-    for row in reader:
-        if any(row[column] is None for column in columns or header):
-            raise malformed(path, reader.line_num, "the row has fewer cells than the header")
-        rows.append((reader.line_num, row))
+    try:
+        header = list(reader.fieldnames or ())
+        if not "".join(header).strip():
+            words = layout or "fetch the data set again."
+            raise ResearchError(f"{relative(path)} is empty; {words}")
+        where = f"{relative(path)}, line 1: column"
+        if missing := [column for column in columns if column not in header]:
+            raise ResearchError(f"{where} '{missing[0]}' is missing. {layout}".rstrip())
+        if twice := [column for column in header if column and header.count(column) > 1]:
+            raise ResearchError(f"{where} '{twice[0]}' stands twice; rename one. {layout}".rstrip())
+        for row in reader:
+            if None in row or None in row.values():
+                kind = "more" if None in row else "fewer"
+                reason = f"the row has {kind} cells than the header"
+                raise malformed(path, reader.line_num, reason)
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise malformed(path, reader.line_num, str(error)) from error
     if not rows:
         raise ResearchError(f"{relative(path)} has a header but no rows. {layout}".rstrip())
     return rows
@@ -44,7 +55,7 @@ def parse_literal(text: str, kind: type, path: Path, line: int, name: str = "") 
     """A list or dict that was written as JSON or Python text; nothing is executed."""
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         value = None
     if not isinstance(value, kind):
         what = f"'{name}' holds {text[:40]!r}, which" if name else repr(text[:40])
@@ -52,14 +63,19 @@ def parse_literal(text: str, kind: type, path: Path, line: int, name: str = "") 
     return value
 
 
-def parse_number(text: str, path: Path, line: int, name: str) -> float:
-    """A finite number of at least 0."""
+LARGEST = 1e12
+"""No count, weight or value on a scale is larger; beyond it whole numbers lose their digits."""
+
+
+def parse_number(text: str, path: Path, line: int, name: str, least: float = 0) -> float:
+    """A number of at least `least`."""
     try:
         value = float(text)
     except ValueError:
         value = float("nan")
-    if not (np.isfinite(value) and value >= 0):
-        raise malformed(path, line, f"'{name}' is {text!r}, not a number of at least 0")
+    if not least <= value <= LARGEST:
+        reason = f"'{name}' is {text[:40]!r}, not a number of at least {least:g}"
+        raise malformed(path, line, reason)
     return value
 
 

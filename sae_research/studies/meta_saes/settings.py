@@ -3,6 +3,8 @@
 from dataclasses import asdict, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import pydantic
+
 from sae_research.config import settings
 
 if TYPE_CHECKING:
@@ -185,6 +187,13 @@ class Settings:
     """Documents with polysemous words on which senses are scored."""
     vectors: Vectors = field(default_factory=Vectors)
     """The ground of planted directions."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "Settings":
+        for fewer, more in (("k", "d_sae"), ("meta_k", "meta_d_sae"), ("meta_d_sae", "d_sae")):
+            if getattr(self, fewer) >= getattr(self, more):
+                raise ValueError(f"`{fewer}` must be below `{more}`")
+        return self
 
 
 def for_model(given: Settings, model: str) -> Settings:

@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import ClassVar, Literal
 
-from sae_research.config import settings
+from sae_research.config import Share, settings
 
 # names of methods, as tables and figures show them
 DENSE = "dense vector, low rank"
@@ -98,7 +98,7 @@ class LoRATraining:
     """r (SubPOP)."""
     alpha: int = 32
     """Scale: the update is alpha / r times B A (SubPOP)."""
-    dropout: float = 0.05
+    dropout: Share = 0.05
     """Dropout on what enters the adapters (SubPOP)."""
     lr: float = 2e-4
     """Peak learning rate, with a cosine to zero (SubPOP)."""

@@ -2,7 +2,9 @@
 
 from typing import ClassVar, Literal
 
-from sae_research.config import settings
+import pydantic
+
+from sae_research.config import Share, settings
 
 
 @settings
@@ -61,7 +63,7 @@ class Settings:
     min_eligible_features: int | None = None
     """If set, an SAE with fewer eligible features than `n_features` but at least this many has all
     of them steered."""
-    frequency_band: tuple[float, float] = (0.002, 0.5)
+    frequency_band: tuple[Share, Share] = (0.002, 0.5)
     """Final-token firing frequencies between which a feature is eligible."""
     contexts_per_bucket: int = 16
     """Contexts per feature from each of three buckets: most active, least active, random."""
@@ -71,7 +73,7 @@ class Settings:
     """A downstream latent counts as moved if its activation changes by more than this."""
     tau_multiples: tuple[float, ...] = (0.2, 0.4, 2.0, 4.0)
     """Further thresholds, as multiples of the first (the replication's .01 to .2)."""
-    tau_quantile: float | None = None
+    tau_quantile: Share | None = None
     """If set, tau is the change that this fraction of downstream latents exceeds (an upper
     quantile), in place of `tau`."""
     dose: float = 1.0
@@ -83,9 +85,9 @@ class Settings:
     """Further doses, as multiples of the first."""
     selector: str = "full_no_magnitude"
     """Predictor set that screens (published: this one, but geometry_only for GPT-2)."""
-    holdout_fraction: float = 0.4
+    holdout_fraction: Share = 0.4
     """Fraction of the features that screening chooses from, unseen in training."""
-    effect_quantiles: tuple[float, float] = (0.1, 0.9)
+    effect_quantiles: tuple[Share, Share] = (0.1, 0.9)
     """Quantiles of the predicted effect size between which held-out features are kept, so that
     groups are matched in effect size."""
     group_size: int = 50
@@ -103,3 +105,11 @@ class Settings:
     output_score_prompt: str = "From my experience,"
     """Prompt of the output score (Arad et al. 2025); toy models use the beginning of their first
     context."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "Settings":
+        for name in ("frequency_band", "effect_quantiles"):
+            low, high = getattr(self, name)
+            if low >= high:
+                raise ValueError(f"`{name}` must be two numbers, the smaller first")
+        return self

@@ -5,6 +5,8 @@ the precursor (Drori 2024, jacobcd52/specialised-SAEs).
 from dataclasses import asdict, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import pydantic
+
 from sae_research.config import settings
 from sae_research.tilt import Tilt
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 @settings
 class Training:
     """How an SAE is trained, as `training.SAETraining`."""
+
+    MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("warmup_steps",)
 
     steps: int = 2_000
     """Training steps."""
@@ -89,6 +93,8 @@ class Shift:
 @settings
 class Synthetic:
     """The tier of vectors that are sums of known directions (SAELens' generators)."""
+
+    MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("vectors",)
 
     d: int = 64
     """Dimensions."""
@@ -218,6 +224,18 @@ class Settings:
     """The tier of synthetic vectors."""
     shift: Shift = field(default_factory=Shift)
     """The bias case study."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "Settings":
+        main = ((self.main_l0, "l0s"), (self.main_penalty, "penalties"))
+        for value, name in (*main, *((tilt, "tilts") for tilt in self.paper_tilts)):
+            if value not in getattr(self, name):
+                raise ValueError(f"{value!r} is not among its `{name}`")
+        if max(self.l0s) > self.latents:
+            raise ValueError(
+                f"`l0s` asks for more active latents than the {self.latents} there are"
+            )
+        return self
 
     def describe(self) -> str:
         """Models and text of a run: domain, second register, and what is known of them."""
