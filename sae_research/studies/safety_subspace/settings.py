@@ -23,6 +23,8 @@ METHODS = (
 class Theory:
     """Recovery of planted features; the sizes are ours."""
 
+    MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("seeds",)
+
     seeds: int = 10
     """Planted worlds of every setting."""
     samples: int = 30_000
@@ -38,6 +40,7 @@ class Settings:
     """Study 5: fine-tuning inside a subspace that SAE features span."""
 
     ORDER: ClassVar[int] = 5
+    MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("benign_steps", "n_retrained")
     RENAMED: ClassVar[dict[str, str]] = {"subjects": "models"}
 
     models: tuple[str, ...] = ("gemma-2-2b", "gemma-2-9b", "llama-3.1-8b")
