@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_research import store
+from sae_research import paths, store
 from sae_research.errors import ResearchError, unknown
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def save(figure: "Figure", folder: Path, name: str) -> Path:
         content = buffer.getvalue()
         if kind == "svg":
             content = _without_last_digits(content)
-        store.write_bytes(Path(folder) / f"{name}.{kind}", content)
+        store.write_bytes(paths.aside(Path(folder)) / f"{name}.{kind}", content)
     return Path(folder) / f"{name}.png"
 
 

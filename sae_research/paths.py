@@ -29,8 +29,8 @@ def artefacts(profile: str, study: str) -> Path:
 
 
 def figures(profile: str, study: str) -> Path:
-    """Folder to draw a study's figures into."""
-    return aside(ROOT / "figures" / profile / study)
+    """Folder of a study's figures."""
+    return ROOT / "figures" / profile / study
 
 
 def aside(path: Path) -> Path:
@@ -38,7 +38,9 @@ def aside(path: Path) -> Path:
     killed leaves the committed results as they were; `notebooks.run` puts all in place at the end.
     """
     folder = os.environ.get(ASIDE)
-    return Path(folder) / path.relative_to(ROOT) if folder else path
+    if not folder or not path.is_relative_to(ROOT):
+        return path
+    return Path(folder) / path.relative_to(ROOT)
 
 
 def executed(profile: str) -> Path:

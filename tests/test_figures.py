@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import to_rgb
 
-from sae_research import figures
+from sae_research import figures, paths
 from sae_research.errors import ResearchError
 from sae_research.stats import Interval
 
@@ -248,3 +248,13 @@ def test_a_logarithmic_axis_has_labels_that_do_not_overlap(values, expected):
     assert set(expected) <= {m.get_text() for m in inside}
     boxes = sorted((m.get_window_extent() for m in inside), key=lambda box: box.x0)
     assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
+
+
+def test_a_figure_of_a_stage_that_runs_is_named_by_where_it_will_be(tmp_path, monkeypatch):
+    monkeypatch.setenv(paths.ASIDE, str(tmp_path / "aside"))
+    figure, axes = figures.canvas("A figure")
+    axes.plot([0, 1])
+    folder = paths.figures("smoke", "tiny")
+    assert figures.save(figure, folder, "line") == folder / "line.png"
+    assert not folder.exists()
+    assert (tmp_path / "aside" / "figures" / "smoke" / "tiny" / "line.png").is_file()
