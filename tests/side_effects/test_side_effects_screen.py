@@ -271,7 +271,7 @@ def test_an_unsteady_payoff_falls_where_its_sign_errs_no_more_often(results):
 def test_random_directions_say_nothing_where_the_sae_says_as_little(results):
     made = findings.make_tables(results)
     claim = claims.load_claims("side_effects")["side_effects.controls.random_directions"]
-    for size, verdict in ((0.5, claims.REPRODUCED), (0.02, claims.NOT_REPRODUCED)):
+    for size, verdict in ((0.5, claims.REPRODUCED), (0.02, claims.UNDECIDED)):
         rows = made["sensitivity"].copy()
         steps = 0.001 * np.arange(len(rows)) / len(rows)
         rows["rho"] = np.where(rows["value"] == "random", -0.02 - steps, size + steps / 2)
