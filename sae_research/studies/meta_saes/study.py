@@ -102,6 +102,8 @@ def active(sae: "SAE", ground: Ground) -> Iterator[Tensor]:
 @torch.no_grad()
 def measure(sae: "SAE", ground: Ground, settings: Settings, seed: int) -> dict[str, float]:
     """Reconstruction, L0, co-occurrence with its null, neighbours and held-out loss."""
+    from sae_research.studies.meta_saes import decomposable
+
     error = active_latents = tokens = square = 0.0
     total = torch.zeros(sae.cfg.d_in, dtype=torch.double)
     for x in ground.chunks():
@@ -124,16 +126,9 @@ def measure(sae: "SAE", ground: Ground, settings: Settings, seed: int) -> dict[s
         "phi_null": null["live"],
         "phi_corrected": phi["live"] - null["live"],
         "dead": int((~live).sum()),
-        "neighbour_cosine": _nearest(rows),
+        "neighbour_cosine": decomposable.largest_cosine(rows).mean().item(),
         **ground.losses(sae),
     }
-
-
-def _nearest(rows: Tensor) -> float:
-    """Mean cosine of a live decoder row with its nearest neighbour."""
-    from sae_research.studies.meta_saes import decomposable
-
-    return decomposable.largest_cosine(rows).mean().item()
 
 
 def measure_structure(
