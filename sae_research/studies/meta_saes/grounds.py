@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import LongTensor, Tensor
 
-from sae_research import activations, catalogue, real_saes, saes
+from sae_research import activations, catalogue, paths, real_saes, saes
 from sae_research.config import Profile
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
@@ -203,24 +203,22 @@ def load(name: str, profile: Profile, seed: int) -> Ground:
 def _make_real(
     name: str, hook: str, settings: Settings, counts: dict[str, int], device: str
 ) -> ModelGround:
-    """The real model with the text and stored residuals of its own SAEs; seeds share the text.
+    """The real model with the text of its own SAEs; seeds share the text and its residuals."""
+    from filelock import FileLock
 
-    `train_rows` and `row_tokens` are those of the recipe.
-    """
     material = real_saes.Material(real_saes.RECIPES[name], device)
-    stored = material.residuals()
-    if hook not in stored:
-        raise ResearchError(
-            f"residuals of {name} are kept at {', '.join(stored)}, not at '{hook}'; choose one of "
-            "them as `hook`."
-        )
+    folder = paths.CACHE / "residuals" / f"{name}-meta_saes"
+    train = material.rows("train", counts["train"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # seeds that run at once collect them once
+        (stored,) = activations.collect_on_disk(material.model, train, [hook], folder)
     held_out = material.rows("test", counts["phi"] + counts["loss"])
     rows = {
         "calibration": material.rows("validation", counts["calibration"]),
         "phi": held_out[: counts["phi"]],
         "loss": held_out[counts["phi"] :],
     }
-    return ModelGround(material.model, hook, settings, rows, stored[hook])
+    return ModelGround(material.model, hook, settings, rows, stored)
 
 
 def _toy_rows(model: LanguageModel, n: int, length: int, seed: int) -> LongTensor:

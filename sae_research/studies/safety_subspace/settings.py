@@ -40,7 +40,7 @@ class Settings:
     """Study 5: fine-tuning inside a subspace that SAE features span."""
 
     ORDER: ClassVar[int] = 5
-    MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("benign_steps", "n_retrained")
+    MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("benign_steps", "n_retrained", "pilot_seeds")
     RENAMED: ClassVar[dict[str, str]] = {"subjects": "models"}
 
     models: tuple[str, ...] = ("gemma-2-2b", "gemma-2-9b", "llama-3.1-8b")
@@ -54,6 +54,8 @@ class Settings:
     """Null dictionaries that are trained beside the SAEs, each of them one more method (ours)."""
     seeds: int = 5
     """Seeds of alignment: of splits, pairs, orders and initial weights (ours)."""
+    pilot_seeds: int = 0
+    """Seeds that a pilot has seen and that are left out: those of the study come after them."""
     rank: int = 16
     """Rank of every adapter (inferred from the share of parameters)."""
     n_features: int = 20

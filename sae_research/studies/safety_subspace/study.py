@@ -27,7 +27,8 @@ def tasks(profile: Profile) -> list[Task]:
         if catalogue.get(name).embedded or name in real_saes.RECIPES
     ]
     found: list[Task] = []
-    for seed in range(settings.seeds if usable else 0):
+    first = settings.pilot_seeds
+    for seed in range(first, first + settings.seeds if usable else first):
         task = {"part": "alignment", "model": usable[seed % len(usable)], "seed": seed}
         toy = catalogue.get(task["model"]).embedded
         found += [task] if toy else [{**task, "method": m} for m in settings.methods]
