@@ -111,8 +111,7 @@ def make_adapter(
     if unknown:
         raise ResearchError(f"no side is known for the matrix '{unknown[0]}'; leave it out.")
     ranks = {n: basis.shape[1] for n, basis in bases.items()}
-    with quiet():
-        model = get_peft_model(base, lora_config(ranks, targets))
+    model = get_peft_model(base, lora_config(ranks, targets))
     blocks = model.base_model.model.model.layers
     for n, name, layer in lora_layers(model):
         gain = _gain_around(blocks[n], name) if fold_norms else 1.0

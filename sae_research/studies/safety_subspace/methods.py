@@ -11,7 +11,6 @@ from torch import LongTensor, Tensor
 
 from sae_research.attack import reply_losses
 from sae_research.errors import ResearchError
-from sae_research.hub import quiet
 from sae_research.models import LanguageModel
 from sae_research.saes import hook_of
 from sae_research.studies.safety_subspace import adapter, subspace, theory
@@ -254,8 +253,7 @@ def _stock_adapter(setup: Setup, base: "PreTrainedModel", given: dict, rank: int
     eva = given.get("init_lora_weights") == "eva"
     if eva:
         given = {**given, "eva_config": EvaConfig(rho=1.0)}  # the same rank everywhere
-    with quiet():
-        model = get_peft_model(base, adapter.lora_config(ranks, **given))
+    model = get_peft_model(base, adapter.lora_config(ranks, **given))
     if eva:
         rows = setup.training_rows
         batches = [{"input_ids": part, "attention_mask": part > 0} for part in rows.split(32)]
