@@ -223,17 +223,37 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
 
     real = "the real model, taught a harmless stand-in for safety (or the reader's own pairs),"
     ground = "the toy model" if "recovery" in t else real
-    sentences = (
+    aligned = (
         f"Starting in the SAE's safety subspace, {ground} reaches a safety rate of "
         f"{say('align.rate')}. The difference is {say('align.lora')} from LoRA, "
-        f"{say('align.full')} from full fine-tuning and {say('align.features')} from random "
-        "features of the same SAE.",
-        f"Against shuffled labels it is {say('align.labels')}, against the subspace of useful "
-        f"behaviour {say('align.useful')}; under attack the share that complies changes by "
-        f"{say('align.attack')} against LoRA.",
+        f"{say('align.full')} from full fine-tuning, {say('align.features')} from random "
+        f"features of the same SAE and {say('align.labels')} from shuffled labels.",
+        _say_costs(t) if "outcomes" in t else "",
+    )
+    attacked = (
+        f"Against the subspace of useful behaviour it is {say('align.useful')}; under attack the "
+        f"share that complies changes by {say('align.attack')} against LoRA.",
+    )
+    planted = (
         "In theory the floor of sqrt(r - 1) belongs to the difference of the class means, which is "
         f"one direction; the difference of covariances lies {say('theory.direct')} from it. "
         "Keeping 80 % of the variance, as the paper does, adds "
         f"{say('theory.truncation')} to the error of a trained SAE's subspace.",
     )
-    return "\n".join(f"- {sentence}" for sentence in sentences)
+    sentences = aligned * ("outcomes" in t) + attacked * ("attacks" in t)
+    return "\n".join(f"- {sentence}" for sentence in sentences + planted * ("recovery" in t))
+
+
+def _say_costs(t: Tables) -> str:
+    """What the main methods refuse that they should not, and what they cost."""
+    named = [m for m in (SAILS, LORA, FULL) if m in set(t["outcomes"]["method"])]
+    refused = [by_seed(t["outcomes"], "safe", method=m, set="look-alikes").mean() for m in named]
+    added = [by_seed(t["methods"], "added_loss", method=m).mean() for m in named]
+    look_alikes, losses = (
+        ", ".join(f"{value:.2f} ({m})" for m, value in zip(named, values, strict=True))
+        for values in (refused, added)
+    )
+    return (
+        f"The price: of harmless look-alikes {look_alikes} are refused, and the loss on other text "
+        f"grows by {losses} nats a token."
+    )
