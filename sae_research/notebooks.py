@@ -143,7 +143,8 @@ def _outputs(outputs: "list[NotebookNode]") -> "list[NotebookNode]":
                     out.data[kind] = _plain(shown)
             out.metadata = {}
         elif out.output_type == "error":
-            out.evalue, out.traceback = _plain(out.evalue), _plain(out.traceback)
+            for part in ("ename", "evalue", "traceback"):
+                out[part] = _plain(out[part])
         kept.append(out)
     return kept
 

@@ -170,6 +170,7 @@ def test_numbers_without_a_point_are_read_as_numbers(tmp_path, monkeypatch):
         ("runtime", {"device": "gpu"}, "'a.device'"),
         ("runtime", {"dtype": "float8"}, "unknown choice 'float8' in a.dtype"),
         ("runtime", {"n_jobs": -2}, "'a.n_jobs' must be at least -1"),
+        ("runtime", {"n_jobs": "many"}, "'a.n_jobs': input should be"),
         ("side_effects", {"n_features": -2}, "'a.n_features' must be at least 1"),
         ("side_effects", {"n_contexts": 0}, "'a.n_contexts' must be at least 1"),
         ("side_effects", {"n_downstream_latents": 0}, "'a.n_downstream_latents' must be"),
