@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sae_research import claims, comparison, config, ledger, notebooks, paths, store
+from sae_research import claims, comparison, config, ledger, notebooks, paths, stages, store
 from sae_research.errors import ResearchError
 
 STATE = paths.ROOT / ".reproduce"
@@ -337,6 +337,8 @@ def write_settings(profile: str) -> None:
 def reproduce(profile: str, force: bool = False) -> str:
     """Bring every result of a profile up to date and return the closing report."""
     config.load(profile)
+    claims.load_claims()  # what is wrong with it, or with dvc.yaml, is told before anything runs
+    stages.read_outputs(profile)
     STATE.mkdir(exist_ok=True)
     with notebooks.hold_lock(STATE / "lock", "`reproduce`", patience=3):
         _keep_delivered(profile)
