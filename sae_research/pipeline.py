@@ -225,7 +225,10 @@ def _run_stages(force: bool) -> int:
             f"the chain stopped: {error}{cause}; finished stages are kept."
         ) from error
     except DvcException as error:
-        raise ResearchError(f"DVC stopped: {' '.join(str(error).split())}") from error
+        raise ResearchError(
+            f"DVC stopped: {' '.join(str(error).split())}; if dvc.yaml or dvc.lock was altered, "
+            "restore it from the repository."
+        ) from error
 
 
 def _refuse_rebuilding(status: list) -> None:
