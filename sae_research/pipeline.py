@@ -54,7 +54,7 @@ def _read_lock(path: Path) -> dict | None:
     try:
         # DVC writes YAML 1.2, in which a setting called `on` is a word and no truth value
         content = parse_yaml(path.read_text(encoding="utf-8"), str(path), typ="safe")
-    except (OSError, ValueError, DvcException):
+    except (OSError, ValueError, RecursionError, DvcException):
         return None
     stages = content.get("stages") if isinstance(content, dict) else None
     return stages if isinstance(stages, dict) else None
