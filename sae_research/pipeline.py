@@ -226,8 +226,8 @@ def _run_stages(force: bool) -> int:
         ) from error
     except DvcException as error:
         raise ResearchError(
-            f"DVC stopped: {' '.join(str(error).split())}; if dvc.yaml or dvc.lock was altered, "
-            "restore it from the repository."
+            f"DVC stopped: {' '.join(str(error).split())}; restore dvc.yaml, dvc.lock "
+            "and data/*/dvc.lock from the repository, as far as they were altered."
         ) from error
 
 
