@@ -28,6 +28,8 @@ _RULES = pydantic.ConfigDict(
 
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 """A number from 0 to 1."""
+Jobs = int | Literal["ray"]
+"""A number of processes; -1 is one a core."""
 
 
 @dataclass_transform(frozen_default=True)
@@ -46,7 +48,7 @@ class Runtime:
     """Number format of model weights; labels and answers are always read in float32."""
     threads: Annotated[int, pydantic.Field(le=1024)] = 8
     """CPU threads of torch; two threads on a tiny loop can be slower than one."""
-    n_jobs: int | Literal["ray"] = 1
+    n_jobs: Jobs = 1
     """Tasks that run at once (joblib): 1 stays in one process, -1 is one per core, `ray` a Ray
     cluster."""
     seeds: int = 5
@@ -136,7 +138,7 @@ def _check_numbers(found: Any, usual: Any, where: str) -> None:
             continue
         counts = type(default) is int and default > 0
         least = int(counts and f.name not in getattr(found, "MAY_BE_ZERO", ()))
-        if f.name == "n_jobs":  # -1 is one a core
+        if f.type == Jobs:
             least = -1
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not least <= number <= 1e12:

@@ -32,7 +32,7 @@ class Example:
     sizes: tuple[int, ...] = (1, 2)
     pair: tuple[float, str] = (0.0, "x")
     limit: int | None = 3
-    jobs: int | str = 1
+    jobs: config.Jobs = 1
     grid: dict[str, float] = field(default_factory=dict)
     mode: typing.Literal["dense", "sparse"] = "dense"
     inner: Inner = field(default_factory=Inner)
