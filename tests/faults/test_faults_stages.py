@@ -15,6 +15,7 @@ import yaml
 from tiny_study import alone_in, notebook
 from workspace import copied
 
+from sae_research import config, notebooks
 from sae_research.errors import ResearchError
 from sae_research.world import build
 
@@ -236,3 +237,12 @@ def test_a_build_of_the_toy_models_goes_on_after_its_last_whole_piece(tmp_path, 
     assert whole == [("text", 0, "model"), ("survey", 0, "model")]
     assert len(made) == len(set(made)) == 8
     assert (build.saes_folder("survey", tmp_path / "root") / "1").is_file()
+
+
+def test_a_kernel_that_dies_before_it_answers_is_one_sentence(tmp_path, monkeypatch):
+    def die(*_, **__):
+        raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr("papermill.execute_notebook", die)
+    with pytest.raises(ResearchError, match="the kernel of notebook 90_claims died"):
+        notebooks._execute("90_claims", config.load("smoke"), tmp_path)
