@@ -205,7 +205,7 @@ def _explain(error: Any, name: str) -> ResearchError:
     where, cls = name, Claim
     path = [str(key) for key in error["loc"]]
     for level, inner in (("rule", Rule), ("control", Control), ("must", Expectation)):
-        if path[:1] == [level]:
+        if path[:1] == [level] and path[1:]:
             where = f"the {level} of {name}"
             cls = inner
             path.pop(0)
@@ -218,9 +218,12 @@ def _explain(error: Any, name: str) -> ResearchError:
     if kind == "missing":
         return ResearchError(f"{place} lacks {path[-1]}; state it before any run.")
     if kind == "dataclass_type":
+        place = f"the {'.'.join(path)} of {name} in claims.yaml" if path else place
         return ResearchError(f"{place} must be a block of settings, not {error['input']!r}.")
     if kind == "value_error":
         return ResearchError(f"{place}: {error['ctx']['error']}.")
+    if not path:  # no JSON could be made of the block
+        return ResearchError(f"{place}: {error['msg']}; correct it.")
     wanted = {"interval": "true or false", "threshold": "one number, or two for `between`"}
     reason = wanted.get(path[0]) or ("a number" if path[0] == "direction" else "text")
     return ResearchError(f"{place}: `{path[0]}` must be {reason}, not {error['input']!r}.")

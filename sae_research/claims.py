@@ -12,8 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pydantic
+
 from sae_research import config, ledger, paths, stages, store
-from sae_research.claim_rules import TESTBED, Claim, Expectation, Rule, load_claims
+from sae_research.claim_rules import (
+    TESTBED,
+    Change,
+    Claim,
+    Expectation,
+    Rule,
+    Words,
+    load_claims,
+)
 from sae_research.errors import ResearchError, unknown
 
 if TYPE_CHECKING:
@@ -240,9 +250,53 @@ def record(
     return ledger.table(lines)
 
 
+class _Number(pydantic.BaseModel, strict=True, allow_inf_nan=False):
+    """What every number of a ledger has."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int | None
+
+
+class _OldLine(_Number):
+    """What is read of a ledger's line, whenever it was written."""
+
+    id: Words
+    study: Words
+    statement: Words
+    paper_value: str | float
+    history: tuple[Change, ...] = ()
+    control: _Number | None = None
+    difference: _Number | None = None
+    verdict: typing.Literal[VERDICTS]  # type: ignore[valid-type]
+
+
+class _Line(_OldLine):
+    """What is read of a line since p-values are corrected."""
+
+    family: str
+    rule: Rule
+    p: float | None
+
+
+def _read(file: Path) -> list[dict]:
+    """The lines of a ledger, if each has what is read of it."""
+    lines = store.read_json(file)
+    for i, line in enumerate(lines if isinstance(lines, list) else [lines]):
+        try:
+            (_Line if "p" in line else _OldLine).model_validate_json(json.dumps(line))
+        except (TypeError, ValueError) as error:
+            raise ResearchError(
+                f"entry {i} of {paths.relative(file)} is damaged; restore the file from the "
+                "repository, or delete it and run `make reproduce`."
+            ) from error
+    return typing.cast(list, lines)
+
+
 def read(profile: str) -> list[dict]:
     """The ledger of a whole profile as it was last put together."""
-    return typing.cast(list, store.read_json(paths.DATA / profile / "claims.json"))
+    return _read(paths.DATA / profile / "claims.json")
 
 
 def unite(profile: str) -> list[dict]:
@@ -253,7 +307,7 @@ def unite(profile: str) -> list[dict]:
         file = _file(profile, claim.study)
         if file not in written:
             continue
-        found = {line["id"]: line for line in typing.cast(list, store.read_json(file))}
+        found = {line["id"]: line for line in _read(file)}
         if not found:  # the study has no model in this profile
             continue
         line = found.get(claim.id, {})

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
 
 import pydantic
 
@@ -28,6 +28,8 @@ _RULES = pydantic.ConfigDict(
 
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 """A number from 0 to 1."""
+Jobs = int | Literal["ray"]
+"""A number of processes; -1 is one a core."""
 
 
 @dataclass_transform(frozen_default=True)
@@ -46,7 +48,7 @@ class Runtime:
     """Number format of model weights; labels and answers are always read in float32."""
     threads: Annotated[int, pydantic.Field(le=1024)] = 8
     """CPU threads of torch; two threads on a tiny loop can be slower than one."""
-    n_jobs: int | str = 1
+    n_jobs: Jobs = 1
     """Tasks that run at once (joblib): 1 stays in one process, -1 is one per core, `ray` a Ray
     cluster."""
     seeds: int = 5
@@ -136,7 +138,7 @@ def _check_numbers(found: Any, usual: Any, where: str) -> None:
             continue
         counts = type(default) is int and default > 0
         least = int(counts and f.name not in getattr(found, "MAY_BE_ZERO", ()))
-        if f.type == int | str:  # processes: -1 is one a core
+        if f.type == Jobs:
             least = -1
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not least <= number <= 1e12:
@@ -150,11 +152,14 @@ def _explain(cls: type, error: Any, where: str) -> ResearchError:
     """One sentence for the first mistake, with the nearest valid name."""
     current: Any = cls
     path = []
-    rest = list(error["loc"])
-    while rest and is_dataclass(current) and rest[0] in {f.name for f in fields(current)}:
-        name = rest.pop(0)
-        path.append(name)
-        current = next(f.type for f in fields(current) if f.name == name)
+    for key in error["loc"]:
+        if inner := [a for a in get_args(current) if is_dataclass(a)]:  # one of several blocks
+            current = inner[0]
+        elif is_dataclass(current) and key in {f.name for f in fields(current)}:
+            current = next(f.type for f in fields(current) if f.name == key)
+        else:
+            break
+        path.append(str(key))
     place = ".".join([where, *path])
     if error["type"] == "unexpected_keyword_argument":
         given = str(error["loc"][-1])

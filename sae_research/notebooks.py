@@ -143,7 +143,8 @@ def _outputs(outputs: "list[NotebookNode]") -> "list[NotebookNode]":
                     out.data[kind] = _plain(shown)
             out.metadata = {}
         elif out.output_type == "error":
-            out.evalue, out.traceback = _plain(out.evalue), _plain(out.traceback)
+            for part in ("ename", "evalue", "traceback"):
+                out[part] = _plain(out[part])
         kept.append(out)
     return kept
 
@@ -209,7 +210,6 @@ def _execute(name: str, profile: config.Profile, folder: Path) -> "NotebookNode"
     import logging
 
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
     part = folder / f"{name}.ipynb"
@@ -234,7 +234,7 @@ def _execute(name: str, profile: config.Profile, folder: Path) -> "NotebookNode"
         fault = error.evalue if error.ename == "ResearchError" else f"{error.ename}: {error.evalue}"
         said = f"failed in cell [{error.exec_count}]: {fault.strip()}"
         raise ResearchError(f"notebook {name} {said} ({read})") from error
-    except DeadKernelError as error:
+    except RuntimeError as error:  # while it ran, or before it answered at all
         raise ResearchError(
             f"the kernel of notebook {name} died, most likely for want of memory; close other "
             f"programs and run again ({read})"

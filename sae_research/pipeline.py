@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sae_research import claims, comparison, config, ledger, notebooks, paths, store
+from sae_research import claims, comparison, config, ledger, notebooks, paths, stages, store
 from sae_research.errors import ResearchError
 
 STATE = paths.ROOT / ".reproduce"
@@ -54,7 +54,7 @@ def _read_lock(path: Path) -> dict | None:
     try:
         # DVC writes YAML 1.2, in which a setting called `on` is a word and no truth value
         content = parse_yaml(path.read_text(encoding="utf-8"), str(path), typ="safe")
-    except (OSError, DvcException):
+    except (OSError, ValueError, RecursionError, DvcException):
         return None
     stages = content.get("stages") if isinstance(content, dict) else None
     return stages if isinstance(stages, dict) else None
@@ -225,7 +225,10 @@ def _run_stages(force: bool) -> int:
             f"the chain stopped: {error}{cause}; finished stages are kept."
         ) from error
     except DvcException as error:
-        raise ResearchError(f"DVC stopped: {' '.join(str(error).split())}") from error
+        raise ResearchError(
+            f"DVC stopped: {' '.join(str(error).split())}; restore dvc.yaml, dvc.lock "
+            "and data/*/dvc.lock from the repository, as far as they were altered."
+        ) from error
 
 
 def _refuse_rebuilding(status: list) -> None:
@@ -337,6 +340,8 @@ def write_settings(profile: str) -> None:
 def reproduce(profile: str, force: bool = False) -> str:
     """Bring every result of a profile up to date and return the closing report."""
     config.load(profile)
+    claims.load_claims()  # what is wrong with it, or with dvc.yaml, is told before anything runs
+    stages.read_outputs(profile)
     STATE.mkdir(exist_ok=True)
     with notebooks.hold_lock(STATE / "lock", "`reproduce`", patience=3):
         _keep_delivered(profile)

@@ -229,7 +229,7 @@ def write_json(path: Path, value: object) -> None:
 
 def read_json(path: Path) -> object:
     """Read JSON, or say which file is missing or damaged."""
-    with _explaining(path, json.JSONDecodeError, UnicodeDecodeError):
+    with _explaining(path, ValueError, RecursionError):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 

@@ -298,6 +298,8 @@ def test_numbers_of_numpy_become_plain_ones():
         ({"id": "other.a"}, "must start with 's.'"),
         ({"rule": {"expect": "abov", "threshold": 0}}, "did you mean 'above'"),
         ({"rule": {"expect": "above"}}, "lacks threshold"),
+        ({"control": {"name": "x"}}, "unknown field 'control'"),
+        ({"paper": "\ud800"}, "Invalid JSON"),
         ({"rule": {"expect": "above", "threshold": "high"}}, "one number"),
         ({"rule": {"expect": "above", "threshold": True}}, "one number"),
         ({"rule": {"expect": "above", "threshold": [1, 2]}}, "one number"),

@@ -32,7 +32,7 @@ class Example:
     sizes: tuple[int, ...] = (1, 2)
     pair: tuple[float, str] = (0.0, "x")
     limit: int | None = 3
-    jobs: int | str = 1
+    jobs: config.Jobs = 1
     grid: dict[str, float] = field(default_factory=dict)
     mode: typing.Literal["dense", "sparse"] = "dense"
     inner: Inner = field(default_factory=Inner)
@@ -170,6 +170,7 @@ def test_numbers_without_a_point_are_read_as_numbers(tmp_path, monkeypatch):
         ("runtime", {"device": "gpu"}, "'a.device'"),
         ("runtime", {"dtype": "float8"}, "unknown choice 'float8' in a.dtype"),
         ("runtime", {"n_jobs": -2}, "'a.n_jobs' must be at least -1"),
+        ("runtime", {"n_jobs": "many"}, "'a.n_jobs': input should be"),
         ("side_effects", {"n_features": -2}, "'a.n_features' must be at least 1"),
         ("side_effects", {"n_contexts": 0}, "'a.n_contexts' must be at least 1"),
         ("side_effects", {"n_downstream_latents": 0}, "'a.n_downstream_latents' must be"),

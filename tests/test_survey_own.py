@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from survey_samples import LONG, WIDE
 
 import sae_research as sr
 from sae_research.errors import ResearchError
@@ -16,21 +17,6 @@ GOOD = {
     "qkey": "space", "attribute": "SEX", "group": "Female", "question": "Space?",
     "options": '["More", "Same", "Less"]', "ordinal": "[3, 2, 1]", "counts": "[5, 3, 2]", "n": "10",
 }  # fmt: skip
-LONG = """respondent,question,answer,party,weight
-1,tax,yes,red,2
-1,guns,no,red,2
-2,tax,no,red,1
-2,guns,,red,1
-3,tax,yes,blue,1
-3,guns,yes,blue,1
-4,guns,no,blue,3
-"""
-WIDE = """party,weight,tax,guns
-red,2,yes,no
-red,1,no,
-blue,1,yes,yes
-blue,3,,no
-"""
 ORDER = {"tax": ["no", "yes"], "guns": ["no", "yes"]}
 
 

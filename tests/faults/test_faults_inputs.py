@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -11,8 +12,19 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from survey_samples import COUNTS, LONG, SCALES, WIDE
 
-from sae_research import claim_rules, config, notebooks, paths, stages, store
+from sae_research import (
+    claim_rules,
+    claims,
+    config,
+    ledger,
+    notebooks,
+    paths,
+    pipeline,
+    stages,
+    store,
+)
 from sae_research.errors import ResearchError
 from sae_research.surveys.files import load_survey
 from sae_research.surveys.published import load_opinion_qa
@@ -25,26 +37,6 @@ NASTY = (
     *("<<", "*a", "&a", "&a [*a]", ": ", "- ", "? [1]", "!!python/name:os", "2020-13-01", "\ud800"),
     *("x" * 140_000, "[" * 2_000, "../../x", "~", "on", "1e9", "red", "tax", "yes"),
 )
-COUNTS = """qkey,attribute,group,question,options,ordinal,counts,n
-space,SEX,Female,Space?,"[""More"", ""Same"", ""Less""]","[3, 2, 1]","[5, 3, 2]",10
-space,SEX,Male,Space?,"[""More"", ""Same"", ""Less""]","[3, 2, 1]","[1, 3, 2]",6
-parks,SEX,Female,Parks?,"[""No"", ""Yes""]",,"[5, 3]",
-parks,SEX,Male,Parks?,"[""No"", ""Yes""]",,"[0, 3]",3
-"""
-LONG = """respondent,question,answer,party,weight
-1,tax,yes,red,2
-1,guns,no,red,2
-2,tax,no,red,1
-2,guns,,red,1
-3,tax,yes,blue,1
-3,guns,yes,blue,1
-"""
-WIDE = """respondent,party,weight,tax,guns
-1,red,2,yes,1
-2,red,1,no,2
-3,blue,1,yes,3
-4,blue,3,no,1
-"""
 OPINION = {
     "info.csv": """key,question,references,option_ordinal
 CARS,More?,"['More', 'Fewer', 'Same', 'Refused']","[1.0, 2.0, 1.5]"
@@ -58,6 +50,7 @@ Female,Fewer,Mine,1.0
 Female,Refused,,0
 """,
 }
+PARTY = {"attributes": ["party"]}
 CLAIM = {
     "id": "s.a",
     "statement": "x",
@@ -69,8 +62,9 @@ CLAIM = {
 
 
 def many(n: int):
-    """So many inputs, the same ones every time."""
+    """So many inputs, the same ones every time; FAULT_TIMES multiplies them."""
     slow = list(HealthCheck)
+    n *= int(os.environ.get("FAULT_TIMES", "1"))
     return settings(max_examples=n, derandomize=True, deadline=None, suppress_health_check=slow)
 
 
@@ -99,8 +93,8 @@ def refused_or(load):
             return load()
     except ResearchError as error:
         said = str(error)
-        assert said
-        assert "Traceback" not in said
+        assert 0 < len(said) <= 1000
+        assert "\n" not in said
         return None
 
 
@@ -125,11 +119,11 @@ def check_survey(survey) -> None:
 
 @pytest.mark.parametrize(
     ("text", "options"),
-    [(COUNTS, {}), (LONG, {}), (WIDE, {"attributes": ["party"]})],
-    ids=["counts", "long", "wide"],
+    [(COUNTS, {}), (LONG, {}), (WIDE, PARTY), (SCALES, PARTY)],
+    ids=["counts", "long", "wide", "scales"],
 )
 def test_a_survey_of_ones_own(text, options, tmp_path):
-    @many(1200)
+    @many(900)
     @given(mutated(text))
     def check(damaged):
         path = write(tmp_path / "poll.csv", damaged)
@@ -217,9 +211,10 @@ def test_claims():
     )
 
     @many(1000)
-    @given(st.dictionaries(names, VALUES, max_size=2), rules, st.booleans())
-    def check(change, rule, keep):
-        block = CLAIM | ({} if keep else {"rule": CLAIM["rule"] | rule}) | change
+    @given(st.dictionaries(names, VALUES, max_size=2), rules, st.booleans(), st.sets(names))
+    def check(change, rule, keep, dropped):
+        block = CLAIM | ({} if keep else {"rule": CLAIM["rule"] | rule})
+        block = {name: block[name] for name in block if name not in dropped} | change
         claim = refused_or(lambda: claim_rules.parse("s", block))
         if claim is not None:
             assert claim.statement.strip()
@@ -228,6 +223,58 @@ def test_claims():
                 assert abs(float(bar)) <= 1e12
 
     check()
+
+
+def test_ledgers(tmp_path, monkeypatch):
+    good = json.loads((paths.DATA / "cpu/claims.json").read_text())[20::60]
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    whole, other = good[:2]
+    names = st.sampled_from([*whole, "x"])
+
+    def read():
+        lines = claims.read("cpu")
+        if lines:
+            ledger.count_verdicts(lines)
+        return ledger.markdown(lines) + ledger.summarize(lines) + ledger.text(lines)
+
+    @many(500)
+    @given(
+        mutated(json.dumps(good, indent=1))
+        | st.dictionaries(names, VALUES, min_size=1).map(lambda change: [other, whole | change])
+        | st.sets(names).map(lambda gone: [{k: whole[k] for k in whole.keys() - gone}])
+    )
+    def check(damaged):
+        text = damaged if isinstance(damaged, str) else json.dumps(damaged)
+        write(tmp_path / "cpu/claims.json", text)
+        refused_or(read)
+
+    check()
+
+
+def test_locks_and_notes_of_a_killed_run(tmp_path, monkeypatch):
+    lock = (paths.ROOT / "dvc.lock").read_text()[:2000]
+    monkeypatch.setattr(pipeline, "_MARKER", tmp_path / "state.json")
+
+    @many(200)
+    @given(mutated(lock), mutated('{"before": "cpu", "running": "smoke"}'))
+    def check(damaged, note):
+        pipeline._find_owner(pipeline._read_lock(write(tmp_path / "dvc.lock", damaged)) or {})
+        write(tmp_path / "state.json", note)
+        pipeline._read_marker()
+
+    check()
+
+
+@pytest.mark.parametrize("content", ["stages: {}".encode("utf-16"), b"[" * 20_000])
+def test_a_lock_that_cannot_be_read_counts_as_none(tmp_path, content):
+    (tmp_path / "dvc.lock").write_bytes(content)
+    assert pipeline._read_lock(tmp_path / "dvc.lock") is None
+
+
+def test_a_mistake_in_one_of_several_blocks_is_named():
+    cls = config.block_classes()["specialized_saes"]
+    with pytest.raises(ResearchError, match=r"'unti' in here.tilts.a; did you mean 'unit'"):
+        config.build(cls, {"tilts": {"a": {"t": 1, "unti": "x"}}}, "here")
 
 
 def test_manifests_and_json(tmp_path):
@@ -269,7 +316,7 @@ def test_the_normaliser_is_done_after_once_and_leaves_no_folder_of_this_machine(
         shown = {"text/plain": said, "application/json": data}
         outputs.append(nbformat.v4.new_output("display_data", shown))
         outputs.append(
-            nbformat.v4.new_output("error", ename="E", evalue=said, traceback=[said, *texts])
+            nbformat.v4.new_output("error", ename=said, evalue=said, traceback=[said, *texts])
         )
         cell = nbformat.v4.new_code_cell("x", outputs=outputs)
         return nbformat.v4.new_notebook(cells=[cell])

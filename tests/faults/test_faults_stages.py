@@ -7,12 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import yaml
 from tiny_study import alone_in, notebook
 from workspace import copied
+
+from sae_research import config, notebooks
+from sae_research.errors import ResearchError
+from sae_research.world import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -157,9 +162,11 @@ def test_clean_keeps_what_tells_delivered_results_from_own_ones(tiny):
 def test_a_file_of_the_project_that_is_no_text_is_one_sentence(tiny, file):
     good = (tiny.root / file).read_bytes()
     (tiny.root / file).write_bytes(b"\xff\xfe" + good)
-    printed = tiny.run("run", "61_tiny_results", "--profile", "smoke", rc=1)
-    assert f"{file} cannot be read" in printed
-    assert "Traceback" not in printed
+    for words in (("run", "61_tiny_results", "--profile", "smoke"), SMOKE):
+        printed = tiny.run(*words, rc=1)
+        assert f"{file} cannot be read" in printed
+        assert words != SMOKE or printed.count("\n") == 1
+        assert "Traceback" not in printed
     (tiny.root / file).write_bytes(good)
 
 
@@ -200,3 +207,42 @@ print(sorted(p.name for p in place.iterdir()))
     assert len(said) == 3
     assert all("No space left on device; free disk space" in line for line in said), said
     assert left == "['figures', 'new']"
+
+
+def test_a_build_of_the_toy_models_goes_on_after_its_last_whole_piece(tmp_path, monkeypatch):
+    made, breaks_at = [], ("text", 1)
+
+    def piece(name, seed, what, folder):
+        if (name, seed) == breaks_at:
+            raise MemoryError
+        made.append((name, seed, what))
+        (folder / str(what)).write_text(f"{name} {seed}")
+
+    def recipe(name, seed):
+        trained = SimpleNamespace(
+            train_model=lambda settings, seed, folder: piece(name, seed, "model", folder),
+            train_saes=lambda settings, model, seed, folder, hook_index: piece(
+                name, seed, hook_index, folder
+            ),
+        )
+        return trained, None, {"name": name, "seed": seed}
+
+    monkeypatch.setattr(build, "_load_recipe", recipe)
+    given = {"seeds": (0, 1), "n_jobs": 1, "root": tmp_path / "root", "scratch": tmp_path / "parts"}
+    with pytest.raises(ResearchError, match="'text', 1"):
+        build.build(**given)
+    assert not (tmp_path / "root").exists()
+    whole, breaks_at = list(made), None
+    build.build(**given)
+    assert whole == [("text", 0, "model"), ("survey", 0, "model")]
+    assert len(made) == len(set(made)) == 8
+    assert (build.saes_folder("survey", tmp_path / "root") / "1").is_file()
+
+
+def test_a_kernel_that_dies_before_it_answers_is_one_sentence(tmp_path, monkeypatch):
+    def die(*_, **__):
+        raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr("papermill.execute_notebook", die)
+    with pytest.raises(ResearchError, match="the kernel of notebook 90_claims died"):
+        notebooks._execute("90_claims", config.load("smoke"), tmp_path)
