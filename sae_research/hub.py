@@ -110,13 +110,13 @@ def explain(repository: str, error: Exception) -> Exception:
     elif "JSONDecodeError" in kinds:
         words = "cannot be fetched: a page, not the hub, answers; log in to this network (open any "
         words += "page in a browser) or unset HF_ENDPOINT, then run again."
-    elif "TimeoutException" in kinds:
+    elif kinds & {"TimeoutException", "Timeout"}:
         words = f"cannot be fetched: the hub did not answer in {_PATIENCE} s; run again later."
     elif "ConnectError" not in kinds and kinds & {"NetworkError", "RemoteProtocolError"}:
         words = "came in part: the connection broke; run again, what came whole is kept."
     elif any(isinstance(each, OSError) and each.errno in store.FULL for each in chain):
         words = "cannot be kept: no room or no right to write; free disk space or set HF_HOME."
-    elif kinds & {"ConnectError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+    elif kinds & {"ConnectError", "ConnectionError", "LocalEntryNotFoundError"}:
         return unreachable(repository)
     else:
         return error
