@@ -48,6 +48,10 @@ class Hub(BaseHTTPRequestHandler):
             self.server.released.wait(60)
         elif fault == "page":
             self.answer(200, b"<html>Log in</html>", Content_Type="text/html")
+        elif fault == "loop":
+            self.answer(302, Location=self.path)
+        elif fault == "a date":
+            self.answer(429, b"{}", Retry_After="Wed, 21 Oct 2026 07:28:00 GMT")
         elif isinstance(fault, int):
             extra = {"Retry_After": 7} if fault == 429 else {}
             self.answer(fault, b"{}", **extra)
@@ -142,7 +146,9 @@ def test_a_whole_model_comes_and_stays_without_the_hub(hub, tmp_path):
         (429, "run again in 7 s"),
         (500, "out of order (500)"),
         (503, "out of order (503)"),
+        ("a date", "run again in some minutes"),
         ("page", "a page, not the hub, answers"),
+        ("loop", "a page, not the hub, answers"),
         ("silence", "did not answer in 10 s"),
         ("cut", "came in part"),
         ("damaged", "is damaged"),
