@@ -107,16 +107,16 @@ def explain(repository: str, error: Exception) -> Exception:
         words = _explain_status(answers[0].status_code, answers[0].headers.get("Retry-After"))
     elif kinds & {"UnsupportedProtocol", "InvalidURL", "LocalProtocolError"}:
         words = "cannot be asked for: the environment variable HF_ENDPOINT is no address; unset it."
-    elif "JSONDecodeError" in kinds:
+    elif kinds & {"JSONDecodeError", "TooManyRedirects"}:
         words = "cannot be fetched: a page, not the hub, answers; log in to this network (open any "
         words += "page in a browser) or unset HF_ENDPOINT, then run again."
-    elif "TimeoutException" in kinds:
+    elif kinds & {"TimeoutException", "Timeout"}:
         words = f"cannot be fetched: the hub did not answer in {_PATIENCE} s; run again later."
     elif "ConnectError" not in kinds and kinds & {"NetworkError", "RemoteProtocolError"}:
         words = "came in part: the connection broke; run again, what came whole is kept."
     elif any(isinstance(each, OSError) and each.errno in store.FULL for each in chain):
         words = "cannot be kept: no room or no right to write; free disk space or set HF_HOME."
-    elif kinds & {"ConnectError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+    elif kinds & {"ConnectError", "ConnectionError", "LocalEntryNotFoundError"}:
         return unreachable(repository)
     else:
         return error
@@ -129,7 +129,7 @@ def _explain_status(status: int, wait: str | None) -> str:
     if status == 403:
         return "may not be fetched (403): give the token of HF_TOKEN the right to read it."
     if status == 429:
-        when = f"in {wait} s" if wait else "in some minutes"
+        when = f"in {wait} s" if (wait or "").isdigit() else "in some minutes"
         return f"cannot be fetched now: the hub has had too many requests (429); run again {when}."
     if status >= 500:
         return f"cannot be fetched now: the hub is out of order ({status}); run again later."

@@ -11,7 +11,7 @@ from torch import LongTensor, Tensor
 
 from sae_research import store
 from sae_research.errors import ResearchError, unknown
-from sae_research.hub import canonical_name, download, quiet, unreachable
+from sae_research.hub import canonical_name, download, explain, quiet, unreachable
 from sae_research.models import LanguageModel
 from sae_research.paths import relative
 
@@ -81,7 +81,10 @@ def _from_release(release: str, sae_id: str, device: str, dtype: str) -> "SAE":
     folder = known[release].saes_map[sae_id]
     if not (download(repository, (f"{folder}/*",)) / folder).is_dir():
         raise unreachable(f"the SAE {release}/{sae_id}")
-    return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
+    try:  # SAELens asks the hub again, for some releases for further files
+        return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
+    except Exception as error:
+        raise explain(repository, error) from error
 
 
 def freeze(sae: "SAE") -> "SAE":

@@ -111,6 +111,8 @@ def test_a_group_without_answers_to_every_question_is_named_and_left_out(tmp_pat
         ("party,tax\n", {}, "has a header but no rows"),
         ("party,tax\nred,no\n", {}, r"has the columns party, tax. A survey is a csv .*attributes="),
         ("party,tax\nred,no\n", {"attributes": ["sex"]}, "line 1: column 'sex' is missing"),
+        ("party,weight\nred,1\n", {"attributes": ["party"]}, "has the columns party, weight"),
+        (WIDE.replace("red,2", "red\0,2"), {"attributes": ["party"]}, "line 2: .* null character"),
         ("party,tax\nred\n", {"attributes": ["party"]}, "line 2: the row has fewer cells"),
         ("party,tax\nred,no\n", {"attributes": ["party"]}, "'tax' has 1 different answers"),
         ("party,tax\nred,\n", {"attributes": ["party"]}, "holds no answers"),

@@ -70,6 +70,7 @@ def load_survey(
     path = Path(path).expanduser()
     rows = read_rows(path, layout=LAYOUTS)
     columns = list(rows[0][1])
+    others = {*attributes, weight, "respondent"}
     if set(COUNTS) <= set(columns):
         _check_names("question", questions, (row["qkey"] for _, row in rows), path)
         _check_names("attribute", attributes, (row["attribute"] for _, row in rows), path)
@@ -81,9 +82,9 @@ def load_survey(
         if set(LONG) <= set(columns):
             attributes = attributes or [c for c in columns if c not in (*LONG, weight)]
             answers = _read_long(rows, path, attributes, weight)
-        elif attributes:
-            others = (*attributes, weight, "respondent")
-            listed = questions or [c for c in columns if c not in others]
+        elif attributes and (
+            listed := questions or sorted(set(columns) - others, key=columns.index)
+        ):
             answers = _read_wide(rows, path, attributes, listed, weight)
         else:
             found = ", ".join(columns[:8])

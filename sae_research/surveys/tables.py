@@ -43,6 +43,9 @@ def _read_rows(
                 kind = "more" if None in row else "fewer"
                 reason = f"the row has {kind} cells than the header"
                 raise malformed(path, reader.line_num, reason)
+            if "\0" in "".join([*header, *row.values()]):  # numpy would drop it
+                reason = "the row, or the header, holds a null character"
+                raise malformed(path, reader.line_num, reason)
             rows.append((reader.line_num, row))
     except csv.Error as error:
         raise malformed(path, reader.line_num, str(error)) from error

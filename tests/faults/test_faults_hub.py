@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import requests
 import torch
 from safetensors.torch import save
 
-from sae_research import paths
+from sae_research import paths, saes
+from sae_research.errors import ResearchError
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -45,6 +48,10 @@ class Hub(BaseHTTPRequestHandler):
             self.server.released.wait(60)
         elif fault == "page":
             self.answer(200, b"<html>Log in</html>", Content_Type="text/html")
+        elif fault == "loop":
+            self.answer(302, Location=self.path)
+        elif fault == "a date":
+            self.answer(429, b"{}", Retry_After="Wed, 21 Oct 2026 07:28:00 GMT")
         elif isinstance(fault, int):
             extra = {"Retry_After": 7} if fault == 429 else {}
             self.answer(fault, b"{}", **extra)
@@ -139,7 +146,9 @@ def test_a_whole_model_comes_and_stays_without_the_hub(hub, tmp_path):
         (429, "run again in 7 s"),
         (500, "out of order (500)"),
         (503, "out of order (503)"),
+        ("a date", "run again in some minutes"),
         ("page", "a page, not the hub, answers"),
+        ("loop", "a page, not the hub, answers"),
         ("silence", "did not answer in 10 s"),
         ("cut", "came in part"),
         ("damaged", "is damaged"),
@@ -173,3 +182,28 @@ def test_a_download_goes_on_where_it_broke_off(hub, tmp_path):
     assert len(ranges) == 2
     assert ranges[1].startswith("bytes=")
     assert ranges[1] != "bytes=0-"
+
+
+def refused():
+    answer = requests.Response()
+    answer.status_code = 403
+    return requests.HTTPError(response=answer)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (refused(), "may not be fetched (403)"),
+        (requests.ConnectionError(), "no network"),
+        (requests.ReadTimeout(), "did not answer"),
+    ],
+)
+def test_what_saelens_fetches_by_itself_is_explained_too(tmp_path, monkeypatch, error, words):
+    def fail(*_, **__):
+        raise error
+
+    (tmp_path / "blocks.8.hook_resid_pre").mkdir()
+    monkeypatch.setattr(saes, "download", lambda *_: tmp_path)
+    monkeypatch.setattr("sae_lens.SAE.from_pretrained", fail)
+    with pytest.raises(ResearchError, match=re.escape(words)):
+        saes.load_sae("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
