@@ -1,7 +1,10 @@
 """Fixtures that several test files share, and the order of the files."""
 
+import os
+
 import pytest
 import replicas
+from filelock import FileLock
 
 LONGEST = ("test_smoke_chain.py", "test_opinion_qa_real.py", "test_world.py", "test_pipeline.py")
 """They run first, so that no worker sits idle beside one that came last."""
@@ -14,9 +17,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def hub_cache(tmp_path_factory):
-    """A hub cache with miniature replicas of every model and SAE that the real profiles name."""
-    cache = tmp_path_factory.mktemp("hub")
-    replicas.write_cache(cache)
+    """A hub cache with miniature replicas of every model and SAE that the real profiles name; the
+    first worker that needs it makes it for all.
+    """
+    own = tmp_path_factory.getbasetemp()
+    run = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    cache = run / "hub"
+    with FileLock(run / "hub.lock"):
+        if not cache.exists():
+            partial = own / "partial-hub"
+            replicas.write_cache(partial)
+            partial.rename(cache)
     return cache
 
 
