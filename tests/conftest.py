@@ -1,18 +1,19 @@
 """Fixtures that several test files share, and the order of the files."""
 
-import os
-
 import pytest
 import replicas
+import smoke
 from filelock import FileLock
 
 LONGEST = ("test_smoke_chain.py", "test_opinion_qa_real.py", "test_world.py", "test_pipeline.py")
 """They run first, so that no worker sits idle beside one that came last."""
+LAST = "test_smoke_nbval.py"
+"""It needs what the first one made."""
 
 
 def pytest_collection_modifyitems(items):
-    rank = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+    rank = {name: i for i, name in enumerate(LONGEST)} | {LAST: len(LONGEST) + 1}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -20,12 +21,11 @@ def hub_cache(tmp_path_factory):
     """A hub cache with miniature replicas of every model and SAE that the real profiles name; the
     first worker that needs it makes it for all.
     """
-    own = tmp_path_factory.getbasetemp()
-    run = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    run = smoke.find_run(tmp_path_factory)
     cache = run / "hub"
     with FileLock(run / "hub.lock"):
         if not cache.exists():
-            partial = own / "partial-hub"
+            partial = tmp_path_factory.mktemp("hub")
             replicas.write_cache(partial)
             partial.rename(cache)
     return cache
