@@ -81,7 +81,7 @@ def test_the_ten_lines_run_on_a_toy_model(tmp_path):
 def test_the_ten_lines_run_on_stories260k(tmp_path):
     model = sr.load_model(STORIES)
     texts = [t for t in json.loads(TEXT.read_text()) if "â" not in t][:250]
-    training = sr.SAETraining(steps=100, batch_size=512)
+    training = sr.SAETraining(steps=200, batch_size=512)
     made = {
         hook: sr.train_sae(model, hook, texts, width=256, k=8, settings=training)
         for hook in ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
