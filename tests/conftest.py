@@ -2,21 +2,32 @@
 
 import pytest
 import replicas
+import smoke
+from filelock import FileLock
 
 LONGEST = ("test_smoke_chain.py", "test_opinion_qa_real.py", "test_world.py", "test_pipeline.py")
 """They run first, so that no worker sits idle beside one that came last."""
+LAST = "test_smoke_nbval.py"
+"""It needs what the first one made."""
 
 
 def pytest_collection_modifyitems(items):
-    rank = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+    rank = {name: i for i, name in enumerate(LONGEST)} | {LAST: len(LONGEST) + 1}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
 def hub_cache(tmp_path_factory):
-    """A hub cache with miniature replicas of every model and SAE that the real profiles name."""
-    cache = tmp_path_factory.mktemp("hub")
-    replicas.write_cache(cache)
+    """A hub cache with miniature replicas of every model and SAE that the real profiles name; the
+    first worker that needs it makes it for all.
+    """
+    run = smoke.find_run(tmp_path_factory)
+    cache = run / "hub"
+    with FileLock(run / "hub.lock"):
+        if not cache.exists():
+            partial = tmp_path_factory.mktemp("hub")
+            replicas.write_cache(partial)
+            partial.rename(cache)
     return cache
 
 

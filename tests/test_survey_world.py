@@ -347,8 +347,18 @@ def tiny_settings():
     return SurveySettings(width=32, blocks=2, heads=2, inner=64, batch_size=64, steps=80, saes=saes)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """That model after its 80 steps."""
+    from sae_research.world.survey.model import train_model
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    train_model(tiny_settings(), 0, folder)
+    return folder
+
+
 @pytest.mark.slow
-def test_tiny_training_lowers_the_answer_kl_and_repeats_itself(tmp_path, population):
+def test_tiny_training_lowers_the_answer_kl_and_repeats_itself(tmp_path, population, trained):
     import torch
 
     from sae_research import models
@@ -356,10 +366,12 @@ def test_tiny_training_lowers_the_answer_kl_and_repeats_itself(tmp_path, populat
     from sae_research.world.survey.model import train_model
 
     tiny = tiny_settings()
+    train_model(replace(tiny, steps=2), 0, tmp_path / "none")
+    train_model(tiny, 0, tmp_path / "again")
+    folders = {"none": tmp_path / "none", "some": trained, "again": tmp_path / "again"}
     kl = {}
-    for name, steps in (("none", 1), ("some", 80), ("again", 80)):
-        train_model(replace(tiny, steps=max(steps, 2)), 0, tmp_path / name)
-        model = models.load_model(tmp_path / name)
+    for name, folder in folders.items():
+        model = models.load_model(folder)
         writer = Writer(population, model.tokenizer.get_vocab())
         kl[name] = measure_answer_kl(model, writer.write_survey(256, np.random.default_rng(1), 4))
     assert kl["some"] < 0.6 * kl["none"]
@@ -370,29 +382,24 @@ def test_tiny_training_lowers_the_answer_kl_and_repeats_itself(tmp_path, populat
 
 
 @pytest.mark.slow
-def test_tiny_model_has_saes_that_open_and_checks_that_fail(tmp_path):
+def test_tiny_model_has_saes_that_open_and_checks_that_fail(tmp_path, trained):
     from sae_research import models, saes
     from sae_research.world.survey.checks import measure, measure_saes
-    from sae_research.world.survey.model import NAME, train_model, train_saes
+    from sae_research.world.survey.model import NAME, train_saes
 
     tiny = tiny_settings()
-    train_model(tiny, 0, tmp_path / "model")
-    train_saes(tiny, tmp_path / "model", 0, tmp_path / "saes", hook_index=0)
-    model = models.load_model(tmp_path / "model", name=NAME)
+    train_saes(tiny, trained, 0, tmp_path / "saes", hook_index=0)
+    model = models.load_model(trained, name=NAME)
     names = {"block0_topk", "block0_jumprelu", "block0_relu", "block0_topk_wide"}
     assert {p.name for p in (tmp_path / "saes").iterdir()} == names
     for name in names:
         sae = saes.load_sae(tmp_path / "saes" / name)
         assert saes.check_fit(model, sae) == "blocks.0.hook_out"
         assert sae.cfg.d_sae == (256 if name.endswith("wide") else 64)
-    table = {
-        row["sae"]: row for row in measure_saes(tmp_path / "model", tmp_path / "saes", tiny, 0)
-    }
+    table = {row["sae"]: row for row in measure_saes(trained, tmp_path / "saes", tiny, 0)}
     assert table["block0_topk"]["l0"] <= 6
     assert table["block0_jumprelu"]["l0"] == pytest.approx(6, rel=0.1)
     assert table["block0_topk"]["explained_variance"] > 0.3
-    checks = {
-        check.name: check for check in measure(tmp_path / "model", tmp_path / "saes", tiny, 0)
-    }
+    checks = {check.name: check for check in measure(trained, tmp_path / "saes", tiny, 0)}
     assert all(check.passed for name, check in checks.items() if name.startswith("planted"))
     assert not checks["persona prompt: rho_dev"].passed

@@ -41,6 +41,25 @@ def write_rows(path, rows):
         writer.writerows(rows)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once(offline_hub):
+    """A model of 26 blocks takes seconds to load, and the study loads it for every layer and seed:
+    each is loaded once and, frozen as it is, shared.
+    """
+    load = catalogue.ModelSpec.load
+    known: dict = {}
+
+    def once(spec, **given):
+        key = (spec.name, *sorted(given.items()))
+        if key not in known:
+            known[key] = load(spec, **given)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue.ModelSpec, "load", once)
+        yield
+
+
 @pytest.fixture(scope="module")
 def private(tmp_path_factory):
     """OpinionQA's layout with made-up questions: twins of one wording in each wave, groups that

@@ -45,6 +45,7 @@ def test_a_model_is_run_judged_saved_and_every_claim_measured(
         coefficients=(0.0, 1.0),
         ranks=(1,),
         few_shot_sizes=(2, 10),
+        few_shot_steps=4,
         top_latents=(1, 5),
         kl_weights=(1.0,),
         sparsity_weights=(1.0,),
