@@ -9,6 +9,9 @@ RUN := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 READY := $(VENV)/ready
 
+# Python keeps what it compiled: where it may not, every kernel compiles torch and transformer-lens anew (10 s).
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help setup lock reproduce test test-faults validate lint typecheck format doctor clean
 .DEFAULT_GOAL := help
 
@@ -16,12 +19,11 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1~\2/p' Makefile | column -t -s '~' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
 
 # Both ways install the same versions: uv.lock for uv, and constraints.txt (made from uv.lock) for pip.
-# The environment uses $(PYTHON), never a Python that uv would download. Both compile what they install: without it, every
-# process would compile torch and transformer-lens anew where Python may not write bytecode (10 s for each kernel).
+# The environment uses $(PYTHON), never a Python that uv would download.
 PIP_INSTALL = $(RUN) -m pip install $$quiet --disable-pip-version-check
 GET_UV = $(PIP_INSTALL) uv==$(UV_VERSION)
 WITH_UV = $(PYTHON) -m venv --clear $(VENV) && $(GET_UV) && env -u VIRTUAL_ENV UV_PROJECT_ENVIRONMENT=$(VENV) \
-  UV_PYTHON_DOWNLOADS=never $(UV) sync $$quiet --frozen --inexact --compile-bytecode --python $(RUN)
+  UV_PYTHON_DOWNLOADS=never $(UV) sync $$quiet --frozen --inexact --python $(RUN)
 WITH_PIP = $(PYTHON) -m venv --clear $(VENV) && $(PIP_INSTALL) -c constraints.txt -e .
 
 # $(READY) holds a fingerprint of what the environment was made from. It is written last, so an interrupted set-up is

@@ -44,7 +44,7 @@ VERSION = re.search(
     r"^UV_VERSION := (\S+)$", (paths.ROOT / "Makefile").read_text(), re.MULTILINE
 ).group(1)
 GET_UV = f"{PIP_INSTALL} uv=={VERSION}"
-SYNC = "uv sync -q --frozen --inexact --compile-bytecode --python .venv/bin/python"
+SYNC = "uv sync -q --frozen --inexact --python .venv/bin/python"
 WITH_UV = ["venv", GET_UV, SYNC]
 WITH_PIP = ["venv", f"{PIP_INSTALL} -c constraints.txt -e ."]
 
