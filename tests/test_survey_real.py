@@ -10,13 +10,10 @@ import pytest
 
 import sae_research as sr
 from sae_research.errors import ResearchError
-from sae_research.studies.opinion_qa.experiment import (
-    drop_small_groups,
-    make_eval_set,
-    make_targets,
-)
-from sae_research.studies.opinion_qa.prompts import ENGLISH_TEMPLATE
+from sae_research.studies.opinion_qa.experiment import make_eval_set, make_targets
 from sae_research.surveys import real
+from sae_research.surveys.prompts import ENGLISH_TEMPLATE
+from sae_research.surveys.selection import drop_small_groups
 from sae_research.surveys.survey import OVERALL, Survey
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from sae_research.bases import residual_basis
+from sae_research.shifts import Shift, canonicalize
 from sae_research.studies.opinion_qa import (
     baselines,
     experiment,
@@ -16,13 +18,8 @@ from sae_research.studies.opinion_qa import (
     readers,
 )
 from sae_research.studies.opinion_qa.fit import train_shift
-from sae_research.studies.opinion_qa.prompts import (
-    ENGLISH_TEMPLATE,
-    TOY_TEMPLATE,
-    english_block,
-)
 from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining
-from sae_research.studies.opinion_qa.shift import Shift, canonicalize, residual_basis
+from sae_research.surveys.prompts import ENGLISH_TEMPLATE, TOY_TEMPLATE, english_block
 from sae_research.surveys.survey import Group, Question, divergence
 
 HOOK = "blocks.0.hook_resid_post"
@@ -134,7 +131,7 @@ def test_a_screened_space_moves_only_its_latents(cache, basis):
     keep = torch.tensor([3, 5, 60])
     few = baselines.restrict_basis(basis, keep)
     x = cache.residual[:2]
-    from sae_research.studies.opinion_qa.shift import compute_displacement
+    from sae_research.bases import compute_displacement
 
     small_delta, whole = torch.tensor([[0.4, -0.2, 0.3]]), torch.zeros(1, basis.size)
     whole[0, keep] = small_delta[0]

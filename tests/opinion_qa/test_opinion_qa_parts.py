@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sae_research.studies.opinion_qa import baselines, fit, generalise, readers
-from sae_research.studies.opinion_qa import cache as caches
-from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE
 from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining
+from sae_research.surveys import cached as caches
+from sae_research.surveys.prompts import TOY_TEMPLATE
 
 QUICK = ShiftTraining(
     kind="multiplicative",

@@ -12,19 +12,12 @@ import torch
 
 from sae_research import catalogue, claims, config, paths, saes
 from sae_research.errors import ResearchError
+from sae_research.shifts import load_shift
 from sae_research.studies import runner
-from sae_research.studies.opinion_qa import (
-    baselines,
-    experiment,
-    findings,
-    methods,
-    prompts,
-    readers,
-)
-from sae_research.studies.opinion_qa.prompts import ENGLISH_TEMPLATE
+from sae_research.studies.opinion_qa import baselines, experiment, findings, methods, readers
 from sae_research.studies.opinion_qa.settings import LoRATraining, Settings, ShiftTraining
-from sae_research.studies.opinion_qa.shift import load_shift
-from sae_research.surveys import published
+from sae_research.surveys import prompts, published
+from sae_research.surveys.prompts import ENGLISH_TEMPLATE
 from sae_research.surveys.survey import Group, Question, Survey
 
 pytestmark = pytest.mark.usefixtures("offline_hub")

@@ -9,11 +9,12 @@ from miniatures import random_sae
 
 from sae_research import claims
 from sae_research.studies import runner
-from sae_research.studies.opinion_qa import evaluate, experiment, findings, methods, study
+from sae_research.studies.opinion_qa import experiment, findings, methods, study
 from sae_research.studies.opinion_qa import tables as tables_of
-from sae_research.studies.opinion_qa.evaluate import EvalSet
-from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE
 from sae_research.studies.opinion_qa.settings import LoRATraining, Settings, ShiftTraining
+from sae_research.surveys import scores as evaluate
+from sae_research.surveys.prompts import TOY_TEMPLATE
+from sae_research.surveys.scores import EvalSet
 
 HOOK = "blocks.0.hook_resid_post"
 

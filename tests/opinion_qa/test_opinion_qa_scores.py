@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from sae_research.errors import ResearchError
-from sae_research.studies.opinion_qa import evaluate
-from sae_research.studies.opinion_qa.evaluate import EvalSet
+from sae_research.surveys import scores as evaluate
+from sae_research.surveys.scores import EvalSet
 from sae_research.surveys.survey import logit, reliability
 from sae_research.world.survey.population import Population, PopulationSettings
 

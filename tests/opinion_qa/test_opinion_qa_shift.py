@@ -6,24 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from sae_research.errors import ResearchError
-from sae_research.studies.opinion_qa import fit as objective
-from sae_research.studies.opinion_qa.fit import train_calibration, train_shift
-from sae_research.studies.opinion_qa.prompts import (
-    OptionLetters,
-    find_letter_tokens,
-    sort_by_ordinal,
-)
-from sae_research.studies.opinion_qa.settings import ShiftTraining
-from sae_research.studies.opinion_qa.shift import (
-    Shift,
-    canonicalize,
+from sae_research.bases import (
     compute_displacement,
     pca_basis,
     random_basis,
     residual_basis,
     token_basis,
 )
+from sae_research.errors import ResearchError
+from sae_research.shifts import Shift, canonicalize
+from sae_research.studies.opinion_qa import fit as objective
+from sae_research.studies.opinion_qa.fit import train_calibration, train_shift
+from sae_research.studies.opinion_qa.settings import ShiftTraining
+from sae_research.surveys.prompts import OptionLetters, find_letter_tokens, sort_by_ordinal
 from sae_research.surveys.survey import divergence
 
 HOOK = "blocks.0.hook_resid_post"

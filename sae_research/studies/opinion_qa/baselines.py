@@ -6,23 +6,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from sae_research.studies.opinion_qa.cache import (
-    NO_COST,
-    CachedPrompts,
-    Prompts,
-    Writer,
-    make_prompts,
-)
+from sae_research.bases import Basis
+from sae_research.shifts import Shift
 from sae_research.studies.opinion_qa.experiment import Experiment
 from sae_research.studies.opinion_qa.fit import Targets, forward_kl, mean_kl, train_calibration
 from sae_research.studies.opinion_qa.methods import MethodResult, evaluate_shift, train_method
-from sae_research.studies.opinion_qa.prompts import (
-    AnswerDistribution,
-    OptionLetters,
-    average_orders,
-)
 from sae_research.studies.opinion_qa.settings import HUMAN_OVERALL, MEANS, UNSTEERED, ShiftTraining
-from sae_research.studies.opinion_qa.shift import Basis, Shift
+from sae_research.surveys.cached import NO_COST, CachedPrompts, Prompts, Writer, make_prompts
+from sae_research.surveys.prompts import AnswerDistribution, OptionLetters, average_orders
 
 # fixed answers and letter calibration
 

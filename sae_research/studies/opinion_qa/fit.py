@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from sae_research.bases import Basis, compute_displacement
 from sae_research.errors import ResearchError
-from sae_research.studies.opinion_qa.cache import CachedPrompts
+from sae_research.shifts import Shift, canonicalize
 from sae_research.studies.opinion_qa.settings import ShiftTraining
-from sae_research.studies.opinion_qa.shift import Basis, Shift, canonicalize, compute_displacement
+from sae_research.surveys.cached import CachedPrompts
 
 # terms of the loss
 

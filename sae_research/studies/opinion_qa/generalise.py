@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sae_research.shifts import Shift
 from sae_research.studies.opinion_qa.baselines import GroupPrompts
 from sae_research.studies.opinion_qa.experiment import Experiment, make_targets
 from sae_research.studies.opinion_qa.fit import Targets, forward_kl, mean_kl, train_shift
 from sae_research.studies.opinion_qa.settings import ShiftTraining
-from sae_research.studies.opinion_qa.shift import Shift
 from sae_research.surveys import crossings
 from sae_research.surveys.survey import Group, Survey
 

@@ -8,16 +8,17 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
+from sae_research.bases import Basis
+from sae_research.shifts import Shift
 from sae_research.studies.opinion_qa.baselines import GroupPrompts, latent_contrasts
-from sae_research.studies.opinion_qa.cache import CachedPrompts
-from sae_research.studies.opinion_qa.evaluate import (
+from sae_research.studies.opinion_qa.experiment import Experiment
+from sae_research.surveys.cached import CachedPrompts
+from sae_research.surveys.scores import (
     canonical_correlations,
     chance_correlations,
     off_target,
     on_target,
 )
-from sae_research.studies.opinion_qa.experiment import Experiment
-from sae_research.studies.opinion_qa.shift import Basis, Shift
 
 
 class LatentActivity:

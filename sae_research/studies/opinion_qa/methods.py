@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sae_research.bases import Basis
+from sae_research.shifts import Shift
 from sae_research.stats import cluster_means
-from sae_research.studies.opinion_qa.cache import OffTaskCost
 from sae_research.studies.opinion_qa.experiment import Experiment
 from sae_research.studies.opinion_qa.fit import Targets, train_shift
 from sae_research.studies.opinion_qa.settings import (
@@ -23,7 +24,7 @@ from sae_research.studies.opinion_qa.settings import (
     TWO_STAGES,
     ShiftTraining,
 )
-from sae_research.studies.opinion_qa.shift import Basis, Shift
+from sae_research.surveys.cached import OffTaskCost
 from sae_research.surveys.survey import divergence
 
 ERROR_KEEPING = ("gated", "multiplicative", "additive")

@@ -12,12 +12,12 @@ import torch
 
 from sae_research.errors import ResearchError
 from sae_research.studies.opinion_qa import baselines
-from sae_research.studies.opinion_qa.cache import CachedPrompts, OffTaskCost, Prompts
 from sae_research.studies.opinion_qa.experiment import Experiment
 from sae_research.studies.opinion_qa.fit import Targets, forward_kl
 from sae_research.studies.opinion_qa.methods import UNKNOWN_COST, MethodResult
-from sae_research.studies.opinion_qa.prompts import AnswerDistribution, average_orders
 from sae_research.studies.opinion_qa.settings import LORA_PER_GROUP, LoRATraining
+from sae_research.surveys.cached import CachedPrompts, OffTaskCost, Prompts
+from sae_research.surveys.prompts import AnswerDistribution, average_orders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,16 +14,15 @@ import torch
 
 from sae_research import catalogue, paths
 from sae_research.config import Profile
+from sae_research.shifts import FittedShift, save_shift
 from sae_research.studies.opinion_qa import (
     baselines,
-    evaluate,
     generalise,
     meaning,
     methods,
     readers,
     tables,
 )
-from sae_research.studies.opinion_qa.cache import OffTaskCost
 from sae_research.studies.opinion_qa.experiment import (
     Experiment,
     load_experiment,
@@ -39,8 +38,9 @@ from sae_research.studies.opinion_qa.settings import (
     UNSTEERED,
     ShiftTraining,
 )
-from sae_research.studies.opinion_qa.shift import FittedShift, save_shift
 from sae_research.studies.runner import Result, Task
+from sae_research.surveys import scores as evaluate
+from sae_research.surveys.cached import OffTaskCost
 from sae_research.surveys.published import writable
 
 

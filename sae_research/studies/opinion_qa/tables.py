@@ -7,11 +7,11 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from sae_research.studies.opinion_qa import evaluate
-from sae_research.studies.opinion_qa.evaluate import EvalSet
 from sae_research.studies.opinion_qa.methods import ERROR_KEEPING, MethodResult, Plan
 from sae_research.studies.opinion_qa.settings import DENSE, PER_TOKEN, RAW, SHUFFLED, UNSTEERED
 from sae_research.studies.runner import Result
+from sae_research.surveys import scores as evaluate
+from sae_research.surveys.scores import EvalSet
 from sae_research.surveys.survey import deviations
 
 Tables = dict[str, pd.DataFrame]

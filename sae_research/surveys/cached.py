@@ -7,15 +7,15 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from sae_research.bases import Basis, compute_displacement
 from sae_research.model_tail import ModelTail
 from sae_research.models import LanguageModel
-from sae_research.studies.opinion_qa.prompts import (
+from sae_research.surveys.prompts import (
     AnswerDistribution,
     OptionLetters,
     average_orders,
     sort_by_ordinal,
 )
-from sae_research.studies.opinion_qa.shift import Basis, compute_displacement
 from sae_research.surveys.survey import Question
 
 Writer = Callable[[Question, bool], str]
