@@ -16,9 +16,10 @@ from sae_research.hub import download
 from sae_research.models import LanguageModel
 from sae_research.saes import check_fit, warn_if_wrong
 from sae_research.shifts import FittedShift, Shift
-from sae_research.studies.opinion_qa.fit import Targets, shrink_targets, train_shift
+from sae_research.studies.opinion_qa.fit import train_shift
 from sae_research.studies.opinion_qa.settings import Settings, ShiftTraining
-from sae_research.surveys.cached import CachedPrompts
+from sae_research.surveys.cached import SPLITS, CachedPrompts, split_passages
+from sae_research.surveys.group_prompts import GroupPrompts, run_group_prompts
 from sae_research.surveys.prompts import (
     ENGLISH_TEMPLATE,
     TOY_TEMPLATE,
@@ -26,15 +27,14 @@ from sae_research.surveys.prompts import (
     find_template,
     use_chat_template,
 )
-from sae_research.surveys.scores import EvalSet
+from sae_research.surveys.scores import EvalSet, make_eval_set
 from sae_research.surveys.selection import drop_small_groups, select_questions, thin_questions
-from sae_research.surveys.survey import Survey, reliability, sampling_noise
+from sae_research.surveys.survey import Survey
+from sae_research.surveys.targets import Targets, make_targets
 
 if TYPE_CHECKING:
     from sae_lens import SAE
     from transformers import PreTrainedModel
-
-SPLITS = ("train", "validation", "test")
 
 
 def opinion_qa_folder() -> Path:
@@ -93,6 +93,13 @@ class Experiment:
         return self.cache.measure_answers(
             self.sae, shift.kind, deltas, asked, shift.positions
         ).probabilities
+
+    def group_prompts(self, form: str = "BIO") -> GroupPrompts:
+        """The survey put to every group in one form, with block means over training questions."""
+        train = self.targets.train
+        return run_group_prompts(
+            self.cache, self.sae, self.template, self.survey.groups, train, form
+        )
 
     def basis(self, space: str, seed: int) -> Basis:
         """A space to shift in: the SAE, or what takes its place in a control."""
@@ -214,52 +221,6 @@ def load_opinion_qa_experiment(profile: Profile, name: str, role: str, seed: int
     )
 
 
-def split_passages(
-    model: LanguageModel, passages: Sequence[str], n_documents: int
-) -> dict[str, torch.Tensor]:
-    """Other text in rows of at most 64 tokens, `n_documents` of them for each split."""
-    length = min(64, model.n_ctx)
-    tokens = model.packed(list(passages), length)
-    if len(tokens) < len(SPLITS):
-        raise ResearchError(
-            f"the other text (passages.txt) gives {len(tokens)} rows of {length} tokens and each "
-            "split needs at least one; add text."
-        )
-    share = min(n_documents, len(tokens) // len(SPLITS))
-    return dict(zip(SPLITS, tokens[: len(SPLITS) * share].split(share), strict=True))
-
-
-def make_targets(poll: Survey, shrinkage: float) -> Targets:
-    """What a poll teaches: its groups' answers, shrunk towards their mean."""
-    pooled = np.tensordot(poll.weights, poll.distributions, 1)
-    counts = torch.tensor(poll.counts, dtype=torch.float64)
-    return Targets(
-        groups=tuple(g.name for g in poll.groups),
-        attributes=tuple(g.attribute for g in poll.groups),
-        weights=poll.weights,
-        answers=shrink_targets(counts, torch.tensor(pooled), shrinkage).numpy(),
-        overall=pooled,
-        train=poll.rows("train"),
-        validation=poll.rows("validation"),
-    )
-
-
-def make_eval_set(truth: Survey, clusters: Sequence[str]) -> EvalSet:
-    """The test questions; of a poll, with what its sampling noise does to scores."""
-    rows = truth.rows("test")
-    if truth.counts is None:
-        return EvalSet(truth, rows, families=tuple(clusters))
-    test = select_questions(truth, rows)
-    known = reliability(test, 0)
-    if not known > 0:
-        raise ResearchError(
-            "the groups of this survey differ no more than two halves of one group do (split-half "
-            f"reliability {known:.2f}): nothing could be said of following groups; use more "
-            "respondents or other groups."
-        )
-    return EvalSet(truth, rows, known, sampling_noise(test, 0), tuple(clusters))
-
-
 def make_experiment(
     settings: Settings,
     model: LanguageModel,
@@ -322,7 +283,7 @@ def fit_shift(
         survey = survey.sampled(1000, seed)
     if texts is None:
         third = len(model.sample) // 3
-        parts = dict(zip(("train", "validation", "test"), model.sample.split(third), strict=False))
+        parts = dict(zip(SPLITS, model.sample.split(third), strict=False))
     else:
         parts = split_passages(model, texts, 64)
     write = find_template(template, model.tokenizer).plain
