@@ -342,9 +342,7 @@ def tabulate_group_distances(t: Tables, facts: dict) -> pd.DataFrame:
     return table.rename(columns=lambda m: m.replace(" (best on validation)", ", best form"))
 
 
-def compare_ways_to_intersections(
-    t: Tables,
-) -> tuple[list[str], dict[str, list[Interval]]] | None:
+def compare_ways_to_intersections(t: Tables) -> tuple[list[str], dict[str, list[Interval]]] | None:
     """WD to each pair of attributes' intersections by way, ordered by what the ways know."""
     table = t["composition"]
     if table.empty:

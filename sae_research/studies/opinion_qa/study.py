@@ -15,14 +15,7 @@ import torch
 from sae_research import catalogue, paths
 from sae_research.config import Profile
 from sae_research.shifts import FittedShift, save_shift
-from sae_research.studies.opinion_qa import (
-    baselines,
-    generalise,
-    meaning,
-    methods,
-    readers,
-    tables,
-)
+from sae_research.studies.opinion_qa import baselines, generalise, meaning, methods, readers, tables
 from sae_research.studies.opinion_qa.experiment import (
     Experiment,
     load_experiment,
