@@ -212,14 +212,15 @@ def label_alone(architecture: str, features: int = 300) -> None:
     """
     from sae_lens import StandardSAE, StandardSAEConfig
 
-    from sae_research.studies.side_effects import labels, pool
+    from sae_research import latents
+    from sae_research.studies.side_effects import labels
 
     torch.set_num_threads(1)
     torch.manual_seed(2)
     with quiet(), torch.no_grad():
         engine = LastToken(bridged(architecture), HOOK, (READ,))
         downstream = StandardSAE(StandardSAEConfig(d_in=D, d_sae=4 * PANEL)).requires_grad_(False)
-        codes = pool.make_latent_encoder(downstream, torch.arange(PANEL))
+        codes = latents.make_latent_encoder(downstream, torch.arange(PANEL))
         tokens = torch.randint(2, VOCAB, (POOL, T))
         contexts = torch.stack([torch.randperm(POOL)[:CONTEXTS] for _ in range(features)])
         found = labels.measure_effects(

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sae_research.catalogue import load_model, load_sae
     from sae_research.errors import ResearchError
+    from sae_research.feature_card import FeatureCard
     from sae_research.models import LanguageModel
     from sae_research.saes import save as save_sae
-    from sae_research.studies.opinion_qa.shift import FittedShift, fit_shift, load_shift, save_shift
-    from sae_research.studies.side_effects.card import FeatureCard
+    from sae_research.shifts import FittedShift, load_shift, save_shift
+    from sae_research.studies.opinion_qa.experiment import fit_shift
     from sae_research.studies.side_effects.ranking import Ranking, screen_features
     from sae_research.surveys.files import load_survey
     from sae_research.training import SAETraining, train_sae
@@ -32,12 +33,12 @@ _HOMES = {
     "SAETraining": "training",
     "screen_features": "studies.side_effects.ranking",
     "Ranking": "studies.side_effects.ranking",
-    "FeatureCard": "studies.side_effects.card",
+    "FeatureCard": "feature_card",
     "load_survey": "surveys.files",
-    "fit_shift": "studies.opinion_qa.shift",
-    "load_shift": "studies.opinion_qa.shift",
-    "save_shift": "studies.opinion_qa.shift",
-    "FittedShift": "studies.opinion_qa.shift",
+    "fit_shift": "studies.opinion_qa.experiment",
+    "load_shift": "shifts",
+    "save_shift": "shifts",
+    "FittedShift": "shifts",
     # `specialize` (study 3) and `safety_adapter` (study 5) join here.
 }
 _RENAMED = {"save_sae": ("saes", "save")}

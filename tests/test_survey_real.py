@@ -10,14 +10,12 @@ import pytest
 
 import sae_research as sr
 from sae_research.errors import ResearchError
-from sae_research.studies.opinion_qa.experiment import (
-    drop_small_groups,
-    make_eval_set,
-    make_targets,
-)
-from sae_research.studies.opinion_qa.prompts import ENGLISH_TEMPLATE
 from sae_research.surveys import real
+from sae_research.surveys.prompts import ENGLISH_TEMPLATE
+from sae_research.surveys.scores import make_eval_set
+from sae_research.surveys.selection import drop_small_groups
 from sae_research.surveys.survey import OVERALL, Survey
+from sae_research.surveys.targets import make_targets
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from miniatures import random_sae
 
-from sae_research.studies.opinion_qa.cache import CachedPrompts
-from sae_research.studies.opinion_qa.evaluate import EvalSet
+from sae_research.bases import sae_basis
 from sae_research.studies.opinion_qa.experiment import Experiment
-from sae_research.studies.opinion_qa.fit import Targets
-from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE
 from sae_research.studies.opinion_qa.settings import Settings
-from sae_research.studies.opinion_qa.shift import sae_basis
+from sae_research.surveys.cached import CachedPrompts
+from sae_research.surveys.prompts import TOY_TEMPLATE
+from sae_research.surveys.scores import EvalSet
+from sae_research.surveys.targets import Targets
 
 HOOK = "blocks.0.hook_resid_post"
 GROUPS = ("red", "blue", "old", "young", "grey")

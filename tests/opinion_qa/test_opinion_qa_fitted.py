@@ -10,9 +10,9 @@ from miniatures import random_sae
 
 import sae_research as sr
 from sae_research import saes, store
+from sae_research.bases import sae_basis
 from sae_research.errors import ResearchError
 from sae_research.studies.opinion_qa.settings import ShiftTraining
-from sae_research.studies.opinion_qa.shift import sae_basis
 
 HOOK = "blocks.0.hook_resid_post"
 QUICK = ShiftTraining(

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from sae_research.bases import residual_basis
+from sae_research.shifts import Shift, canonicalize
 from sae_research.studies.opinion_qa import (
     baselines,
     experiment,
@@ -16,13 +18,9 @@ from sae_research.studies.opinion_qa import (
     readers,
 )
 from sae_research.studies.opinion_qa.fit import train_shift
-from sae_research.studies.opinion_qa.prompts import (
-    ENGLISH_TEMPLATE,
-    TOY_TEMPLATE,
-    english_block,
-)
 from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining
-from sae_research.studies.opinion_qa.shift import Shift, canonicalize, residual_basis
+from sae_research.surveys import group_prompts, targets
+from sae_research.surveys.prompts import ENGLISH_TEMPLATE, TOY_TEMPLATE, english_block
 from sae_research.surveys.survey import Group, Question, divergence
 
 HOOK = "blocks.0.hook_resid_post"
@@ -31,7 +29,7 @@ ITEM = Question("Q", "Is it so?", ("No", "Perhaps", "Yes"), (1.0, 2.0, 3.0))
 
 @pytest.fixture(scope="module")
 def prompted(exp):
-    return baselines.run_group_prompts(exp)
+    return exp.group_prompts()
 
 
 def test_english_prompts_list_lettered_options_and_never_name_a_group_in_the_block():
@@ -68,9 +66,9 @@ def test_every_form_of_the_toy_model_uses_words_that_it_knows(model, small):
 
 def test_an_empty_context_gives_the_unsteered_answers(exp, cache, basis):
     silent = replace(TOY_TEMPLATE, contexts={"none": lambda group, siblings: ""}, separator="")
-    found = baselines.run_group_prompts(replace(exp, template=silent), "none")
+    found = replace(exp, template=silent).group_prompts("none")
     rows = cache.prompts.prompt_ids(range(18))
-    answers = baselines.read_letter_scores(cache, found.scores[:, rows], rows).probabilities
+    answers = group_prompts.read_letter_scores(cache, found.scores[:, rows], rows).probabilities
     assert np.abs(answers - cache.measure_unsteered(range(18)).probabilities).max() < 1e-6
     assert torch.allclose(
         found.block[0],
@@ -91,7 +89,7 @@ def test_an_empty_context_gives_the_unsteered_answers(exp, cache, basis):
 
 def test_temperature_and_letter_bias_undo_what_they_model(cache):
     rows = cache.prompts.prompt_ids(range(18))
-    states = baselines.compute_states(cache, cache.residual, cache.prompts.last)
+    states = group_prompts.compute_states(cache, cache.residual, cache.prompts.last)
     scores = cache.letters.score_states(cache.tail, states)
     scores = scores - scores.mean(-1, keepdim=True)
     scores = 2 * scores / scores.std()
@@ -104,14 +102,14 @@ def test_temperature_and_letter_bias_undo_what_they_model(cache):
 
 
 def test_differences_of_means_cancel_between_two_siblings(prompted, everyone):
-    found = baselines.difference_of_means(prompted, everyone)
+    found = group_prompts.difference_of_means(prompted, everyone)
     left, right = found[-2:]  # handedness has two values
     assert torch.allclose(left, -right, atol=1e-5)
     assert left.norm() > 0
 
 
 def test_the_most_selective_latents_are_found_and_alone_moved(cache, basis, prompted, everyone):
-    contrast, statistic = baselines.latent_contrasts(prompted, everyone)
+    contrast, statistic = group_prompts.latent_contrasts(prompted, everyone)
     top = baselines.select_top_latents(contrast, statistic, 7)
     assert int((top != 0).any(0).sum()) == 7
     kept = (top != 0).any(0)
@@ -134,7 +132,7 @@ def test_a_screened_space_moves_only_its_latents(cache, basis):
     keep = torch.tensor([3, 5, 60])
     few = baselines.restrict_basis(basis, keep)
     x = cache.residual[:2]
-    from sae_research.studies.opinion_qa.shift import compute_displacement
+    from sae_research.bases import compute_displacement
 
     small_delta, whole = torch.tensor([[0.4, -0.2, 0.3]]), torch.zeros(1, basis.size)
     whole[0, keep] = small_delta[0]
@@ -149,10 +147,10 @@ def test_probes_start_at_the_model_and_learn(cache, prompted, everyone):
     same = readers.LinearProbe(rows, torch.zeros(4))
     assert torch.allclose(same(prompted.final), prompted.scores, atol=1e-4)
     found, loss = readers.fit_probe(cache, prompted.hidden, everyone, ridges=(1e-2,))
-    before = baselines.read_letter_scores(
+    before = group_prompts.read_letter_scores(
         cache, prompted.scores, cache.prompts.prompt_ids(range(18))
     ).probabilities
-    after = baselines.read_letter_scores(
+    after = group_prompts.read_letter_scores(
         cache, found(prompted.hidden), cache.prompts.prompt_ids(range(18))
     ).probabilities
     assert np.isfinite(loss)
@@ -293,7 +291,7 @@ def test_a_few_answers_bring_a_new_group_closer_and_a_stiff_ridge_keeps_the_popu
 
 
 def test_groups_can_be_left_out(everyone):
-    found = generalise.drop_groups(everyone, [0, 13])
+    found = targets.drop_groups(everyone, [0, 13])
     assert found.groups == everyone.groups[1:13]
     assert found.answers.shape[0] == 12
 
@@ -405,7 +403,7 @@ def test_a_shared_part_along_the_axes_is_learnt_with_the_groups(cache, basis, ev
 def test_refusals_are_read_from_the_last_letter_offered(cache):
     short = [q for q in cache.questions if q.n_options < 4]
     few = type(cache)(cache.model, HOOK, short, cache.write, cache.texts)
-    found = baselines.measure_refusals(
+    found = group_prompts.measure_refusals(
         few, lambda question, reverse: english_block(question, reverse, refusal=True)
     )
     assert found.shape == (len(short),)

@@ -11,7 +11,6 @@ import pytest
 
 from sae_research import claims
 from sae_research.studies.opinion_qa import findings, tables
-from sae_research.studies.opinion_qa.evaluate import EvalSet
 from sae_research.studies.opinion_qa.methods import ERROR_KEEPING
 from sae_research.studies.opinion_qa.settings import (
     DENSE,
@@ -28,6 +27,7 @@ from sae_research.studies.opinion_qa.settings import (
     SPARSEST,
     UNSTEERED,
 )
+from sae_research.surveys.scores import EvalSet
 
 BEST, LATE, PROMPT = "SAE gated", "at late", "BIO (best on validation)"
 FACTS = {"headline": BEST, "prompt": PROMPT, "model": "world-survey"}

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from sae_research.studies.opinion_qa import baselines, fit, generalise, readers
-from sae_research.studies.opinion_qa import cache as caches
-from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE
+from sae_research.studies.opinion_qa import fit, generalise, readers
 from sae_research.studies.opinion_qa.settings import LoRATraining, ShiftTraining
+from sae_research.surveys import cached as caches
+from sae_research.surveys import group_prompts
+from sae_research.surveys.prompts import TOY_TEMPLATE
 
 QUICK = ShiftTraining(
     kind="multiplicative",
@@ -117,13 +118,13 @@ def test_the_block_of_a_prompt_is_what_it_ends_with(cache, small):
     own = caches.make_prompts(
         cache.model, cache.questions, TOY_TEMPLATE.group_prompt("BIO", group, siblings)
     )
-    assert torch.equal(baselines.shared_ending(own, cache.prompts), cache.prompts.last)
-    assert torch.equal(baselines.shared_ending(own, own), own.last)
+    assert torch.equal(group_prompts.shared_ending(own, cache.prompts), cache.prompts.last)
+    assert torch.equal(group_prompts.shared_ending(own, own), own.last)
     around = replace(TOY_TEMPLATE, frame=lambda text: f"a {text} b")
     framed = caches.make_prompts(
         cache.model, cache.questions, around.group_prompt("BIO", group, siblings)
     )
     plain = caches.make_prompts(cache.model, cache.questions, around.plain)
     assert torch.equal(
-        baselines.shared_ending(framed, plain), plain.last - 1
+        group_prompts.shared_ending(framed, plain), plain.last - 1
     )  # what comes before the context is not

@@ -12,19 +12,12 @@ import torch
 
 from sae_research import catalogue, claims, config, paths, saes
 from sae_research.errors import ResearchError
+from sae_research.shifts import load_shift
 from sae_research.studies import runner
-from sae_research.studies.opinion_qa import (
-    baselines,
-    experiment,
-    findings,
-    methods,
-    prompts,
-    readers,
-)
-from sae_research.studies.opinion_qa.prompts import ENGLISH_TEMPLATE
+from sae_research.studies.opinion_qa import baselines, experiment, findings, methods, readers
 from sae_research.studies.opinion_qa.settings import LoRATraining, Settings, ShiftTraining
-from sae_research.studies.opinion_qa.shift import load_shift
-from sae_research.surveys import published
+from sae_research.surveys import group_prompts, prompts, published, scores
+from sae_research.surveys.prompts import ENGLISH_TEMPLATE
 from sae_research.surveys.survey import Group, Question, Survey
 
 pytestmark = pytest.mark.usefixtures("offline_hub")
@@ -229,7 +222,7 @@ def test_a_real_model_runs_from_reader_s_files_to_claims(private, profile, tmp_p
 
 def test_the_tuned_model_is_steered_and_prompted_too(private, profile):
     exp = experiment.load_experiment(profile, "gemma-2-2b-it", 0)
-    prompted = baselines.run_group_prompts(exp)
+    prompted = exp.group_prompts()
     choice = methods.choose_settings(exp, "SAE multiplicative", 0)
     outcomes = [
         methods.train_method(exp, "SAE multiplicative", choice.best, 0),
@@ -246,7 +239,7 @@ def test_the_tuned_model_is_steered_and_prompted_too(private, profile):
         prompted.prompts[0].last - words
     )  # the note on the group comes on top of the same words and turns
     assert (told > 0).all()
-    assert (baselines.shared_ending(prompted.prompts[0], exp.cache.prompts) < words).all()
+    assert (group_prompts.shared_ending(prompted.prompts[0], exp.cache.prompts) < words).all()
 
 
 def test_waves_families_and_small_groups_are_kept_apart(private, profile):
@@ -316,7 +309,7 @@ def test_groups_that_do_not_differ_are_refused():
     draws = np.random.default_rng(0)
     same = draws.multinomial(200, [0.5, 0.5], size=(4, 30))
     with pytest.raises(ResearchError, match="split-half reliability"):
-        experiment.make_eval_set(
+        scores.make_eval_set(
             poll(np.repeat(same[:1], 2, 0) // 2 * 2, ["a", "a"]), [str(i) for i in range(30)]
         )
 

@@ -9,11 +9,13 @@ from miniatures import random_sae
 
 from sae_research import claims
 from sae_research.studies import runner
-from sae_research.studies.opinion_qa import evaluate, experiment, findings, methods, study
+from sae_research.studies.opinion_qa import experiment, findings, methods, study
 from sae_research.studies.opinion_qa import tables as tables_of
-from sae_research.studies.opinion_qa.evaluate import EvalSet
-from sae_research.studies.opinion_qa.prompts import TOY_TEMPLATE
 from sae_research.studies.opinion_qa.settings import LoRATraining, Settings, ShiftTraining
+from sae_research.surveys import intervals
+from sae_research.surveys import scores as evaluate
+from sae_research.surveys.prompts import TOY_TEMPLATE
+from sae_research.surveys.scores import EvalSet
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -206,21 +208,21 @@ def test_new_groups_are_compared_group_by_group_and_question_by_question():
 
 def test_the_quietest_attribute_is_the_one_that_truly_moves_least(small):
     eval_set = EvalSet(small, np.arange(18))
-    true = evaluate.quietest_share_interval(eval_set, eval_set.truth[None], 0)
+    true = intervals.quietest_share_interval(eval_set, eval_set.truth[None], 0)
     assert true.value < 1e-6  # hands answer alike
     names = np.array([g.attribute for g in small.groups])
     moved = eval_set.truth.copy()
     moved[names == "hand"] = eval_set.truth[names == "party"][:2]
-    assert evaluate.quietest_share_interval(eval_set, moved[None], 0).value > 0.3
+    assert intervals.quietest_share_interval(eval_set, moved[None], 0).value > 0.3
 
 
 def test_one_group_that_loses_is_seen(small):
     eval_set = EvalSet(small, np.arange(18))
     before = np.repeat(small.overall[None], 14, 0)
     after = eval_set.truth.copy()
-    assert evaluate.worst_change_interval(eval_set, after[None], 0, before[None]).value <= 0
+    assert intervals.worst_change_interval(eval_set, after[None], 0, before[None]).value <= 0
     after[3] = small.uniform
-    assert evaluate.worst_change_interval(eval_set, after[None], 0, before[None]).value > 0.02
+    assert intervals.worst_change_interval(eval_set, after[None], 0, before[None]).value > 0.02
 
 
 def test_slope_and_identification_with_intervals_are_those_of_the_scores(small):
@@ -239,8 +241,8 @@ def test_slope_and_identification_with_intervals_are_those_of_the_scores(small):
 def test_a_ratio_of_distances_is_exact_for_a_method_against_itself(small):
     eval_set = EvalSet(small, np.arange(18))
     uniform = np.repeat(small.uniform[None, None], 14, 1)
-    assert evaluate.wd_ratio_interval(eval_set, uniform, 0, uniform).low == pytest.approx(1)
+    assert intervals.wd_ratio_interval(eval_set, uniform, 0, uniform).low == pytest.approx(1)
     half = (uniform + eval_set.truth[None]) / 2
-    found = evaluate.wd_ratio_interval(eval_set, half, 0, uniform)
+    found = intervals.wd_ratio_interval(eval_set, half, 0, uniform)
     assert found.value == pytest.approx(0.5)
     assert found.high == pytest.approx(0.5)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from sae_research.errors import ResearchError
-from sae_research.studies.opinion_qa import evaluate
-from sae_research.studies.opinion_qa.evaluate import EvalSet
+from sae_research.surveys import intervals
+from sae_research.surveys import scores as evaluate
+from sae_research.surveys.scores import EvalSet
 from sae_research.surveys.survey import logit, reliability
 from sae_research.world.survey.population import Population, PopulationSettings
 
@@ -102,25 +103,25 @@ def test_intervals_hold_the_value_and_paired_ones_are_tighter(eval_set, web):
     mean = np.tensordot(eval_set.survey.weights, eval_set.truth, 1)
     seeds = np.stack([mean + s * (eval_set.truth - mean) for s in (0.5, 0.6, 0.7)])
     better = np.stack([mean + (s + 0.1) * (eval_set.truth - mean) for s in (0.5, 0.6, 0.7)])
-    rho = evaluate.rho_dev_interval(eval_set, seeds, 0)
+    rho = intervals.rho_dev_interval(eval_set, seeds, 0)
     assert rho.value == pytest.approx(
         np.mean([evaluate.compute_scores(eval_set, p, web).rho_dev for p in seeds]), abs=0.01
     )
     assert rho.low <= rho.value <= rho.high
     assert rho.n == 18
-    wd = evaluate.distance_interval(eval_set, seeds, 0)
+    wd = intervals.distance_interval(eval_set, seeds, 0)
     assert wd.value == pytest.approx(eval_set.distance(seeds, eval_set.truth).mean())
-    paired = evaluate.distance_interval(eval_set, better, 0, minus=seeds)
+    paired = intervals.distance_interval(eval_set, better, 0, minus=seeds)
     assert paired.high < 0
     assert paired.high - paired.low < wd.high - wd.low
-    assert evaluate.rho_dev_interval(eval_set, seeds, 0, minus=seeds).value == 0
+    assert intervals.rho_dev_interval(eval_set, seeds, 0, minus=seeds).value == 0
     nothing = np.repeat(web[None], 2, 0)
-    assert evaluate.rho_dev_interval(eval_set, nothing, 0).value == 0
+    assert intervals.rho_dev_interval(eval_set, nothing, 0).value == 0
 
 
 def test_a_single_cluster_has_no_interval(eval_set):
     with pytest.raises(ResearchError, match="two clusters"):
-        evaluate.resample_clusters(lambda s: s[..., 0], np.ones((2, 5, 1)), np.zeros(5), 0)
+        intervals.resample_clusters(lambda s: s[..., 0], np.ones((2, 5, 1)), np.zeros(5), 0)
 
 
 def test_off_target_is_nought_for_calibration_and_sees_what_spills(eval_set, population):

@@ -6,24 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from sae_research.errors import ResearchError
-from sae_research.studies.opinion_qa import fit as objective
-from sae_research.studies.opinion_qa.fit import train_calibration, train_shift
-from sae_research.studies.opinion_qa.prompts import (
-    OptionLetters,
-    find_letter_tokens,
-    sort_by_ordinal,
-)
-from sae_research.studies.opinion_qa.settings import ShiftTraining
-from sae_research.studies.opinion_qa.shift import (
-    Shift,
-    canonicalize,
+from sae_research.bases import (
     compute_displacement,
     pca_basis,
     random_basis,
     residual_basis,
     token_basis,
 )
+from sae_research.errors import ResearchError
+from sae_research.shifts import Shift, canonicalize
+from sae_research.studies.opinion_qa import fit as objective
+from sae_research.studies.opinion_qa.fit import train_calibration, train_shift
+from sae_research.studies.opinion_qa.settings import ShiftTraining
+from sae_research.surveys import targets as targets_of
+from sae_research.surveys.prompts import OptionLetters, find_letter_tokens, sort_by_ordinal
 from sae_research.surveys.survey import divergence
 
 HOOK = "blocks.0.hook_resid_post"
@@ -170,7 +166,7 @@ def test_the_kl_gradient_points_down_hill(cache, basis, targets):
         x, _ = cache.apply_shift(basis, "multiplicative", delta, rows, "all")
         logs = cache.log_probs(x.flatten(0, 1), rows.repeat_interleave(5))
         target = answers[:, cache.prompts.question[rows]].transpose(0, 1).flatten(0, 1)
-        return objective.forward_kl(target, logs).mean()
+        return targets_of.forward_kl(target, logs).mean()
 
     delta = torch.zeros(5, basis.size, requires_grad=True)
     loss(delta).backward()
@@ -185,7 +181,7 @@ def test_the_divergence_is_the_survey_s_and_ignores_missing_options(targets):
     predicted = np.where(targets.answers > 0, predicted, 0)
     predicted /= predicted.sum(-1, keepdims=True)
     logs = torch.tensor(predicted).log()
-    found = objective.forward_kl(torch.tensor(targets.answers), logs)
+    found = targets_of.forward_kl(torch.tensor(targets.answers), logs)
     assert np.allclose(found.numpy(), divergence(targets.answers, predicted))
 
 
@@ -198,7 +194,7 @@ def test_shrinking_rows_is_the_proximal_step_and_gives_exact_zeros():
 
 def test_shrunk_targets_lean_on_the_population_when_groups_are_small():
     overall = torch.tensor([0.5, 0.5])
-    found = objective.shrink_targets(torch.tensor([[2.0, 0.0], [2000.0, 0.0]]), overall, 20.0)
+    found = targets_of.shrink_targets(torch.tensor([[2.0, 0.0], [2000.0, 0.0]]), overall, 20.0)
     assert torch.allclose(found, torch.tensor([[12 / 22, 10 / 22], [2010 / 2020, 10 / 2020]]))
 
 

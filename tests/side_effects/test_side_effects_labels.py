@@ -6,6 +6,7 @@ import torch
 from side_effects_toys import HOOK, READ, D, make_sae, unit
 from test_last_token import tiny
 
+from sae_research import jacobians, latents
 from sae_research.last_token import LastToken
 from sae_research.studies.side_effects import forecasters, labels, pool, prediction, predictors
 from sae_research.studies.side_effects.screen import LABELS
@@ -18,7 +19,7 @@ def test_identity_upper_layers_give_the_closed_form_count(identity, tokens):
     decoder = unit(torch.randn(64, D))
     downstream = make_sae(identity, READ, decoder, bias=-0.05)
     engine = LastToken(identity, HOOK, (READ,))
-    encode_panel = pool.make_latent_encoder(downstream, torch.arange(64))
+    encode_panel = latents.make_latent_encoder(downstream, torch.arange(64))
     directions, contexts = 0.5 * unit(torch.randn(5, D)), torch.arange(40).expand(5, -1)
     found = labels.measure_effects(engine, encode_panel, tokens, directions, contexts, (0.1,))
     x = identity.residual(tokens[:40], HOOK)[:, -1]
@@ -34,11 +35,11 @@ def test_identity_upper_layers_give_the_closed_form_count(identity, tokens):
 def test_orthonormal_decoder_has_no_crowding_and_moves_one_latent(identity, tokens):
     torch.manual_seed(10)
     decoder = torch.linalg.qr(torch.randn(D, D))[0]
-    assert float(predictors.measure_crowding(decoder, torch.arange(D)).max()) < 1e-6
+    assert float(latents.measure_crowding(decoder, torch.arange(D)).max()) < 1e-6
     downstream = make_sae(identity, READ, decoder, bias=100.0)  # never silent
     found = labels.measure_effects(
         LastToken(identity, HOOK, (READ,)),
-        pool.make_latent_encoder(downstream, torch.arange(D)),
+        latents.make_latent_encoder(downstream, torch.arange(D)),
         tokens,
         0.5 * decoder,
         torch.arange(20).expand(D, -1),
@@ -55,9 +56,9 @@ def test_planted_clusters_spread_and_random_directions_do_not(identity, tokens):
     decoder = unit(torch.randn(120, D) / D**0.5 + share * centres[torch.arange(120) % 10])
     downstream = make_sae(identity, READ, decoder, bias=100.0)
     engine = LastToken(identity, HOOK, (READ,))
-    encode_panel = pool.make_latent_encoder(downstream, torch.arange(120))
+    encode_panel = latents.make_latent_encoder(downstream, torch.arange(120))
     contexts = torch.arange(4).expand(120, -1)
-    crowding = predictors.measure_crowding(decoder, torch.arange(120)).mean(1).numpy()
+    crowding = latents.measure_crowding(decoder, torch.arange(120)).mean(1).numpy()
     count = (
         labels.measure_effects(engine, encode_panel, tokens, 0.5 * decoder, contexts, (0.25,))
         .counts.mean((1, 2))
@@ -109,7 +110,7 @@ def test_labels_equal_those_from_full_logits(architecture, tokens):
     torch.manual_seed(14)
     downstream = make_sae(model, READ, unit(torch.randn(40, D)))
     engine = LastToken(model, HOOK, (READ,))
-    encode_panel = pool.make_latent_encoder(downstream, torch.arange(40))
+    encode_panel = latents.make_latent_encoder(downstream, torch.arange(40))
     directions, contexts = (
         0.5 * torch.randn(3, D),
         torch.stack([torch.randperm(30)[:9] for _ in range(3)]),
@@ -149,7 +150,7 @@ def test_latent_encoder_equals_the_sae_itself(model, kind):
         torch.tensor([4, 9, 31]),
     )
     assert torch.allclose(
-        pool.make_latent_encoder(sae, columns)(x), sae.encode(x)[..., columns], atol=1e-6
+        latents.make_latent_encoder(sae, columns)(x), sae.encode(x)[..., columns], atol=1e-6
     )
 
 
@@ -210,7 +211,7 @@ def test_folded_unembedding_gives_the_models_own_logits(architecture, tokens):
     with torch.no_grad():
         for p in model.bridge.ln_final.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    engine, W = LastToken(model, HOOK, (READ,)), predictors.fold_unembedding(model)
+    engine, W = LastToken(model, HOOK, (READ,)), latents.fold_unembedding(model)
     x = torch.randn(5, D)
     logits = (
         engine.logits(model.bridge.ln_final(x))
@@ -241,10 +242,10 @@ def test_no_predictor_sees_a_label(screened):
 
 def test_jacobians_of_identity_layers_are_the_identity(identity, tokens):
     engine = LastToken(identity, HOOK, (READ,))
-    J = forecasters.measure_jacobians(engine, tokens[:2])
+    J = jacobians.measure_jacobians(engine, tokens[:2])
     assert torch.allclose(J.read, torch.eye(D).expand(2, D, D), atol=1e-3)
     assert torch.allclose(
-        forecasters.fit_random_map(engine, tokens[:4], 0.5, 128, 0, ridge=1e-6),
+        jacobians.fit_random_map(engine, tokens[:4], 0.5, 128, 0, ridge=1e-6),
         torch.eye(D),
         atol=1e-3,
     )
@@ -252,7 +253,7 @@ def test_jacobians_of_identity_layers_are_the_identity(identity, tokens):
 
 def test_jacobians_are_the_slope_of_the_engine(model, tokens):
     engine = LastToken(model, HOOK, (READ,))
-    J = forecasters.measure_jacobians(engine, tokens[:3])
+    J = jacobians.measure_jacobians(engine, tokens[:3])
     record, direction = engine.record(tokens[:3]), 1e-2 * unit(torch.randn(1, D))
     zero = torch.zeros(3, dtype=torch.long)
     ((rows, state),) = engine.steer(record, torch.arange(3), zero, direction)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from side_effects_toys import HOOK, READ, SETTINGS, D, make_sae, unit
 
-from sae_research import screen_features
+from sae_research import feature_card, screen_features
 from sae_research.errors import ResearchError
-from sae_research.studies.side_effects import card, card_page, predictors
+from sae_research.studies.side_effects import card, predictors
 from sae_research.studies.side_effects.screen import LABELS
 
 TEXTS = [" ".join(f"w{(i * j) % 90 + 3}" for j in range(1, 12)) for i in range(1, 300)]
@@ -107,7 +107,7 @@ def test_a_dose_is_shown_in_activations_and_in_the_residuals_norm(ranking):
 def test_labels_of_the_dose_chart_do_not_overlap(ranking):
     page = ranking.card(int(ranking.table.index[0])).to_html()
     charts = page.split("<svg")[1:]
-    assert len(charts) == len(card_page.DOSED)
+    assert len(charts) == len(feature_card.DOSED)
     for chart in charts:
         places = [
             (float(x), float(y)) for x, y in re.findall(r'<text x="([\d.]+)" y="([\d.]+)"', chart)
@@ -141,16 +141,16 @@ def test_sentencepiece_keeps_its_spaces_and_bytes_are_no_text():
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
-    assert card.decode(tokenizer, [1]) == " M"
-    assert card.decode(tokenizer, [2]) == "M"
-    assert [i for i in range(6) if card.is_text(tokenizer, i)] == [1, 2]
+    assert feature_card.decode(tokenizer, [1]) == " M"
+    assert feature_card.decode(tokenizer, [2]) == "M"
+    assert [i for i in range(6) if feature_card.is_text(tokenizer, i)] == [1, 2]
 
 
 def test_numbers_are_shown_as_people_write_them():
-    assert card_page.format_number(1024) == "1,024"
-    assert card_page.format_number(1024.4) == "1,024"
-    assert card_page.format_number(3.0) == "3"
-    assert card_page.format_number(0.12345) == "0.123"
+    assert feature_card.format_number(1024) == "1,024"
+    assert feature_card.format_number(1024.4) == "1,024"
+    assert feature_card.format_number(3.0) == "3"
+    assert feature_card.format_number(0.12345) == "0.123"
 
 
 # what people hand over

@@ -1,45 +1,40 @@
 """A model at one SAE, a survey and its splits, ready for any method."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from sae_research import catalogue, paths, store
+from sae_research import bases, catalogue, paths, store
+from sae_research.bases import Basis
 from sae_research.config import Profile
 from sae_research.errors import ResearchError
 from sae_research.hub import download
 from sae_research.models import LanguageModel
-from sae_research.studies.opinion_qa.cache import CachedPrompts
-from sae_research.studies.opinion_qa.evaluate import EvalSet
-from sae_research.studies.opinion_qa.fit import Targets, shrink_targets
-from sae_research.studies.opinion_qa.prompts import (
+from sae_research.saes import check_fit, warn_if_wrong
+from sae_research.shifts import FittedShift, Shift
+from sae_research.studies.opinion_qa.fit import train_shift
+from sae_research.studies.opinion_qa.settings import Settings, ShiftTraining
+from sae_research.surveys.cached import SPLITS, CachedPrompts, split_passages
+from sae_research.surveys.group_prompts import GroupPrompts, run_group_prompts
+from sae_research.surveys.prompts import (
     ENGLISH_TEMPLATE,
     TOY_TEMPLATE,
     PromptTemplate,
+    find_template,
     use_chat_template,
 )
-from sae_research.studies.opinion_qa.settings import Settings
-from sae_research.studies.opinion_qa.shift import (
-    Basis,
-    Shift,
-    pca_basis,
-    random_basis,
-    residual_basis,
-    sae_basis,
-    token_basis,
-)
-from sae_research.surveys.survey import Question, Survey, reliability, sampling_noise
+from sae_research.surveys.scores import EvalSet, make_eval_set
+from sae_research.surveys.selection import drop_small_groups, select_questions, thin_questions
+from sae_research.surveys.survey import Survey
+from sae_research.surveys.targets import Targets, make_targets
 
 if TYPE_CHECKING:
     from sae_lens import SAE
     from transformers import PreTrainedModel
-
-SPLITS = ("train", "validation", "test")
 
 
 def opinion_qa_folder() -> Path:
@@ -99,6 +94,13 @@ class Experiment:
             self.sae, shift.kind, deltas, asked, shift.positions
         ).probabilities
 
+    def group_prompts(self, form: str = "BIO") -> GroupPrompts:
+        """The survey put to every group in one form, with block means over training questions."""
+        train = self.targets.train
+        return run_group_prompts(
+            self.cache, self.sae, self.template, self.survey.groups, train, form
+        )
+
     def basis(self, space: str, seed: int) -> Basis:
         """A space to shift in: the SAE, or what takes its place in a control."""
         residuals = self.cache.survey_residuals
@@ -106,12 +108,12 @@ class Experiment:
             case "SAE":
                 return self.sae
             case "random":
-                return random_basis(residuals, self.sae.size, self.l0, seed)
+                return bases.random_basis(residuals, self.sae.size, self.l0, seed)
             case "PCA":
-                return pca_basis(residuals)
+                return bases.pca_basis(residuals)
             case "tokens":
-                return token_basis(residuals, self.cache.survey_tokens)
-        return residual_basis(self.cache.model.d_model, self.cache.model.device)
+                return bases.token_basis(residuals, self.cache.survey_tokens)
+        return bases.residual_basis(self.cache.model.d_model, self.cache.model.device)
 
 
 _last: dict[str, Experiment] = {}
@@ -219,94 +221,6 @@ def load_opinion_qa_experiment(profile: Profile, name: str, role: str, seed: int
     )
 
 
-def split_passages(
-    model: LanguageModel, passages: Sequence[str], n_documents: int
-) -> dict[str, torch.Tensor]:
-    """Other text in rows of at most 64 tokens, `n_documents` of them for each split."""
-    length = min(64, model.n_ctx)
-    tokens = model.packed(list(passages), length)
-    if len(tokens) < len(SPLITS):
-        raise ResearchError(
-            f"the other text (passages.txt) gives {len(tokens)} rows of {length} tokens and each "
-            "split needs at least one; add text."
-        )
-    share = min(n_documents, len(tokens) // len(SPLITS))
-    return dict(zip(SPLITS, tokens[: len(SPLITS) * share].split(share), strict=True))
-
-
-def thin_questions(
-    questions: Sequence[Question], clusters: Sequence[str], every: int
-) -> np.ndarray:
-    """Rows of every n-th cluster of each split."""
-    chosen: set[str] = set()
-    for split in dict.fromkeys(q.split for q in questions):
-        own = [c for c, q in zip(clusters, questions, strict=True) if q.split == split]
-        chosen |= set(list(dict.fromkeys(own))[::every])
-    return np.array([i for i, cluster in enumerate(clusters) if cluster in chosen])
-
-
-def select_questions(survey: Survey, rows: np.ndarray) -> Survey:
-    """The survey of some of its questions."""
-    return replace(
-        survey,
-        questions=tuple(survey.questions[i] for i in rows),
-        distributions=survey.distributions[:, rows],
-        overall=survey.overall[rows],
-        counts=None if survey.counts is None else survey.counts[:, rows],
-        web=None if survey.web is None else survey.web[rows],
-    )
-
-
-def make_targets(poll: Survey, shrinkage: float) -> Targets:
-    """What a poll teaches: its groups' answers, shrunk towards their mean."""
-    pooled = np.tensordot(poll.weights, poll.distributions, 1)
-    counts = torch.tensor(poll.counts, dtype=torch.float64)
-    return Targets(
-        groups=tuple(g.name for g in poll.groups),
-        attributes=tuple(g.attribute for g in poll.groups),
-        weights=poll.weights,
-        answers=shrink_targets(counts, torch.tensor(pooled), shrinkage).numpy(),
-        overall=pooled,
-        train=poll.rows("train"),
-        validation=poll.rows("validation"),
-    )
-
-
-def drop_small_groups(survey: Survey, min_responses: int) -> Survey:
-    """The survey without groups with too few answers to some question, or that then stand alone."""
-    enough = survey.counts.sum(-1).min(1) >= min_responses
-    attributes = [g.attribute for g in survey.groups]
-    left = Counter(a for a, ok in zip(attributes, enough, strict=True) if ok)
-    rows = [i for i, ok in enumerate(enough) if ok and left[attributes[i]] > 1]
-    if not rows:
-        raise ResearchError(
-            f"no attribute has two groups with {min_responses} answers to every question; "
-            "lower `min_responses`."
-        )
-    return replace(
-        survey,
-        groups=tuple(survey.groups[i] for i in rows),
-        distributions=survey.distributions[rows],
-        counts=survey.counts[rows],
-    )
-
-
-def make_eval_set(truth: Survey, clusters: Sequence[str]) -> EvalSet:
-    """The test questions; of a poll, with what its sampling noise does to scores."""
-    rows = truth.rows("test")
-    if truth.counts is None:
-        return EvalSet(truth, rows, families=tuple(clusters))
-    test = select_questions(truth, rows)
-    known = reliability(test, 0)
-    if not known > 0:
-        raise ResearchError(
-            "the groups of this survey differ no more than two halves of one group do (split-half "
-            f"reliability {known:.2f}): nothing could be said of following groups; use more "
-            "respondents or other groups."
-        )
-    return EvalSet(truth, rows, known, sampling_noise(test, 0), tuple(clusters))
-
-
 def make_experiment(
     settings: Settings,
     model: LanguageModel,
@@ -320,8 +234,6 @@ def make_experiment(
     intersections: Sequence[Survey] = (),
 ) -> Experiment:
     """Put model, SAE and survey together; exact answers are polled first: none are ever known."""
-    from sae_research.saes import check_fit
-
     rows = thin_questions(truth.questions, clusters, settings.every_nth_cluster)
     truth = select_questions(truth, rows)
     clusters = tuple(clusters[i] for i in rows)
@@ -331,7 +243,7 @@ def make_experiment(
     return Experiment(
         settings,
         CachedPrompts(model, hook, truth.questions, template.plain, texts, batch),
-        sae_basis(sae),
+        bases.sae_basis(sae),
         template,
         poll,
         truth,
@@ -341,3 +253,42 @@ def make_experiment(
         load_fresh,
         tuple(select_questions(survey, rows) for survey in intersections),
     )
+
+
+def fit_shift(
+    model: LanguageModel,
+    sae: "SAE",
+    survey: Survey,
+    texts: Sequence[str] | None = None,
+    *,
+    training: ShiftTraining | None = None,
+    template: str = "english",
+    shrinkage: float = 20.0,
+    max_rows_per_forward: int = 48,
+    seed: int = 0,
+) -> FittedShift:
+    """Train a shift for every group of a survey of your own, with your own model and SAE.
+
+    The survey needs a train and a validation split (`survey.split(seed)` makes them). On `texts`,
+    by default text that the model writes itself, the shift is kept from changing other behaviour.
+    """
+    for split in ("train", "validation"):
+        if not len(survey.rows(split)):
+            raise ResearchError(
+                f"no question of the survey is in the {split} split; "
+                "make splits with `survey.split(seed)`."
+            )
+    warn_if_wrong(model, sae)
+    if survey.counts is None:
+        survey = survey.sampled(1000, seed)
+    if texts is None:
+        third = len(model.sample) // 3
+        parts = dict(zip(SPLITS, model.sample.split(third), strict=False))
+    else:
+        parts = split_passages(model, texts, 64)
+    write = find_template(template, model.tokenizer).plain
+    hook = check_fit(model, sae)
+    cache = CachedPrompts(model, hook, survey.questions, write, parts, max_rows_per_forward)
+    targets = make_targets(survey, shrinkage)
+    shift = train_shift(cache, bases.sae_basis(sae), training or ShiftTraining(), targets, seed)
+    return FittedShift(shift, model, sae, template)

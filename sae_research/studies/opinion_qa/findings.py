@@ -107,11 +107,9 @@ def measure_claims(t: Tables, facts: dict) -> dict[str, Measurement | None]:
 
 
 def _as_measurement(found: Interval | float | tuple | None) -> Measurement | None:
-    if isinstance(found, tuple):
-        return Measurement.of(*found)
-    if isinstance(found, Interval):
-        return Measurement.of(found)
-    return None if found is None else Measurement(found)
+    if found is None or isinstance(found, float):
+        return None if found is None else Measurement(found)
+    return Measurement.of(*(found if isinstance(found, tuple) else (found,)))
 
 
 def _measure_shift(t: Tables, facts: dict) -> _Found:
@@ -344,9 +342,7 @@ def tabulate_group_distances(t: Tables, facts: dict) -> pd.DataFrame:
     return table.rename(columns=lambda m: m.replace(" (best on validation)", ", best form"))
 
 
-def compare_ways_to_intersections(
-    t: Tables,
-) -> tuple[list[str], dict[str, list[Interval]]] | None:
+def compare_ways_to_intersections(t: Tables) -> tuple[list[str], dict[str, list[Interval]]] | None:
     """WD to each pair of attributes' intersections by way, ordered by what the ways know."""
     table = t["composition"]
     if table.empty:

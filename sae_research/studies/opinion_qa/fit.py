@@ -3,35 +3,35 @@
 The loss has three terms: divergence from the group, movement of the residual, sparsity.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from sae_research.bases import Basis, compute_displacement
 from sae_research.errors import ResearchError
-from sae_research.studies.opinion_qa.cache import CachedPrompts
+from sae_research.shifts import Shift, canonicalize
 from sae_research.studies.opinion_qa.settings import ShiftTraining
-from sae_research.studies.opinion_qa.shift import Basis, Shift, canonicalize, compute_displacement
+from sae_research.surveys.cached import CachedPrompts
+from sae_research.surveys.targets import Targets, forward_kl
 
 # terms of the loss
 
 
-def shrink_targets(counts: torch.Tensor, overall: torch.Tensor, weight: float) -> torch.Tensor:
-    """pi~ = (counts + a overall) / (n + a): small groups lean on the population, not on noise."""
-    return (counts + weight * overall) / (counts.sum(-1, keepdim=True) + weight)
+def minimize(
+    parameters: Sequence[torch.Tensor], compute_loss: Callable[[], torch.Tensor], max_iter: int
+) -> None:
+    """Fit a few numbers to a smooth loss, by L-BFGS."""
+    optimizer = torch.optim.LBFGS(parameters, max_iter=max_iter, line_search_fn="strong_wolfe")
 
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = compute_loss()
+        loss.backward()
+        return loss
 
-def forward_kl(target: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    """KL(pi || P_theta) in nats; one number a row."""
-    gaps = target.clamp(min=1e-30).log() - log_probs.masked_fill(target == 0, 0.0)
-    return (target * torch.where(target > 0, gaps, 0.0)).sum(-1)
-
-
-def mean_kl(truth: np.ndarray, answers: np.ndarray) -> float:
-    """Mean KL(pi || P) of answers, by which every grid search on validation questions chooses."""
-    logs = torch.tensor(np.log(np.maximum(answers, 1e-12)))
-    return forward_kl(torch.tensor(truth), logs).mean().item()
+    optimizer.step(closure)
 
 
 def lasso_weights(basis: Basis, kind: str, block: torch.Tensor, cap: float = 10.0) -> torch.Tensor:
@@ -62,31 +62,6 @@ def shrink_decoder_rows(table: torch.Tensor, amount: torch.Tensor) -> torch.Tens
 
 
 # training
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Whose answers to learn, and on which questions."""
-
-    groups: tuple[str, ...]
-    attributes: tuple[str, ...]
-    """The attribute of each group: scores have mean zero within each."""
-    weights: np.ndarray
-    """Share of each group; within an attribute they give the mean."""
-    answers: np.ndarray
-    """pi~, [groups, questions, options]."""
-    overall: np.ndarray
-    """The population's answers, [questions, options]."""
-    train: np.ndarray
-    validation: np.ndarray
-    """Validation questions, which alone choose."""
-
-    def centring(self) -> torch.Tensor:
-        """The matrix that takes the weighted mean of each attribute out of the groups' scores."""
-        attributes = np.array(self.attributes)
-        same = (attributes[:, None] == attributes) * self.weights
-        centring = np.eye(len(attributes)) - same / same.sum(1, keepdims=True)
-        return torch.tensor(centring, dtype=torch.float32)
 
 
 class _Training:

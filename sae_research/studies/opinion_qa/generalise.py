@@ -1,19 +1,19 @@
 """Groups that the shift was not trained on: intersections, few answers, none (3.6 and 3.7)."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
 
-from sae_research.studies.opinion_qa.baselines import GroupPrompts
-from sae_research.studies.opinion_qa.experiment import Experiment, make_targets
-from sae_research.studies.opinion_qa.fit import Targets, forward_kl, mean_kl, train_shift
+from sae_research.shifts import Shift
+from sae_research.studies.opinion_qa.experiment import Experiment
+from sae_research.studies.opinion_qa.fit import train_shift
 from sae_research.studies.opinion_qa.settings import ShiftTraining
-from sae_research.studies.opinion_qa.shift import Shift
 from sae_research.surveys import crossings
+from sae_research.surveys.group_prompts import GroupPrompts
 from sae_research.surveys.survey import Group, Survey
+from sae_research.surveys.targets import Targets, drop_groups, forward_kl, make_targets, mean_kl
 
 # intersections of two attributes
 
@@ -113,18 +113,6 @@ def _answer_intersections(
 
 
 # groups left out of training
-
-
-def drop_groups(targets: Targets, left_out: Sequence[int]) -> Targets:
-    """The targets without some groups."""
-    keep = np.delete(np.arange(len(targets.groups)), left_out)
-    return replace(
-        targets,
-        groups=tuple(targets.groups[g] for g in keep),
-        attributes=tuple(targets.attributes[g] for g in keep),
-        weights=targets.weights[keep],
-        answers=targets.answers[keep],
-    )
 
 
 def fit_few_shot(

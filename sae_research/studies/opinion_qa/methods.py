@@ -1,15 +1,17 @@
 """Trained shifts: their spaces, settings chosen by validation, judgement on test questions."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from sae_research.bases import Basis
+from sae_research.shifts import Shift
 from sae_research.stats import cluster_means
-from sae_research.studies.opinion_qa.cache import OffTaskCost
 from sae_research.studies.opinion_qa.experiment import Experiment
-from sae_research.studies.opinion_qa.fit import Targets, train_shift
+from sae_research.studies.opinion_qa.fit import train_shift
 from sae_research.studies.opinion_qa.settings import (
     DENSE,
     EDIT_KINDS,
@@ -23,8 +25,9 @@ from sae_research.studies.opinion_qa.settings import (
     TWO_STAGES,
     ShiftTraining,
 )
-from sae_research.studies.opinion_qa.shift import Basis, Shift
+from sae_research.surveys.cached import OffTaskCost
 from sae_research.surveys.survey import divergence
+from sae_research.surveys.targets import Targets
 
 ERROR_KEEPING = ("gated", "multiplicative", "additive")
 """Edits that leave what the SAE does not explain as it is."""
@@ -218,16 +221,15 @@ def choose_settings(exp: Experiment, name: str, seed: int) -> Choice:
     space, changes = METHODS[name]
     basis = exp.basis(space, seed)
     tried = []
-    for kl_weight in exp.settings.kl_weights:
-        for sparsity_weight in exp.settings.sparsity_weights:
-            weights = {"kl_weight": kl_weight, "sparsity_weight": sparsity_weight}
-            training = replace(exp.settings.training, **weights, **changes)
-            shift = train_shift(exp.cache, basis, training, exp.targets, seed)
-            cost = exp.cache.measure_cost(
-                basis, shift.kind, shift.deltas, "validation", shift.positions
-            )
-            loss = measure_validation_loss(exp, basis, shift)
-            tried.append(_Tried(training, cost.loss, loss, int(shift.active.sum())))
+    for kl, sparsity in product(exp.settings.kl_weights, exp.settings.sparsity_weights):
+        weights = {"kl_weight": kl, "sparsity_weight": sparsity}
+        training = replace(exp.settings.training, **weights, **changes)
+        shift = train_shift(exp.cache, basis, training, exp.targets, seed)
+        cost = exp.cache.measure_cost(
+            basis, shift.kind, shift.deltas, "validation", shift.positions
+        )
+        loss = measure_validation_loss(exp, basis, shift)
+        tried.append(_Tried(training, cost.loss, loss, int(shift.active.sum())))
     harmless = [t for t in tried if t.harm <= exp.settings.max_off_task_loss]
     harmless = harmless or [min(tried, key=lambda t: t.harm)]
     best = min(harmless, key=lambda t: t.loss.mean())

@@ -12,12 +12,14 @@ import torch
 
 from sae_research.errors import ResearchError
 from sae_research.studies.opinion_qa import baselines
-from sae_research.studies.opinion_qa.cache import CachedPrompts, OffTaskCost, Prompts
 from sae_research.studies.opinion_qa.experiment import Experiment
-from sae_research.studies.opinion_qa.fit import Targets, forward_kl
+from sae_research.studies.opinion_qa.fit import minimize
 from sae_research.studies.opinion_qa.methods import UNKNOWN_COST, MethodResult
-from sae_research.studies.opinion_qa.prompts import AnswerDistribution, average_orders
 from sae_research.studies.opinion_qa.settings import LORA_PER_GROUP, LoRATraining
+from sae_research.surveys.cached import CachedPrompts, OffTaskCost, Prompts
+from sae_research.surveys.group_prompts import GroupPrompts, compute_states, read_letter_scores
+from sae_research.surveys.prompts import AnswerDistribution, average_orders
+from sae_research.surveys.targets import Targets, forward_kl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,16 +78,12 @@ def fit_probe(
         shape = (len(states),) if by_group else ()
         change = torch.zeros(*shape, n_letters, width, device=device, requires_grad=True)
         bias = torch.zeros(*shape, n_letters, device=device, requires_grad=True)
-        optimizer = torch.optim.LBFGS([change, bias], max_iter=60, line_search_fn="strong_wolfe")
 
-        def closure() -> torch.Tensor:
-            optimizer.zero_grad()
+        def penalised() -> torch.Tensor:
             loss = compute_loss(LinearProbe(center + change / scale, bias), targets.train)
-            loss = loss + ridge * n_letters * change.square().mean()
-            loss.backward()
-            return loss
+            return loss + ridge * n_letters * change.square().mean()
 
-        optimizer.step(closure)
+        minimize([change, bias], penalised, 60)
         return LinearProbe((center + change / scale).detach(), bias.detach())
 
     tried = [(compute_loss(probe, targets.validation).item(), probe) for probe in map(fit, ridges)]
@@ -105,15 +103,14 @@ def unembed_letters(cache: CachedPrompts) -> torch.Tensor:
     return (rows * real).sum(1) / real.sum(1)
 
 
-def evaluate_unembeddings(exp: Experiment, prompted: baselines.GroupPrompts) -> list[MethodResult]:
+def evaluate_unembeddings(exp: Experiment, prompted: GroupPrompts) -> list[MethodResult]:
     """New unembedding rows of the letters, with and without group prompts.
 
     What they cost other text is not measured.
     """
     cache = exp.cache
-    test = cache.prompts.prompt_ids(exp.eval_set.questions)
     start = unembed_letters(cache)
-    plain = baselines.compute_states(cache, cache.residual, cache.prompts.last).float()
+    plain = compute_states(cache, cache.residual, cache.prompts.last).float()
     cases = {
         "letter unembedding, per group": (plain.expand(len(exp.targets.groups), -1, -1), True),
         "letter unembedding, group prompt": (prompted.final, False),
@@ -121,21 +118,23 @@ def evaluate_unembeddings(exp: Experiment, prompted: baselines.GroupPrompts) -> 
     results = []
     for name, (states, by_group) in cases.items():
         probe, _ = fit_probe(cache, states, exp.targets, start, by_group)
-        read = baselines.read_letter_scores(cache, probe(states[:, test]), test)
-        result = baselines.make_result(name, read, probe.parameters)
-        results.append(replace(result, cost=UNKNOWN_COST))
+        results.append(replace(_judge(exp, name, probe, states), cost=UNKNOWN_COST))
     return results
 
 
-def evaluate_probe(exp: Experiment, prompted: baselines.GroupPrompts) -> tuple[float, MethodResult]:
+def _judge(exp: Experiment, name: str, probe: LinearProbe, states: torch.Tensor) -> MethodResult:
+    test = exp.cache.prompts.prompt_ids(exp.eval_set.questions)
+    read = read_letter_scores(exp.cache, probe(states[:, test]), test)
+    return baselines.make_result(name, read, probe.parameters)
+
+
+def evaluate_probe(exp: Experiment, prompted: GroupPrompts) -> tuple[float, MethodResult]:
     """The multinomial probe on this layer's prompted residual, with its validation loss."""
     cache = exp.cache
-    test = cache.prompts.prompt_ids(exp.eval_set.questions)
     probe, loss = fit_probe(cache, prompted.hidden, exp.targets)
-    read = baselines.read_letter_scores(cache, probe(prompted.hidden[:, test]), test)
     block = cache.model.depth(cache.hook) - 1
     name = f"multinomial probe, prompted (block {block})"
-    return loss, baselines.make_result(name, read, probe.parameters)
+    return loss, _judge(exp, name, probe, prompted.hidden)
 
 
 # LoRA
@@ -251,9 +250,7 @@ def measure_adapted_cost(model, cache: CachedPrompts, split: str = "test") -> Of
     return OffTaskCost(*(totals / cache.count_text(split)).tolist())
 
 
-def evaluate_lora(
-    exp: Experiment, prompted: baselines.GroupPrompts, seed: int
-) -> list[MethodResult]:
+def evaluate_lora(exp: Experiment, prompted: GroupPrompts, seed: int) -> list[MethodResult]:
     """SubPOP's adapters: one for all groups, told apart by prompts, and one per group without."""
     answers = exp.targets.answers
     results = [train_lora(exp, "LoRA, group prompt", prompted.prompts, answers, seed)]
@@ -262,17 +259,10 @@ def evaluate_lora(
             train_lora(exp, LORA_PER_GROUP, [exp.cache.prompts], answers[[g]], seed)
             for g in range(len(answers))
         ]
-        cost = OffTaskCost(
-            float(np.mean([o.cost.loss for o in own])),
-            float(np.mean([o.cost.divergence for o in own])),
-        )
-        results.append(
-            MethodResult(
-                LORA_PER_GROUP,
-                np.concatenate([o.answers for o in own]),
-                cost,
-                sum(o.parameters for o in own),
-                order=float(np.mean([o.order for o in own])),
-            )
-        )
+        costs = [(o.cost.loss, o.cost.divergence, o.order) for o in own]
+        loss, divergence, order = (float(np.mean(column)) for column in zip(*costs, strict=True))
+        answers = np.concatenate([o.answers for o in own])
+        trained = sum(o.parameters for o in own)
+        cost = OffTaskCost(loss, divergence)
+        results.append(MethodResult(LORA_PER_GROUP, answers, cost, trained, order=order))
     return results

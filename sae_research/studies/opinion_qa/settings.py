@@ -89,10 +89,7 @@ class ShiftTraining:
 class LoRATraining:
     """SubPOP's adapters, the strongest published baseline of study 1."""
 
-    RENAMED: ClassVar[dict[str, str]] = {
-        "rate": "lr",
-        "batch": "batch_size",
-    }
+    RENAMED: ClassVar[dict[str, str]] = {"rate": "lr", "batch": "batch_size"}
 
     rank: int = 8
     """r (SubPOP)."""

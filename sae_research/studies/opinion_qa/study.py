@@ -14,16 +14,8 @@ import torch
 
 from sae_research import catalogue, paths
 from sae_research.config import Profile
-from sae_research.studies.opinion_qa import (
-    baselines,
-    evaluate,
-    generalise,
-    meaning,
-    methods,
-    readers,
-    tables,
-)
-from sae_research.studies.opinion_qa.cache import OffTaskCost
+from sae_research.shifts import FittedShift, save_shift
+from sae_research.studies.opinion_qa import baselines, generalise, meaning, methods, readers, tables
 from sae_research.studies.opinion_qa.experiment import (
     Experiment,
     load_experiment,
@@ -39,8 +31,10 @@ from sae_research.studies.opinion_qa.settings import (
     UNSTEERED,
     ShiftTraining,
 )
-from sae_research.studies.opinion_qa.shift import FittedShift, save_shift
 from sae_research.studies.runner import Result, Task
+from sae_research.surveys import scores
+from sae_research.surveys.cached import OffTaskCost
+from sae_research.surveys.group_prompts import GroupPrompts, measure_refusals
 from sae_research.surveys.published import writable
 
 
@@ -119,7 +113,7 @@ def describe(exp: Experiment, name: str) -> dict:
     topics = [eval_set.survey.questions[i].topic for i in eval_set.questions]
     refusal = None
     if exp.template.refusing is not None:
-        refusal = float(baselines.measure_refusals(exp.cache, exp.template.refusal_prompt).mean())
+        refusal = float(measure_refusals(exp.cache, exp.template.refusal_prompt).mean())
     return {
         "model": name,
         "sae": exp.settings.sae,
@@ -135,7 +129,7 @@ def describe(exp: Experiment, name: str) -> dict:
         "explained": exp.explained,
         "width": exp.cache.model.d_model,
         "noop": methods.measure_noop(exp),
-        "consistency": evaluate.consistency(eval_set, unsteered, topics),
+        "consistency": scores.consistency(eval_set, unsteered, topics),
         "refusal": refusal,
     }
 
@@ -152,7 +146,7 @@ def measure_seed(
     results = [*_evaluate_methods(exp, plan, seed)]
     headline = next(r for r in results if r.name == plan.headline)
     shift = headline.shift
-    prompted = baselines.run_group_prompts(exp) if first else None
+    prompted = exp.group_prompts() if first else None
     by_layer, layers = _evaluate_layers(exp, deeper, plan, prompted, seed)
     shuffled = methods.shuffle_groups(exp.targets, exp.clusters, seed)
     results += [methods.train_method(exp, SHUFFLED, best, seed, targets=shuffled), *by_layer]
@@ -200,7 +194,7 @@ def _evaluate_layers(
     exp: Experiment,
     deeper: dict[str, Experiment],
     plan: Plan,
-    prompted: baselines.GroupPrompts | None,
+    prompted: GroupPrompts | None,
     seed: int,
 ) -> tuple[list[MethodResult], pd.DataFrame]:
     """The headline edit at other layers and on the last token alone, and a dense vector there.
@@ -234,7 +228,7 @@ def _evaluate_layers(
             basis = here.basis("dense" if place == "dense" else "SAE", seed)
             results.append(methods.train_method(here, names[place], trainings[place], seed, basis))
         if prompted is not None:
-            own = prompted if at_sae else baselines.run_group_prompts(here)
+            own = prompted if at_sae else here.group_prompts()
             probes.append(readers.evaluate_probe(here, own))
         blocks = here.cache.model.depth(here.cache.hook)
         about = {"role": role, "blocks": blocks, "explained": here.explained, "l0": here.l0}
@@ -245,11 +239,11 @@ def _evaluate_layers(
 
 
 def _evaluate_baselines(
-    exp: Experiment, best: ShiftTraining, prompted: baselines.GroupPrompts, seed: int
+    exp: Experiment, best: ShiftTraining, prompted: GroupPrompts, seed: int
 ) -> Iterator[MethodResult]:
     calibration = replace(best, calibration="first", sparsity_weight=0.0)
     others = [form for form in exp.template.contexts if form != "BIO"]
-    forms = {"BIO": prompted} | {f: baselines.run_group_prompts(exp, f) for f in others}
+    forms = {"BIO": prompted} | {f: exp.group_prompts(f) for f in others}
     yield from baselines.evaluate_fixed(exp)
     yield from baselines.evaluate_calibration(exp, calibration, seed)
     yield from baselines.evaluate_prompting(exp, forms)
@@ -271,7 +265,7 @@ def _measure_doses(exp: Experiment, results: dict[str, MethodResult]) -> pd.Data
             found = exp.cache.measure_answers(
                 basis, shift.kind, deltas, exp.eval_set.questions, shift.positions
             )
-            score = evaluate.compute_scores(exp.eval_set, found.probabilities, unsteered)
+            score = scores.compute_scores(exp.eval_set, found.probabilities, unsteered)
             cost = exp.cache.measure_cost(basis, shift.kind, deltas, "test").loss
             about = {"method": name, "coefficient": coefficient}
             rows.append(about | {"wd": score.wd, "rho_dev": score.rho_dev, "cost": cost})

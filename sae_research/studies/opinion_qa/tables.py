@@ -7,11 +7,11 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from sae_research.studies.opinion_qa import evaluate
-from sae_research.studies.opinion_qa.evaluate import EvalSet
 from sae_research.studies.opinion_qa.methods import ERROR_KEEPING, MethodResult, Plan
 from sae_research.studies.opinion_qa.settings import DENSE, PER_TOKEN, RAW, SHUFFLED, UNSTEERED
 from sae_research.studies.runner import Result
+from sae_research.surveys import intervals, scores
+from sae_research.surveys.scores import EvalSet
 from sae_research.surveys.survey import deviations
 
 Tables = dict[str, pd.DataFrame]
@@ -67,7 +67,7 @@ def tabulate_scores(eval_set: EvalSet, by_seed: BySeed, unsteered: np.ndarray) -
             about = {"method": r.name, "seed": seed}
             about |= {"cost": r.cost.loss, "divergence": r.cost.divergence}
             about |= {name: getattr(r, name) for name in _COLUMNS}
-            rows.append(about | asdict(evaluate.compute_scores(eval_set, r.answers, unsteered)))
+            rows.append(about | asdict(scores.compute_scores(eval_set, r.answers, unsteered)))
     return pd.DataFrame(rows)
 
 
@@ -89,17 +89,17 @@ def tabulate_choices(plan: Plan) -> pd.DataFrame:
 
 
 _METRICS = {
-    "wd": evaluate.distance_interval,
-    "kl": partial(evaluate.distance_interval, metric="kl"),
-    "rho_dev": evaluate.rho_dev_interval,
-    "slope": evaluate.slope_interval,
-    "identification": evaluate.identification_interval,
-    "quietest": evaluate.quietest_share_interval,
+    "wd": intervals.distance_interval,
+    "kl": partial(intervals.distance_interval, metric="kl"),
+    "rho_dev": intervals.rho_dev_interval,
+    "slope": intervals.slope_interval,
+    "identification": intervals.identification_interval,
+    "quietest": intervals.quietest_share_interval,
 }
 _PAIRED = {
     **{metric: _METRICS[metric] for metric in ("wd", "kl", "rho_dev")},
-    "wd_ratio": evaluate.wd_ratio_interval,
-    "worst_group": evaluate.worst_change_interval,
+    "wd_ratio": intervals.wd_ratio_interval,
+    "worst_group": intervals.worst_change_interval,
 }
 """`wd_ratio` is the ratio of distances, `worst_group` the largest change of any group."""
 
@@ -184,14 +184,13 @@ def tabulate_attributes(
         return deviations(p, eval_set.survey.weights)[:, eval_set.mask]
 
     true = deviate(eval_set.truth)
-    rows = []
-    for method in methods:
-        for seed, found in enumerate(answers[method]):
-            predicted = deviate(found)
-            for attribute in dict.fromkeys(names.tolist()):
-                own = names == attribute
-                about = {"method": method, "seed": seed, "attribute": attribute}
-                for name, x in (("predicted", predicted), ("true", true)):
-                    about[name] = float(np.sqrt((x[own] ** 2).mean()))
-                rows.append(about)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {"method": method, "seed": seed, "attribute": attribute}
+        | {
+            name: float(np.sqrt((x[names == attribute] ** 2).mean()))
+            for name, x in (("predicted", predicted), ("true", true))
+        }
+        for method in methods
+        for seed, predicted in enumerate(map(deviate, answers[method]))
+        for attribute in dict.fromkeys(names.tolist())
+    )

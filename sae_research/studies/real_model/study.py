@@ -9,10 +9,10 @@ from sae_research import activations, catalogue, judge, paths, prose, real_saes,
 from sae_research.config import Profile
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
-from sae_research.studies.opinion_qa.prompts import OptionLetters, find_template, sort_by_ordinal
 from sae_research.studies.real_model.settings import Settings
 from sae_research.studies.runner import Result, Task
 from sae_research.surveys import real as real_surveys
+from sae_research.surveys.prompts import OptionLetters, find_template, sort_by_ordinal
 from sae_research.surveys.survey import Survey
 from sae_research.world.text import detectors
 

@@ -5,5 +5,5 @@ arXiv 2606.08365. Modules in the order of the work: `corpus` (contexts), `pool` 
 `labels` (what steering does), `predictors` (what is known before), `prediction` (one from the
 other), `forecasters` (forecasts beyond the paper), `screening` (choosing features by prediction),
 `screen` (one SAE through all of it), `analysis` (tables of one SAE), `study` (all SAEs and seeds),
-`tables` and `findings` (what was found), `ranking`, `card` and `card_page` (any SAE of any model).
+`tables` and `findings` (what was found), `ranking` and `card` (any SAE of any model).
 """

@@ -1,19 +1,13 @@
 """The card of one feature: what it responds to, what steering it does, and what was forecast."""
 
-import json
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 
-from sae_research import store
-from sae_research.errors import ResearchError
+from sae_research import latents, store
+from sae_research.feature_card import DOSED, FeatureCard, decode, is_text
 from sae_research.studies.side_effects import predictors, screening
-from sae_research.studies.side_effects.card_page import DOSED, make_page
 from sae_research.studies.side_effects.screen import FORECASTS, LABELS, Screen
 
 if TYPE_CHECKING:
@@ -32,39 +26,6 @@ VERDICTS = {
     "undecided": "the forecast interval holds the median feature",
 }
 N_SHOWN = 8
-_NOT_TEXT = re.compile(r"<0x[0-9A-F]{2}>|[\[<].*(unused|reserved|extra_id|special).*[\]>]", re.I)
-
-
-@dataclass(repr=False)
-class FeatureCard:
-    """Everything known about one feature; shows itself in a notebook."""
-
-    content: dict[str, Any]
-    """Plain numbers and texts, as `to_json` writes them."""
-
-    def __repr__(self) -> str:
-        c = self.content
-        return f"FeatureCard({c['title']}: {c['prediction']}, rank {c['rank']})"
-
-    def _repr_html_(self) -> str:
-        return self.to_html(whole_page=False)
-
-    def to_json(self) -> str:
-        """The content as JSON."""
-        return json.dumps(self.content, indent=1, ensure_ascii=False)
-
-    def to_html(self, whole_page: bool = True) -> str:
-        """One self-contained page: no script, no file beside it."""
-        return make_page(self.content, whole_page)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the card by the ending of `path`, .html or .json; returns the path."""
-        path = Path(path)
-        writers = {".html": self.to_html, ".json": self.to_json}
-        if path.suffix not in writers:
-            raise ResearchError(f"a card is saved as .html or .json, not as '{path.name}'.")
-        store.write_text(path, writers[path.suffix]() + "\n")
-        return path
 
 
 def make_card(ranking: "Ranking", latent: int, one: Screen) -> FeatureCard:
@@ -75,7 +36,7 @@ def make_card(ranking: "Ranking", latent: int, one: Screen) -> FeatureCard:
     known = ranking.predictors.loc[latent]
     percentile = (ranking.predictors < known).mean()
     model = one.engine.model
-    near = predictors.find_neighbours(one.sae.W_dec.float(), latent, N_SHOWN)
+    near = latents.find_neighbours(one.sae.W_dec.float(), latent, N_SHOWN)
     rising, falling = _find_moved_tokens(one, place)
     others = {name: row[name] for name in (*LABELS, *FORECASTS) if name not in MEANINGS}
     content = {
@@ -200,21 +161,3 @@ def _find_moved_tokens(one: Screen, place: int) -> tuple[list[dict], list[dict]]
                 word = decode(tokenizer, [i]).replace(" ", "␣")
                 tokens.append({"token": word, "change": float(change[i])})
     return found
-
-
-def decode(tokenizer, ids: Sequence[int]) -> str:
-    """The text of some tokens, with the leading space that SentencePiece decoders drop."""
-    if not len(ids):
-        return ""
-    text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
-    first = tokenizer.convert_ids_to_tokens(int(ids[0])) or ""
-    return f" {text}" if first.startswith("▁") and not text.startswith(" ") else text
-
-
-def is_text(tokenizer, token: int) -> bool:
-    """Whether a token is something that a text may hold, not a control, byte or unused entry."""
-    piece = tokenizer.convert_ids_to_tokens(token) or ""
-    text = decode(tokenizer, [token])
-    if token in tokenizer.all_special_ids or _NOT_TEXT.fullmatch(piece):
-        return False
-    return bool(text.strip()) and text.isprintable() and "\ufffd" not in text

@@ -69,12 +69,7 @@ def choose_saes(
 
 
 def make_contexts(
-    spec: ModelSpec,
-    model: LanguageModel,
-    settings: Settings,
-    *,
-    fresh: bool = False,
-    seed: int = 0,
+    spec: ModelSpec, model: LanguageModel, settings: Settings, *, fresh: bool = False, seed: int = 0
 ) -> torch.Tensor:
     """Contexts [n, T]; `fresh` ones come from other text, another `seed` draws anew."""
     n = settings.n_fresh_contexts if fresh else settings.n_contexts

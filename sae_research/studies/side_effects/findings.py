@@ -30,10 +30,6 @@ def _measure(found: stats.Interval, control: Measurement | None = None) -> Measu
     return Measurement(found.value, *ends, found.n, control)
 
 
-def _control(found: stats.Interval) -> Measurement:
-    return Measurement(found.value, n=found.n)
-
-
 def _pair(own: pd.DataFrame, control: pd.DataFrame, column: str) -> Measurement:
     """Mean over SAEs, the same of the control, and their difference SAE by SAE."""
     rows = own.merge(control, on=[*SAE, "seed"], suffixes=("", "_control"), validate="1:1")
@@ -132,14 +128,17 @@ def measure_width_signal(t: Tables) -> Measurement:
     rows = select(t["random"], residualised=False, target="C", seed=0)
     rows = rows[[is_wide(sae) for sae in rows["sae"]]]
 
-    def average(direction: str) -> Measurement:
-        own = select(rows, direction=direction)
-        half = float(np.sqrt((((own.high - own.low) / 2) ** 2).sum())) / len(own)
-        value = float(own.rho.mean())
-        return Measurement(value, value - half, value + half, int(own.n.min()))
-
-    found, control, gap = map(average, ("SAE", "random", "difference"))
+    found, control, gap = (
+        _average(select(rows, direction=direction)) for direction in ("SAE", "random", "difference")
+    )
     return replace(found, control=control, difference=gap)
+
+
+def _average(rows: pd.DataFrame, sign: int = 1) -> Measurement:
+    """Mean of independent correlations with the interval of the mean."""
+    half = float(np.sqrt((((rows.high - rows.low) / 2) ** 2).sum())) / len(rows)
+    value = sign * float(rows.rho.mean())
+    return Measurement(value, value - half, value + half, int(rows.n.min()))
 
 
 def measure_width_loss(t: Tables) -> Measurement:
@@ -148,9 +147,7 @@ def measure_width_loss(t: Tables) -> Measurement:
     The two widths' features are independent samples.
     """
     rows = select(t["width_effects"], direction="SAE", which="4x wide minus base")
-    half = float(np.sqrt((((rows.high - rows.low) / 2) ** 2).sum())) / len(rows)
-    value = -float(rows.rho.mean())
-    return Measurement(value, value - half, value + half, int(rows.n.min()))
+    return _average(rows, sign=-1)
 
 
 def measure_width_instability(t: Tables) -> Measurement:

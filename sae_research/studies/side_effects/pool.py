@@ -1,6 +1,5 @@
 """One clean pass over the contexts: what fires, which features to steer and where."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,78 +9,11 @@ from tqdm.auto import tqdm
 
 from sae_research.errors import ResearchError
 from sae_research.last_token import LastToken
+from sae_research.latents import FIRES, ActivationSums, encode
 from sae_research.studies.side_effects.settings import Settings
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-FIRES = 1e-6
-"""A latent fires above this activation (published code)."""
-LatentEncoder = Callable[[torch.Tensor], torch.Tensor]
-"""Takes residuals [..., d] and returns float32 activations [..., latents]."""
-
-
-def make_latent_encoder(sae: "SAE", latents: torch.Tensor) -> LatentEncoder:
-    """An encoder of some latents alone, which computes no others where that is exact."""
-    from sae_lens.saes.jumprelu_sae import JumpReLUSAE
-    from sae_lens.saes.standard_sae import StandardSAE
-
-    latents = latents.to(sae.device)
-    if not isinstance(sae, StandardSAE | JumpReLUSAE):  # in TopK SAEs latents compete
-        return lambda residual: encode(sae, residual)[..., latents]
-    W = sae.W_enc[:, latents]
-    b = sae.b_enc[latents]
-    threshold = sae.threshold[latents] if isinstance(sae, JumpReLUSAE) else None
-
-    def encode_latents(residual: torch.Tensor) -> torch.Tensor:
-        pre = sae.process_sae_in(residual.to(sae.device)) @ W + b
-        post = sae.activation_fn(pre)
-        return (post if threshold is None else post * (pre > threshold)).float()
-
-    return encode_latents
-
-
-def encode(sae: "SAE", residual: torch.Tensor) -> torch.Tensor:
-    """All latents' activations as a dense float32 tensor."""
-    return sae.encode(residual.to(sae.device)).to_dense().float()
-
-
-class ActivationSums:
-    """Sums over tokens of each latent's activation a, from which its statistics follow."""
-
-    def __init__(self, n_latents: int, device: torch.device):
-        self.n_tokens = 0
-        # sums of a, a^2, a^3, a^4; of a ln a; tokens on which it fires; its largest activation
-        self.powers = torch.zeros(4, n_latents, dtype=torch.float64, device=device)
-        self.log_sum, self.firing, self.largest = self.powers.new_zeros(3, n_latents)
-
-    def add(self, acts: torch.Tensor) -> None:
-        """Count in the activations of some tokens [tokens, latents]."""
-        self.n_tokens += len(acts)
-        power = acts
-        for k in range(4):
-            self.powers[k] += power.sum(0)
-            power = power * acts
-        self.log_sum += torch.special.xlogy(acts, acts).sum(0)
-        self.firing += (acts > FIRES).sum(0)
-        self.largest = torch.maximum(self.largest, acts.max(0).values.double())
-
-    def compute_statistics(self, latents: torch.Tensor) -> dict[str, np.ndarray]:
-        """Mean, std, max, frequency, kurtosis m4/m2^2 and normalised entropy of some latents."""
-        a1, a2, a3, a4 = self.powers[:, latents] / self.n_tokens
-        variance = (a2 - a1**2).clamp(min=0)
-        m4 = a4 - 4 * a1 * a3 + 6 * a1**2 * a2 - 3 * a1**4
-        total = self.powers[0, latents].clamp(min=1e-12)
-        entropy = (total.log() - self.log_sum[latents] / total) / np.log(self.n_tokens)
-        statistics = {
-            "mean": a1,
-            "std": variance.sqrt(),
-            "max": self.largest[latents],
-            "frequency": self.firing[latents] / self.n_tokens,
-            "kurtosis": m4 / variance.clamp(min=1e-12) ** 2,
-            "entropy": entropy.clamp(0, 1),
-        }
-        return {name: value.cpu().numpy() for name, value in statistics.items()}
 
 
 @dataclass
@@ -139,26 +71,6 @@ def run_clean_pass(
         downstream_frequency=frequency,
         l0=(n_active / n, float(frequency.sum())),
     )
-
-
-@torch.no_grad()
-def find_top_contexts(
-    engine: LastToken, sae: "SAE", tokens: torch.Tensor, latents: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The `k` contexts in which each latent is most active at any token but BOS.
-
-    Returns activations, contexts and positions, each [k, latents], the most active first.
-    """
-    best: tuple[torch.Tensor, ...] | None = None
-    encode_latents = make_latent_encoder(sae, latents)
-    for contexts in torch.arange(len(tokens), device=tokens.device).split(64):
-        acts, position = encode_latents(engine.residual(tokens[contexts]))[:, 1:].max(1)
-        found = (acts, contexts[:, None].expand_as(position).to(position), position + 1)
-        if best is not None:
-            found = tuple(torch.cat(pair) for pair in zip(best, found, strict=True))
-        order = found[0].topk(min(k, len(found[0])), dim=0).indices
-        best = tuple(value.gather(0, order) for value in found)
-    return best
 
 
 def find_eligible(pool: Pool, band: tuple[float, float]) -> torch.Tensor:

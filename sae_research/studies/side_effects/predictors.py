@@ -7,8 +7,8 @@ import pandas as pd
 import torch
 
 from sae_research import steering
-from sae_research.models import LanguageModel
-from sae_research.studies.side_effects.pool import FIRES, Pool
+from sae_research.latents import DIRECT_LOGIT, FIRES, measure_crowding, measure_direct_logits
+from sae_research.studies.side_effects.pool import Pool
 from sae_research.studies.side_effects.settings import Settings
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ MAGNITUDE = ("final_mean", "final_std", "final_max", "final_q95")
 MAGNITUDE += ("token_mean", "token_std", "token_max")
 SHAPE = ("binary_entropy", "activation_entropy", "kurtosis")
 COACTIVATION = ("coactivation_entropy", "coactivation_count", "coactivation_top20")
-TOP_LOGITS = (10, 50, 100, 500)
-DIRECT_LOGIT = ("logit_l2", "logit_linf", "logit_entropy", "logit_exp_entropy")
-DIRECT_LOGIT += tuple(f"logit_top{k}" for k in TOP_LOGITS)
 FAMILIES = (GEOMETRY, FREQUENCY, MAGNITUDE, SHAPE, COACTIVATION, DIRECT_LOGIT)
 ALL = tuple(name for family in FAMILIES for name in family)
 BASELINES = ("freq_only", "activation_magnitude_only")
@@ -47,70 +44,6 @@ SETS = {
 }
 """The ten predictor sets; the 16 columns of `compact_no_magnitude` are not published, ours are not
 collinear."""
-
-
-def measure_crowding(
-    decoder: torch.Tensor, features: torch.Tensor, nearest: int = 20, chunk: int = 4096
-) -> torch.Tensor:
-    """[features, nearest]: the largest |cos| of each decoder row with any other, descending."""
-    unit = decoder / decoder.norm(dim=1, keepdim=True).clamp(min=1e-8)
-    best = torch.empty(len(features), 0, device=decoder.device)
-    for start in range(0, len(unit), chunk):
-        cosine = (unit[features] @ unit[start : start + chunk].T).abs()
-        inside = (features >= start) & (features < start + chunk)
-        cosine[inside.nonzero()[:, 0], features[inside] - start] = 0.0
-        best = torch.cat([best, cosine], dim=1).sort(dim=1, descending=True).values[:, :nearest]
-    return best
-
-
-def find_neighbours(
-    decoder: torch.Tensor, feature: int, nearest: int = 10
-) -> list[tuple[int, float]]:
-    """The decoder rows most aligned with one feature's, with their signed cosines."""
-    unit = decoder / decoder.norm(dim=1, keepdim=True).clamp(min=1e-8)
-    cosine = unit @ unit[feature]
-    cosine[feature] = 0.0
-    found = cosine.abs().topk(min(nearest, len(cosine) - 1)).indices
-    return [(int(i), float(cosine[i])) for i in found]
-
-
-@torch.no_grad()
-def fold_unembedding(model: LanguageModel, folded: bool = True) -> torch.Tensor:
-    """W_U in float32; `folded` takes in the final norm's gain (and centring) and centres over the
-    vocabulary.
-
-    The gain is read off the norm's response to one vector, however a model stores it.
-    """
-    W = model.bridge.W_U.detach().float()
-    if not folded:
-        return W
-    norm = model.bridge.ln_final
-    dtype = next(norm.parameters()).dtype
-    sign = torch.ones(model.d_model, device=W.device, dtype=dtype)
-    sign[1::2] = -1  # mean 0 and root mean square 1, so neither kind of norm changes its scale
-    W = ((norm(sign) - norm(-sign)).float() / 2 * sign.float())[:, None] * W
-    centres = torch.allclose(norm(sign + 1), norm(sign), atol=1e-2)
-    W = W - W.mean(0, keepdim=True) if centres else W
-    return W - W.mean(1, keepdim=True)
-
-
-def measure_direct_logits(directions: torch.Tensor, W: torch.Tensor) -> dict[str, np.ndarray]:
-    """Statistics of r_f = d_f W_U and of its mass m = |r| / sum |r|."""
-    rows: dict[str, list[torch.Tensor]] = {name: [] for name in DIRECT_LOGIT}
-    for part in directions.split(64):
-        size = (part @ W).abs()
-        mass = size / size.sum(1, keepdim=True).clamp(min=1e-12)
-        entropy = -torch.special.xlogy(mass, mass).sum(1)
-        top = mass.sort(dim=1, descending=True).values.cumsum(1)
-        rows["logit_l2"].append(size.norm(dim=1))
-        rows["logit_linf"].append(size.max(1).values)
-        rows["logit_entropy"].append(entropy)
-        rows["logit_exp_entropy"].append(entropy.exp())
-        for k in TOP_LOGITS:
-            # all of a small vocabulary is 1 exactly, without the noise of a sum
-            whole = k >= top.shape[1]
-            rows[f"logit_top{k}"].append(torch.ones_like(top[:, 0]) if whole else top[:, k - 1])
-    return {name: torch.cat(parts).cpu().numpy() for name, parts in rows.items()}
 
 
 def measure_coactivation(

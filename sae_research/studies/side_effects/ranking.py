@@ -16,9 +16,11 @@ import pandas as pd
 import torch
 
 from sae_research.errors import ResearchError
+from sae_research.feature_card import FeatureCard
+from sae_research.latents import find_top_contexts, make_latent_encoder
 from sae_research.models import LanguageModel
 from sae_research.studies.side_effects import pool, prediction, screening
-from sae_research.studies.side_effects.card import FeatureCard, make_card
+from sae_research.studies.side_effects.card import make_card
 from sae_research.studies.side_effects.screen import Fixed, Screen, check_features, check_hooks
 from sae_research.studies.side_effects.settings import Settings
 
@@ -79,7 +81,7 @@ class Ranking:
         """Activation, context and position of each latent's most active contexts, [6, latents]."""
         latents = torch.tensor(self.predictors.index.tolist())
         one = self.screen
-        return pool.find_top_contexts(one.engine, one.sae, one.tokens, latents, 6)
+        return find_top_contexts(one.engine, one.sae, one.tokens, latents, 6)
 
 
 def screen_features(
@@ -118,7 +120,7 @@ def screen_features(
     score = screening.compute_clean_score(screen.frame, settings.clean_score)
     labelled = screen.frame.assign(clean=score)
     eligible = pool.find_eligible(screen.pool, settings.frequency_band)
-    acts = pool.make_latent_encoder(sae, eligible)(screen.pool.last)
+    acts = make_latent_encoder(sae, eligible)(screen.pool.last)
     known = screen.make_predictors(eligible, acts)
     bounds = {"S_abs": (0, 1), "C": (0, len(screen.panel)), "E": (0, None), "C_per_E": (0, None)}
     table, quality = _forecast_all(labelled, known, settings.selector, bounds, seed)

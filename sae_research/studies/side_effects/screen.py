@@ -11,7 +11,9 @@ import torch
 from sae_research import saes, steering
 from sae_research.catalogue import ModelSpec
 from sae_research.errors import ResearchError
+from sae_research.jacobians import fit_random_map, measure_jacobians
 from sae_research.last_token import LastToken
+from sae_research.latents import fold_unembedding, make_latent_encoder
 from sae_research.models import LanguageModel
 from sae_research.studies.side_effects import forecasters, labels, pool, predictors
 from sae_research.studies.side_effects.settings import Settings
@@ -87,17 +89,17 @@ class Screen:
         else:
             chosen = check_features(sae, features)
         self.features = chosen.to(self.pool.last.device)
-        self.acts = pool.make_latent_encoder(sae, self.features)(self.pool.last)
+        self.acts = make_latent_encoder(sae, self.features)(self.pool.last)
         size = settings.n_downstream_latents
         self.panel = fixed.panel if fixed else pool.choose_panel(self.pool, size)
-        self.encode_panel = pool.make_latent_encoder(downstream, self.panel)
+        self.encode_panel = make_latent_encoder(downstream, self.panel)
         decoder = steering.directions(sae)[self.features].float()
         self.dose = fixed.dose if fixed and fixed.dose else self._choose_dose(decoder)
         self.directions = self.dose * decoder
         self.contexts = pool.choose_contexts(self.acts, settings.contexts_per_bucket, seed)
         self.changed_fraction = float("nan")
         self.tau = fixed.tau if fixed else self._choose_tau()
-        self.unembedding = predictors.fold_unembedding(model, folded)
+        self.unembedding = fold_unembedding(model, folded)
         self.effects: labels.SteeringEffects | None = None
         self.frame: pd.DataFrame | None = None
 
@@ -256,10 +258,10 @@ class Screen:
         encode_panel = self.encode_panel
         clean = self.pool.downstream[:N_IDENTITY_CONTEXTS]
         some = self.tokens[: self.settings.n_jacobian_contexts]
-        J = forecasters.measure_jacobians(self.engine, some)
+        J = measure_jacobians(self.engine, some)
         norm = float(self.directions.norm(dim=1).median())
         n_random = 8 * self.directions.shape[1]
-        W = forecasters.fit_random_map(self.engine, self.tokens[:64], norm, n_random, self.seed)
+        W = fit_random_map(self.engine, self.tokens[:64], norm, n_random, self.seed)
         count = forecasters.count_moved
         linear = forecasters.forecast_linear_labels
         return {

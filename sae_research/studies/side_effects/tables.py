@@ -140,13 +140,8 @@ def _find_leads(univariate: pd.DataFrame) -> pd.DataFrame:
 
 def _average_random(random: pd.DataFrame) -> pd.DataFrame:
     """Means over SAEs of the full set's scores for SAE and random directions and the difference."""
-    keys = ["target", "residualised", "direction"]
-    return pd.DataFrame(
-        [
-            {**dict(zip(keys, key, strict=True)), **as_row(summarize_saes(rows, "rho"))}
-            for key, rows in random.groupby(keys, sort=False)
-        ]
-    )
+    groups = random.groupby(["target", "residualised", "direction"], sort=False)[[*SAE, "rho"]]
+    return groups.apply(lambda rows: pd.Series(as_row(summarize_saes(rows, "rho")))).reset_index()
 
 
 def _summarize_splits(

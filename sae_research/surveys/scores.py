@@ -1,17 +1,22 @@
 """What a method achieves (section 5): fit, the group part apart from the population part, sparsity.
 
-Distributions are arrays [groups, questions, options]; several seeds add a leading axis. Intervals
-resample clusters of questions and training seeds.
+Distributions are arrays [groups, questions, options]; several seeds add a leading axis.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sae_research.errors import ResearchError
-from sae_research.stats import Interval
-from sae_research.surveys.survey import Survey, deviations, divergence, score_groups
+from sae_research.surveys.selection import select_questions
+from sae_research.surveys.survey import (
+    Survey,
+    divergence,
+    reliability,
+    sampling_noise,
+    score_groups,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,22 @@ class EvalSet:
     def siblings(self) -> list[np.ndarray]:
         """Groups of each attribute."""
         return [self.survey.of(a) for a in dict.fromkeys(g.attribute for g in self.survey.groups)]
+
+
+def make_eval_set(truth: Survey, clusters: Sequence[str]) -> EvalSet:
+    """The test questions; of a poll, with what its sampling noise does to scores."""
+    rows = truth.rows("test")
+    if truth.counts is None:
+        return EvalSet(truth, rows, families=tuple(clusters))
+    test = select_questions(truth, rows)
+    known = reliability(test, 0)
+    if not known > 0:
+        raise ResearchError(
+            "the groups of this survey differ no more than two halves of one group do (split-half "
+            f"reliability {known:.2f}): nothing could be said of following groups; use more "
+            "respondents or other groups."
+        )
+    return EvalSet(truth, rows, known, sampling_noise(test, 0), tuple(clusters))
 
 
 @dataclass(frozen=True)
@@ -237,152 +258,3 @@ def consistency(eval_set: EvalSet, answers: np.ndarray, topics: Sequence[str]) -
             np.mean([wd[group][:, topics == t].mean(1).argmin() == best for t in np.unique(topics)])
         )
     return float(np.mean(found))
-
-
-# intervals; predicted answers are [seeds, groups, questions, options]
-
-_DRAWS = 2000
-
-
-def _draw_counts(draws: np.random.Generator, n: int) -> np.ndarray:
-    """How often each of `n` units is in each bootstrap sample, [draws, n]."""
-    return draws.multinomial(n, np.full(n, 1 / n), _DRAWS)
-
-
-def _percentile_interval(value: float, drawn: np.ndarray, n: int) -> Interval:
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(value, min(value, float(low)), max(value, float(high)), n)
-
-
-def resample_clusters(
-    statistic: Callable[[np.ndarray], np.ndarray], sums: np.ndarray, clusters: np.ndarray, seed: int
-) -> Interval:
-    """Percentile interval that resamples clusters of questions and training seeds.
-
-    `sums` is [seeds, questions, columns]; `statistic` takes [..., columns] of totals.
-    """
-    names = np.unique(clusters)
-    if len(names) < 2:
-        raise ResearchError("an interval over questions needs at least two clusters of questions.")
-    table = np.stack([sums[:, clusters == name].sum(1) for name in names], 1)
-    draws = np.random.default_rng(seed)
-    runs = _draw_counts(draws, len(table))
-    picks = _draw_counts(draws, len(names))
-    drawn = statistic(np.einsum("ds,dc,sck->dk", runs, picks, table, optimize=True))
-    value = float(statistic(table.sum((0, 1))))
-    return _percentile_interval(value, drawn[np.isfinite(drawn)], len(names))
-
-
-def resample_groups_and_clusters(gaps: np.ndarray, seed: int) -> Interval:
-    """Mean of [seeds, groups, clusters] with a percentile interval that resamples all three."""
-    draws = np.random.default_rng(seed)
-    weights = [_draw_counts(draws, n) / n for n in gaps.shape]
-    drawn = np.einsum("ds,dg,dc,sgc->d", *weights, gaps, optimize=True)
-    return _percentile_interval(float(gaps.mean()), drawn, gaps.shape[1])
-
-
-def _ratio(s: np.ndarray) -> np.ndarray:
-    return s[..., 0] / np.maximum(s[..., 1], 1e-12)
-
-
-def distance_interval(
-    eval_set: EvalSet,
-    predicted: np.ndarray,
-    seed: int,
-    minus: np.ndarray | None = None,
-    metric: str = "wd",
-) -> Interval:
-    """Mean WD, or KL(pi || P); with `minus`, the paired difference to another method's."""
-
-    def measure(p: np.ndarray) -> np.ndarray:
-        found = (
-            eval_set.distance(p, eval_set.truth)
-            if metric == "wd"
-            else divergence(eval_set.truth, p)
-        )
-        return found.mean(1)
-
-    gap = measure(predicted) if minus is None else measure(predicted) - measure(minus)
-    return resample_clusters(
-        _ratio, np.stack([gap, np.ones_like(gap)], -1), eval_set.clusters, seed
-    )
-
-
-def wd_ratio_interval(
-    eval_set: EvalSet, predicted: np.ndarray, seed: int, other: np.ndarray
-) -> Interval:
-    """Mean WD of one method over that of another on the same questions."""
-    table = np.stack([eval_set.distance(p, eval_set.truth).mean(1) for p in (predicted, other)], -1)
-    return resample_clusters(_ratio, table, eval_set.clusters, seed)
-
-
-def slope_interval(eval_set: EvalSet, predicted: np.ndarray, seed: int) -> Interval:
-    """beta_dev: slope of predicted on true deviations."""
-
-    def regressed(s: np.ndarray) -> np.ndarray:
-        n, a, b, _, bb, ab = np.moveaxis(s, -1, 0)
-        return (ab - a * b / n) / np.maximum(bb - b * b / n, 1e-12)
-
-    return resample_clusters(regressed, _products(eval_set, predicted), eval_set.clusters, seed)
-
-
-def identification_interval(eval_set: EvalSet, predicted: np.ndarray, seed: int) -> Interval:
-    """Share of cells in which the nearest sibling is the group itself."""
-    table = np.stack([identify_groups(eval_set, p) for p in predicted])
-    return resample_clusters(_ratio, table, eval_set.clusters, seed)
-
-
-def worst_change_interval(
-    eval_set: EvalSet, predicted: np.ndarray, seed: int, before: np.ndarray
-) -> Interval:
-    """The largest change of any group's mean WD, so that below 0 every group has gained."""
-    truth = eval_set.truth
-    change = eval_set.distance(predicted, truth) - eval_set.distance(before, truth)
-    table = np.concatenate([change.transpose(0, 2, 1), np.ones((*change.shape[::2], 1))], -1)
-    return resample_clusters(
-        lambda s: (s[..., :-1] / s[..., -1:]).max(-1), table, eval_set.clusters, seed
-    )
-
-
-def quietest_share_interval(eval_set: EvalSet, predicted: np.ndarray, seed: int) -> Interval:
-    """RMS deviation predicted for the attribute that truly deviates least over that of the rest."""
-    weights = eval_set.survey.weights
-    names = np.array([g.attribute for g in eval_set.survey.groups])
-    true = deviations(eval_set.truth, weights) ** 2 * eval_set.mask
-    own = names == min(dict.fromkeys(names), key=lambda a: true[names == a].mean())
-    table = []
-    for one in predicted:
-        ours = deviations(one, weights) ** 2 * eval_set.mask
-        table.append(np.stack([ours[own].mean(0).sum(-1), ours[~own].mean(0).sum(-1)], -1))
-    return resample_clusters(lambda s: np.sqrt(_ratio(s)), np.stack(table), eval_set.clusters, seed)
-
-
-def rho_dev_interval(
-    eval_set: EvalSet, predicted: np.ndarray, seed: int, minus: np.ndarray | None = None
-) -> Interval:
-    """rho_dev; with `minus`, the paired difference to another method's."""
-    tables = [_products(eval_set, p) for p in (predicted, minus) if p is not None]
-
-    def correlate(s: np.ndarray) -> np.ndarray:
-        rho = [_rho(part) for part in np.split(s, len(tables), axis=-1)]
-        return (rho[0] if minus is None else rho[0] - rho[1]) / eval_set.reliability**0.5
-
-    return resample_clusters(correlate, np.concatenate(tables, -1), eval_set.clusters, seed)
-
-
-def _products(eval_set: EvalSet, predicted: np.ndarray) -> np.ndarray:
-    """Sums over groups and options of n, a, b, aa, bb and ab, [seeds, questions, 6]."""
-    weights, mask = eval_set.survey.weights, eval_set.mask
-    b = deviations(eval_set.truth, weights) * mask
-    found = []
-    for one in predicted:
-        a = deviations(one, weights) * mask
-        columns = (np.ones_like(a), a, b, a * a, b * b, a * b)
-        found.append(np.stack([(x * mask).sum((0, 2)) for x in columns], -1))
-    return np.stack(found)
-
-
-def _rho(s: np.ndarray) -> np.ndarray:
-    n, a, b, aa, bb, ab = np.moveaxis(s, -1, 0)
-    scale = np.maximum(aa - a * a / n, 0) * np.maximum(bb - b * b / n, 0)
-    return np.where(scale > 1e-12, (ab - a * b / n) / np.sqrt(np.maximum(scale, 1e-12)), 0.0)

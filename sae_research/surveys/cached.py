@@ -7,15 +7,16 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from sae_research.bases import Basis, compute_displacement
+from sae_research.errors import ResearchError
 from sae_research.model_tail import ModelTail
 from sae_research.models import LanguageModel
-from sae_research.studies.opinion_qa.prompts import (
+from sae_research.surveys.prompts import (
     AnswerDistribution,
     OptionLetters,
     average_orders,
     sort_by_ordinal,
 )
-from sae_research.studies.opinion_qa.shift import Basis, compute_displacement
 from sae_research.surveys.survey import Question
 
 Writer = Callable[[Question, bool], str]
@@ -80,8 +81,24 @@ class OffTaskCost:
 
 
 NO_COST = OffTaskCost(0.0, 0.0)
+SPLITS = ("train", "validation", "test")
 _SAMPLE = 16_384
 """Survey tokens that statistics of a basis rest on."""
+
+
+def split_passages(
+    model: LanguageModel, passages: Sequence[str], n_documents: int
+) -> dict[str, torch.Tensor]:
+    """Other text in rows of at most 64 tokens, `n_documents` of them for each split."""
+    length = min(64, model.n_ctx)
+    tokens = model.packed(list(passages), length)
+    if len(tokens) < len(SPLITS):
+        raise ResearchError(
+            f"the other text (passages.txt) gives {len(tokens)} rows of {length} tokens and each "
+            "split needs at least one; add text."
+        )
+    share = min(n_documents, len(tokens) // len(SPLITS))
+    return dict(zip(SPLITS, tokens[: len(SPLITS) * share].split(share), strict=True))
 
 
 class CachedPrompts:

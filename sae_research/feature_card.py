@@ -1,9 +1,51 @@
-"""How a feature card looks: one self-contained page, its charts drawn in place."""
+"""The card of a feature: a self-contained page, its charts drawn in place, or JSON."""
 
+import json
 import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_research import store
+from sae_research.errors import ResearchError
 
 DOSED = ("C", "E", "C_per_E", "S_abs")
 """The labels that are charted over the doses."""
+_NOT_TEXT = re.compile(r"<0x[0-9A-F]{2}>|[\[<].*(unused|reserved|extra_id|special).*[\]>]", re.I)
+
+
+@dataclass(repr=False)
+class FeatureCard:
+    """Everything known about one feature; shows itself in a notebook."""
+
+    content: dict[str, Any]
+    """Plain numbers and texts, as `to_json` writes them."""
+
+    def __repr__(self) -> str:
+        c = self.content
+        return f"FeatureCard({c['title']}: {c['prediction']}, rank {c['rank']})"
+
+    def _repr_html_(self) -> str:
+        return self.to_html(whole_page=False)
+
+    def to_json(self) -> str:
+        """The content as JSON."""
+        return json.dumps(self.content, indent=1, ensure_ascii=False)
+
+    def to_html(self, whole_page: bool = True) -> str:
+        """One self-contained page: no script, no file beside it."""
+        return make_page(self.content, whole_page)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the card by the ending of `path`, .html or .json; returns the path."""
+        path = Path(path)
+        writers = {".html": self.to_html, ".json": self.to_json}
+        if path.suffix not in writers:
+            raise ResearchError(f"a card is saved as .html or .json, not as '{path.name}'.")
+        store.write_text(path, writers[path.suffix]() + "\n")
+        return path
 
 
 def make_page(content: dict, whole_page: bool) -> str:
@@ -44,6 +86,24 @@ def make_charts(doses: list[dict], width: int = 190, height: int = 90) -> list[d
             }
         )
     return charts
+
+
+def decode(tokenizer, ids: Sequence[int]) -> str:
+    """The text of some tokens, with the leading space that SentencePiece decoders drop."""
+    if not len(ids):
+        return ""
+    text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    first = tokenizer.convert_ids_to_tokens(int(ids[0])) or ""
+    return f" {text}" if first.startswith("▁") and not text.startswith(" ") else text
+
+
+def is_text(tokenizer, token: int) -> bool:
+    """Whether a token is something that a text may hold, not a control, byte or unused entry."""
+    piece = tokenizer.convert_ids_to_tokens(token) or ""
+    text = decode(tokenizer, [token])
+    if token in tokenizer.all_special_ids or _NOT_TEXT.fullmatch(piece):
+        return False
+    return bool(text.strip()) and text.isprintable() and "\ufffd" not in text
 
 
 _TEMPLATE = """

@@ -1,11 +1,8 @@
-"""The shift: what is added to latent activations, one vector per group, Delta_g = Delta_0 + U c_g.
-
-x' = x + W_dec^T (f' - f) with f = enc(x): the part of x that the dictionary does not explain
-stays, so a zero shift is exactly the frozen model. Only the `literal` edit of the abstract
-drops it (section 3.3).
+"""Shifts of latent activations, one vector per group, Delta_g = Delta_0 + U c_g; saved, loaded,
+applied.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,129 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_research import store
+from sae_research.bases import Basis, compute_displacement, sae_basis
 from sae_research.errors import ResearchError, unknown
+from sae_research.surveys.prompts import answer_question
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
     from sae_research.models import Edit, LanguageModel
-    from sae_research.studies.opinion_qa.settings import ShiftTraining
-    from sae_research.surveys.survey import Question, Survey
+    from sae_research.surveys.survey import Question
 
-EDITS = ("additive", "multiplicative", "gated", "literal")
 _WEIGHTS = "shifts.safetensors"
 _CARDS = "cards.json"
-
-
-@dataclass(frozen=True)
-class Basis:
-    """Coordinates of the residual stream and the row of residual space that each of them writes."""
-
-    encode: Callable[[torch.Tensor], torch.Tensor]
-    """f = enc(x), [..., d] to [..., M]."""
-    decoder: torch.Tensor
-    """W_dec, [M, d]."""
-    offset: torch.Tensor | None = None
-    """b of x_hat = W_dec^T f + b; only the literal edit reads it."""
-    signed: bool = False
-    """Whether codes may be negative; where not, the additive edit keeps them at or above zero."""
-
-    @property
-    def size(self) -> int:
-        """M, the number of coordinates."""
-        return len(self.decoder)
-
-    def reconstruct(self, acts: torch.Tensor) -> torch.Tensor:
-        """x_hat = W_dec^T f + b."""
-        found = acts @ self.decoder
-        return found if self.offset is None else found + self.offset
-
-
-def sae_basis(sae: "SAE") -> Basis:
-    """The latents of an SAE, with rows as `decode` applies them to its codes."""
-    from sae_research.steering import directions
-
-    with torch.no_grad():
-        rows = directions(sae).float()
-        nothing = torch.zeros(1, len(rows), device=rows.device, dtype=sae.dtype)
-        offset = sae.decode(nothing)[0].float()
-
-    @torch.no_grad()
-    def encode(x: torch.Tensor) -> torch.Tensor:
-        return sae.encode(x.to(sae.dtype)).float()
-
-    return Basis(encode, rows, offset)
-
-
-def random_basis(residuals: torch.Tensor, size: int, l0: float, seed: int) -> Basis:
-    """As many random unit rows as the SAE has latents; on every token as many active as its L0."""
-    random = torch.Generator().manual_seed(seed)
-    rows = torch.randn(size, residuals.shape[-1], generator=random).to(residuals)
-    rows = rows / rows.norm(dim=-1, keepdim=True)
-    mean = residuals.mean(0)
-    k = max(1, round(l0))
-
-    def encode(x: torch.Tensor) -> torch.Tensor:
-        found = (x - mean) @ rows.T
-        largest = found.topk(k, dim=-1)
-        return torch.zeros_like(found).scatter(-1, largest.indices, largest.values.clamp(min=0))
-
-    return Basis(encode, rows, mean)
-
-
-def pca_basis(residuals: torch.Tensor) -> Basis:
-    """Principal components, each split by sign into two non-negative codes: error-free."""
-    mean = residuals.mean(0)
-    components = torch.linalg.svd(residuals - mean, full_matrices=False).Vh
-    rows = torch.cat([components, -components])
-    return Basis(lambda x: torch.relu((x - mean) @ rows.T), rows, mean)
-
-
-def token_basis(residuals: torch.Tensor, tokens: torch.Tensor) -> Basis:
-    """A vector for every token of the survey: all that gating by token can do without an SAE.
-
-    Which token a residual belongs to is read off it: the nearest of the tokens' means.
-    """
-    names, which = tokens.unique(return_inverse=True)
-    width = residuals.shape[-1]
-    sums = torch.zeros(len(names), width).to(residuals).index_add_(0, which, residuals)
-    means = sums / which.bincount()[:, None]
-
-    def encode(x: torch.Tensor) -> torch.Tensor:
-        near = torch.cdist(x.flatten(0, -2), means).argmin(-1)
-        hot = torch.nn.functional.one_hot(near, len(names)).to(x)
-        return hot.repeat_interleave(width, -1).unflatten(0, x.shape[:-1])
-
-    return Basis(encode, torch.eye(width).to(residuals).repeat(len(names), 1))
-
-
-def residual_basis(width: int, device: str = "cpu") -> Basis:
-    """The residual's own coordinates: an additive shift here is a dense steering vector."""
-    return Basis(lambda x: x, torch.eye(width, device=device), signed=True)
-
-
-def compute_displacement(
-    basis: Basis, kind: str, x: torch.Tensor, acts: torch.Tensor, delta: torch.Tensor
-) -> torch.Tensor:
-    """x' - x, [rows, shifts, positions, d], of residuals [rows, positions, d] under shifts.
-
-    additive f' = relu(f + Delta), multiplicative f' = f exp(Delta), gated f' = f + 1[f > 0]
-    Delta, and literal x' = W_dec^T (f + Delta) + b. The second and third are linear in f, so
-    each shift of [shifts, M] becomes one matrix [M, d].
-    """
-    delta = delta.to(basis.decoder.device)
-    if kind == "multiplicative":
-        return torch.einsum("btm,smd->bstd", acts, torch.expm1(delta)[..., None] * basis.decoder)
-    if kind == "gated":
-        return torch.einsum("btm,smd->bstd", (acts != 0).to(acts), delta[..., None] * basis.decoder)
-    if kind == "literal":
-        return (basis.reconstruct(acts) - x)[:, None] + (delta @ basis.decoder)[None, :, None]
-    if kind != "additive":
-        raise unknown("edit", kind, EDITS, "a shift")
-    if basis.signed:
-        return (delta @ basis.decoder)[None, :, None].expand(len(x), -1, x.shape[1], -1)
-    moved = torch.relu(acts[:, None] + delta[None, :, None]) - acts[:, None]
-    return moved @ basis.decoder
 
 
 @dataclass(frozen=True)
@@ -143,7 +29,7 @@ class Shift:
     """Trained shifts of all groups: Delta_g = Delta_0 + U c_g, with every column of U of norm 1."""
 
     kind: str
-    """One of `EDITS`."""
+    """One of `bases.EDITS`."""
     hook: str
     """The place of the residual stream."""
     positions: str
@@ -265,8 +151,6 @@ class FittedShift:
 
         `question` is a survey's `Question`, or a text with its `options` in ordinal order.
         """
-        from sae_research.studies.opinion_qa.prompts import answer_question
-
         edits = self.edits(group, coefficient)
         return answer_question(self.model, self.template, question, options, edits)
 
@@ -327,49 +211,3 @@ def _sae_fingerprint(sae: "SAE") -> str:
     """A hash of the SAE's weights, the same in every number format that holds bfloat16."""
     weights = sae.state_dict().items()
     return store.tensor_fingerprint({name: w.to(torch.bfloat16) for name, w in weights})
-
-
-def fit_shift(
-    model: "LanguageModel",
-    sae: "SAE",
-    survey: "Survey",
-    texts: "Sequence[str] | None" = None,
-    *,
-    training: "ShiftTraining | None" = None,
-    template: str = "english",
-    shrinkage: float = 20.0,
-    max_rows_per_forward: int = 48,
-    seed: int = 0,
-) -> FittedShift:
-    """Train a shift for every group of a survey of your own, with your own model and SAE.
-
-    The survey needs a train and a validation split (`survey.split(seed)` makes them). On `texts`,
-    by default text that the model writes itself, the shift is kept from changing other behaviour.
-    """
-    from sae_research.saes import check_fit, warn_if_wrong
-    from sae_research.studies.opinion_qa.cache import CachedPrompts
-    from sae_research.studies.opinion_qa.experiment import make_targets, split_passages
-    from sae_research.studies.opinion_qa.fit import train_shift
-    from sae_research.studies.opinion_qa.prompts import find_template
-    from sae_research.studies.opinion_qa.settings import ShiftTraining
-
-    for split in ("train", "validation"):
-        if not len(survey.rows(split)):
-            raise ResearchError(
-                f"no question of the survey is in the {split} split; "
-                "make splits with `survey.split(seed)`."
-            )
-    warn_if_wrong(model, sae)
-    if survey.counts is None:
-        survey = survey.sampled(1000, seed)
-    if texts is None:
-        third = len(model.sample) // 3
-        parts = dict(zip(("train", "validation", "test"), model.sample.split(third), strict=False))
-    else:
-        parts = split_passages(model, texts, 64)
-    write = find_template(template, model.tokenizer).plain
-    hook = check_fit(model, sae)
-    cache = CachedPrompts(model, hook, survey.questions, write, parts, max_rows_per_forward)
-    targets = make_targets(survey, shrinkage)
-    shift = train_shift(cache, sae_basis(sae), training or ShiftTraining(), targets, seed)
-    return FittedShift(shift, model, sae, template)
