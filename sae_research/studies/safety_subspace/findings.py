@@ -63,11 +63,11 @@ def paper_reported() -> pd.DataFrame:
 
 def share_of_parameters(rank: int = 16) -> pd.Series:
     """Share of the papers' models that LoRA on attention trains, in percent, by model."""
-    found = {}
-    for model, (d, blocks, q, kv, total) in SHAPES.items():
-        trained = blocks * rank * (2 * (d + q) + 2 * (d + kv))
-        found[model] = 100 * trained / total
-    return pd.Series(found)
+    shares = {
+        model: 100 * blocks * rank * (2 * (d + q) + 2 * (d + kv)) / total
+        for model, (d, blocks, q, kv, total) in SHAPES.items()
+    }
+    return pd.Series(shares)
 
 
 def select(table: pd.DataFrame, **keys: object) -> pd.DataFrame:
@@ -83,7 +83,7 @@ def by_seed(table: pd.DataFrame, column: str, **keys: object) -> pd.Series:
     return table.groupby(["model", "seed"] if "model" in table else "seed")[column].mean()
 
 
-def compare(own: pd.Series, control: pd.Series) -> Measurement:
+def compare(own: pd.Series, control: pd.Series | float) -> Measurement:
     """Mean paired difference with its interval over seeds."""
     return Measurement.of(stats.mean_interval((own - control).dropna().to_numpy()))
 
@@ -99,21 +99,18 @@ def _measure_theory(t: Tables) -> dict[str, Measurement]:
     gap = r.assign(gap=r["error"] - np.sqrt(r["value"] - 1))
     trained = t["trained_sae"].query("world == 'plain'")
 
-    def recovery(axis: str, value: float, estimator: str) -> pd.Series:
-        return by_seed(t["recovery"], "error", axis=axis, value=value, estimator=estimator)
-
     def sae(tau: float) -> pd.Series:
         return by_seed(trained, "error", estimator="trained SAE", tau=tau)
 
     best = by_seed(trained, "error", estimator="covariance difference")
     floor = math.sqrt(Planted.r - 1)
     direct = by_seed(gap, "gap", value=float(Planted.r), estimator="covariance difference")
-    mixing = (recovery("mixing", value, "SAE oracle") for value in (0.3, 0.0))
+    indirect = by_seed(gap, "gap", estimator="mean difference")
+    oracle = select(t["recovery"], axis="mixing", estimator="SAE oracle")
+    mixing = (by_seed(oracle, "error", value=value) for value in (0.3, 0.0))
     return {
-        "theory.floor": Measurement.of(
-            stats.mean_interval(by_seed(gap, "gap", estimator="mean difference").to_numpy())
-        ),
-        "theory.direct": Measurement.of(stats.mean_interval(direct.to_numpy())),
+        "theory.floor": compare(indirect, 0),
+        "theory.direct": compare(direct, 0),
         "theory.recovery": with_control(sae(1.0) - floor, best - floor),
         "theory.truncation": compare(sae(0.8), sae(1.0)),
         "theory.monosemantic": compare(*mixing),
@@ -135,23 +132,19 @@ def _measure_alignment(t: Tables) -> dict[str, Measurement | None]:
         known = column in t.get(table, ())
         sides = [by_seed(t[table], column, method=m, set=group) for m in pair if known]
         found[claim] = compare(*sides) if sides and all(map(len, sides)) else None
-    found["align.few_pairs"] = None
     if "budgets" in t:
         few = select(t["budgets"], set="harmful", n_pairs=t["budgets"]["n_pairs"].min())
         found["align.few_pairs"] = compare(*(by_seed(few, "safe", method=m) for m in (SAILS, LORA)))
     rates = [by_seed(t["outcomes"], "safe", method=m, set="harmful") for m in (SAILS, RANDOM)]
     found["align.rate"] = with_control(*rates)
-    found["project.parallel"] = None
     if "projections" in t:
         parts = select(t["projections"], set="harmful", part="parallel")
-        found["project.parallel"] = compare(
-            *(by_seed(parts, "safe", subspace=name) for name in (SAILS, RANDOM))
-        )
+        sides = [by_seed(parts, "safe", subspace=name) for name in (SAILS, RANDOM)]
+        found["project.parallel"] = compare(*sides)
     for name, table, column in (
         ("interpret.removal", "removal", "drop"),
         ("interpret.retraining", "retraining", "refused"),
     ):
-        found[name] = None
         if table in t:
             sides = [by_seed(t[table], column, kind=kind) for kind in ("top", "random")]
             found[name] = compare(*sides)
@@ -164,25 +157,24 @@ def _measure_alignment(t: Tables) -> dict[str, Measurement | None]:
 
 def measure_claims(t: Tables) -> dict[str, Measurement | None]:
     """A measurement for every claim; None where a profile does not measure it."""
-    names = [*AGAINST, "align.few_pairs", "align.rate", "project.parallel"]
-    names += [f"interpret.{name}" for name in ("removal", "retraining", "seeds")]
-    theory = ("floor", "direct", "recovery", "truncation", "monosemantic")
-    found: dict[str, Measurement | None] = dict.fromkeys(f"theory.{name}" for name in theory)
+    names = [*AGAINST, "align.few_pairs", "align.rate", "project.parallel", "judge.agreement"]
+    names += [f"theory.{x}" for x in ("floor", "direct", "recovery", "truncation", "monosemantic")]
+    names += [f"interpret.{x}" for x in ("removal", "retraining", "seeds")]
+    names += [f"real.{x}" for x in ("rate", "gain", "score", "attack")]
+    found: dict[str, Measurement | None] = dict.fromkeys(names)
     found |= _measure_theory(t) if "recovery" in t else {}
-    found |= _measure_alignment(t) if "outcomes" in t else dict.fromkeys(names)
+    found |= _measure_alignment(t) if "outcomes" in t else {}
     found["parameters.share"] = Measurement(share_of_parameters()["gemma-2-9b"])
-    found["judge.agreement"] = None
     if "agreement" in t:
-        a = t["agreement"].query("unseen == 'model'").pivot(index="model", columns="judge")
-        a = a["agreement"]
+        a = t["agreement"].query("unseen == 'model'")
+        a = a.pivot(index="model", columns="judge", values="agreement")
         found["judge.agreement"] = with_control(a[a.mean().idxmax()], a["opening rule"])
-    found |= dict.fromkeys(("real.rate", "real.gain", "real.score", "real.attack"))
     return {f"safety_subspace.{name}": measurement for name, measurement in found.items()}
 
 
 def summarize_methods(t: Tables) -> pd.DataFrame:
-    """Every method's rates, means over seeds, beside Wilson's interval of the pooled safety rate,
-    which takes all replies as independent; a column that a ground does not measure is left out.
+    """Every method's rates, means over seeds, as far as the ground measures them; Wilson's interval
+    is that of the pooled safety rate and takes all replies as independent.
     """
     keys = ["method", "set", "seed"]
     columns = [name for name in ("safe", "score", "fulfilled") if name in t["outcomes"]]
@@ -221,39 +213,32 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
             "-0.00", "0.00"
         )
 
+    def each(column: str) -> str:
+        found = summarize_methods(t)[column]
+        return ", ".join(f"{found[m]:.2f} ({m})" for m in (SAILS, LORA, FULL) if m in found)
+
     real = "the real model, taught a harmless stand-in for safety (or the reader's own pairs),"
     ground = "the toy model" if "recovery" in t else real
-    aligned = (
-        f"Starting in the SAE's safety subspace, {ground} reaches a safety rate of "
-        f"{say('align.rate')}. The difference is {say('align.lora')} from LoRA, "
-        f"{say('align.full')} from full fine-tuning, {say('align.features')} from random "
-        f"features of the same SAE and {say('align.labels')} from shuffled labels.",
-        _say_costs(t) if "outcomes" in t else "",
-    )
-    attacked = (
-        f"Against the subspace of useful behaviour it is {say('align.useful')}; under attack the "
-        f"share that complies changes by {say('align.attack')} against LoRA.",
-    )
-    planted = (
-        "In theory the floor of sqrt(r - 1) belongs to the difference of the class means, which is "
-        f"one direction; the difference of covariances lies {say('theory.direct')} from it. "
-        "Keeping 80 % of the variance, as the paper does, adds "
-        f"{say('theory.truncation')} to the error of a trained SAE's subspace.",
-    )
-    sentences = aligned * ("outcomes" in t) + attacked * ("attacks" in t)
-    return "\n".join(f"- {sentence}" for sentence in sentences + planted * ("recovery" in t))
-
-
-def _say_costs(t: Tables) -> str:
-    """What the main methods refuse that they should not, and what they cost."""
-    named = [m for m in (SAILS, LORA, FULL) if m in set(t["outcomes"]["method"])]
-    refused = [by_seed(t["outcomes"], "safe", method=m, set="look-alikes").mean() for m in named]
-    added = [by_seed(t["methods"], "added_loss", method=m).mean() for m in named]
-    look_alikes, losses = (
-        ", ".join(f"{value:.2f} ({m})" for m, value in zip(named, values, strict=True))
-        for values in (refused, added)
-    )
-    return (
-        f"The price: of harmless look-alikes {look_alikes} are refused, and the loss on other text "
-        f"grows by {losses} nats a token."
-    )
+    sentences = []
+    if "outcomes" in t:
+        sentences += [
+            f"Starting in the SAE's safety subspace, {ground} reaches a safety rate of "
+            f"{say('align.rate')}. The difference is {say('align.lora')} from LoRA, "
+            f"{say('align.full')} from full fine-tuning, {say('align.features')} from random "
+            f"features of the same SAE and {say('align.labels')} from shuffled labels.",
+            f"The price: of harmless look-alikes {each('over-refusal')} are refused, and the loss "
+            f"on other text grows by {each('added_loss')} nats a token.",
+        ]
+    if "attacks" in t:
+        sentences.append(
+            f"Against the subspace of useful behaviour it is {say('align.useful')}; under attack "
+            f"the share that complies changes by {say('align.attack')} against LoRA."
+        )
+    if "recovery" in t:
+        sentences.append(
+            "In theory the floor of sqrt(r - 1) belongs to the difference of the class means, "
+            "which is one direction; the difference of covariances lies "
+            f"{say('theory.direct')} from it. Keeping 80 % of the variance, as the paper does, "
+            f"adds {say('theory.truncation')} to the error of a trained SAE's subspace."
+        )
+    return "\n".join(f"- {sentence}" for sentence in sentences)
