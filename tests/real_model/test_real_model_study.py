@@ -216,7 +216,9 @@ def test_study_4_trains_on_residuals_that_it_stores(built):
     assert 200 * 63 - 5 <= len(ground.stored) <= 200 * 63
     batch = next(ground.batches(0))
     assert batch.mean(-1).abs().max() < 1e-5
-    arms = meta_study.run(task, profile).tables["arms"].set_index("arm")
+    tables = meta_study.run(task, profile).tables
+    assert "senses" not in tables  # no library uses a word of this text
+    arms = tables["arms"].set_index("arm")
     assert list(arms.index) == ["solo", "joint", "random meta"]
     assert (arms["l0_calibration"] - 4).abs().max() < 0.05
     assert arms["ce_overhead"].notna().all()

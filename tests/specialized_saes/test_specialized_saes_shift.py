@@ -16,8 +16,8 @@ from sae_research import circuits, models  # noqa: E402
 from sae_research.circuits import ERROR, Circuit, Probe  # noqa: E402
 from sae_research.errors import ResearchError  # noqa: E402
 from sae_research.studies.specialized_saes import shift  # noqa: E402
-from sae_research.studies.specialized_saes.biographies import BiasData, Biographies  # noqa: E402
 from sae_research.studies.specialized_saes.settings import Shift  # noqa: E402
+from sae_research.world.text.bias_case import BiasData, Biographies  # noqa: E402
 
 LOWER, UPPER = "blocks.1.hook_resid_post", "blocks.3.hook_resid_post"
 

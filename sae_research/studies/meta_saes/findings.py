@@ -76,7 +76,7 @@ def match_reconstruction(t: Tables, ground: str, column: str) -> pd.Series:
 
 
 def senses_won(t: Tables, settings: Settings, arm: str) -> pd.DataFrame:
-    """Share of planted senses that an arm splits and merges, by seed."""
+    """Share of senses that an arm splits and merges, by seed."""
     rows = {}
     for key, table in t["senses"].groupby(["ground", "seed"]):
         own, solo = (table[table["arm"] == name] for name in (arm, SOLO))
@@ -190,7 +190,7 @@ def measure_splits(t: Tables) -> Measurement:
 
 
 def measure_senses(t: Tables, settings: Settings) -> Measurement:
-    """Share of planted senses that gain a latent of their own minus share that lose theirs;
+    """Share of senses that gain a latent of their own minus share that lose theirs;
     control: the random frozen meta SAE.
     """
     won = [senses_won(t, settings, arm) for arm in (JOINT, RANDOM)]
@@ -198,7 +198,7 @@ def measure_senses(t: Tables, settings: Settings) -> Measurement:
 
 
 def can_split(t: Tables, settings: Settings) -> bool:
-    """Whether some planted sense lacks a latent of its own in a solo SAE, so that one can split."""
+    """Whether some sense lacks a latent of its own in a solo SAE, so that one can split."""
     return "senses" in t and bool(
         (select(t["senses"], arm=SOLO)["f1"] < settings.own_latent_f1).any()
     )
@@ -287,9 +287,9 @@ def summarize(t: Tables, settings: Settings, verdicts: Mapping[str, str]) -> str
         "Whether latents are more atomic is another question: the match with planted directions "
         f"changes by {say('recovery')}, the composition rate for a fresh meta SAE by "
         f"{say('composition.model')} and {say('composition.vectors')}.",
-        f"Of planted senses, a net share of {say('senses')} gains a latent of its own."
-        if can_split(t, settings)
-        else "No planted sense is left to split: each has a latent of its own in the solo SAE.",
+        f"Of the senses of words, a net share of {say('senses')} gains a latent of its own."
+        if can_split(t, settings) or "senses" not in t
+        else "No sense is left to split: each has a latent of its own in the solo SAE.",
         f"Firing rates alone move mean |phi| by {say('rates', 100, ' %')} at least.",
         "Explained by a rule on tokens, latents are told from their neighbours "
         f"{say('detection')} better, and their strengths ranked {say('strength')} better.",

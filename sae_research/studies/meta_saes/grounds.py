@@ -19,6 +19,7 @@ from sae_research.config import Profile
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
 from sae_research.studies.meta_saes.settings import VECTORS, Settings, for_model
+from sae_research.world import hierarchy
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -251,34 +252,10 @@ def _web_rows(model: LanguageModel, n: int, length: int, seed: int) -> LongTenso
 
 def make_vectors(settings: Settings, seed: int) -> VectorGround:
     """Vectors of SAELens' synthetic model with `settings.vectors`' hierarchy."""
-    from sae_lens.synthetic import ActivationGenerator, HierarchyNode, hierarchy_modifier
-
     v = settings.vectors
-    torch.manual_seed(seed)
-    directions = torch.nn.functional.normalize(torch.randn(v.n_features, v.d_in), dim=-1)
-    parents = [
-        HierarchyNode(
-            feature_index=p,
-            children=[
-                HierarchyNode(feature_index=v.n_parents + p * v.n_children + c)
-                for c in range(v.n_children)
-            ],
-        )
-        for p in range(v.n_parents)
-    ]
-    of_parent, of_child, of_single = v.probabilities
-    n_children = v.n_parents * v.n_children
-    n_single = v.n_features - v.n_parents - n_children
-    odds = torch.tensor(
-        [of_parent] * v.n_parents + [of_child] * n_children + [of_single] * n_single
-    )
-    generator = ActivationGenerator(
-        num_features=v.n_features,
-        firing_probabilities=odds,
-        std_firing_magnitudes=0.2,
-        modify_activations=hierarchy_modifier(parents),
-    )
-    parts = [generator.sample(v.rows), *(generator.sample(v.held_out) for _ in range(2))]
+    sizes = (v.rows, v.held_out, v.held_out)
+    tree = hierarchy.Tree(v.n_features, v.n_parents, v.n_children, v.probabilities)
+    parts, directions = hierarchy.draw(tree, v.d_in, sizes, seed)
     train, calibration, held_out = (part @ directions for part in parts)
     centre, scale = train.mean(0), (train - train.mean(0)).square().mean().sqrt()
     vectors = [(x - centre) / scale for x in (train, calibration, held_out)]

@@ -1,4 +1,4 @@
-"""Planted senses of polysemous words: which SAE has a latent for each sense?"""
+"""Senses of polysemous words, planted or told apart by library: who has a latent for each?"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,6 +8,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from sae_research import word_uses
+from sae_research.prose import Corpus
 from sae_research.studies.meta_saes.grounds import ModelGround, standardise
 
 if TYPE_CHECKING:
@@ -19,18 +21,29 @@ MIN_SHARE = 0.05
 
 @dataclass
 class Senses:
-    """Residuals of polysemous words, with their planted senses."""
+    """Residuals of polysemous words, with their senses."""
 
     x: Tensor
     """Standardised residuals [n, d]."""
     sense: Tensor
-    """Planted sense of each [n]."""
+    """Sense of each [n]."""
     word: Tensor
     """The word that each sense belongs to [n]."""
     half: Tensor
     """Whether its document is one on which latents are chosen [n]."""
     names: list[str]
     """Senses as word/sense."""
+
+
+def read_senses(ground: ModelGround, corpus: Corpus) -> Senses | None:
+    """Uses of words in the held-out text of a corpus; None where it has none."""
+    uses = word_uses.find_uses(corpus, ground.model)
+    if not uses.senses:
+        return None
+    parts = zip(uses.tokens.split(32), uses.place.split(32), strict=True)
+    x = [ground.model.residual(t, ground.hook)[range(len(t)), at] for t, at in parts]
+    x = standardise(torch.cat(x).float().cpu())
+    return Senses(x, uses.sense, uses.sense // 2, uses.half, uses.senses)
 
 
 def make_senses(ground: ModelGround, n: int, seed: int) -> Senses:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae_research import catalogue
+from sae_research import catalogue, prose, real_saes
 from sae_research.config import Profile
 from sae_research.studies.meta_saes import arms, cooccurrence, grounds, interpret, senses, structure
 from sae_research.studies.meta_saes.arms import JOINT, SOLO, ZERO, Arm
@@ -102,6 +102,8 @@ def active(sae: "SAE", ground: Ground) -> Iterator[Tensor]:
 @torch.no_grad()
 def measure(sae: "SAE", ground: Ground, settings: Settings, seed: int) -> dict[str, float]:
     """Reconstruction, L0, co-occurrence with its null, neighbours and held-out loss."""
+    from sae_research.studies.meta_saes import decomposable
+
     error = active_latents = tokens = square = 0.0
     total = torch.zeros(sae.cfg.d_in, dtype=torch.double)
     for x in ground.chunks():
@@ -124,16 +126,9 @@ def measure(sae: "SAE", ground: Ground, settings: Settings, seed: int) -> dict[s
         "phi_null": null["live"],
         "phi_corrected": phi["live"] - null["live"],
         "dead": int((~live).sum()),
-        "neighbour_cosine": _nearest(rows),
+        "neighbour_cosine": decomposable.largest_cosine(rows).mean().item(),
         **ground.losses(sae),
     }
-
-
-def _nearest(rows: Tensor) -> float:
-    """Mean cosine of a live decoder row with its nearest neighbour."""
-    from sae_research.studies.meta_saes import decomposable
-
-    return decomposable.largest_cosine(rows).mean().item()
 
 
 def measure_structure(
@@ -183,20 +178,24 @@ def split_scores(
 def make_tables(
     trained: list[Arm], ground: Ground, settings: Settings, seed: int
 ) -> dict[str, pd.DataFrame]:
-    """Scores of explained latents, planted senses and candidates of splits, by arm."""
+    """Scores of explained latents, senses of words and candidates of splits, by arm."""
     if not isinstance(ground, ModelGround):
         return {}
     tables = {"latents": [], "senses": []}
-    toy = catalogue.get(ground.model.name).embedded
-    planted = senses.make_senses(ground, settings.sense_documents, seed) if toy else None
+    found = None
+    if catalogue.get(ground.model.name).embedded:
+        found = senses.make_senses(ground, settings.sense_documents, seed)
+    elif ground.model.name in real_saes.RECIPES:
+        text = prose.load(real_saes.RECIPES[ground.model.name].text)
+        found = senses.read_senses(ground, text)
     for arm in trained:
         tables["latents"].append(_interpret(arm.sae, ground, settings, seed).assign(arm=arm.name))
-        if planted is not None:
-            tables["senses"].append(senses.score_senses(arm.sae, planted).assign(arm=arm.name))
-    found = {name: pd.concat(parts) for name, parts in tables.items() if parts}
+        if found is not None:
+            tables["senses"].append(senses.score_senses(arm.sae, found).assign(arm=arm.name))
+    joined = {name: pd.concat(parts) for name, parts in tables.items() if parts}
     joint = next(arm.sae for arm in trained if arm.name == JOINT)
     return {
-        **found,
+        **joined,
         "candidates": list_candidates(trained[0].sae, joint, ground, settings.split_phi),
     }
 

@@ -293,8 +293,8 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
         f"{say('term.rare_concepts')} with the paper's tilt and by "
         f"{say('term.rare_concepts_mild')} with a mild one. In these units of loss a tilt of 500 "
         "lets one token of a batch count, and the SAE hardly leaves its start.",
-        "Over all TopK SAEs, coverage and the true F1 of rare concepts have a rank correlation of "
-        f"{say('proxies.coverage', 2)}.",
+        "Over all TopK SAEs but the direct one on random chunks, coverage and the true F1 of rare "
+        f"concepts have a rank correlation of {say('proxies.coverage', 2)}.",
     ]
     bias = (
         "In the bias case study, ablating specialised in place of general gender latents changes "

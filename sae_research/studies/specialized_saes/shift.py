@@ -17,9 +17,9 @@ from sae_research import circuits, steering
 from sae_research.circuits import ERROR, Circuit, Probe, pool
 from sae_research.errors import ResearchError
 from sae_research.models import Edit, LanguageModel
-from sae_research.studies.specialized_saes.biographies import BiasData, Biographies
 from sae_research.studies.specialized_saes.settings import Shift
 from sae_research.studies.specialized_saes.tails import Mass, read_latents
+from sae_research.world.text.bias_case import BiasData, Biographies
 
 if TYPE_CHECKING:
     from sae_lens import SAE

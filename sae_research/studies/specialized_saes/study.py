@@ -9,9 +9,9 @@ import torch
 
 from sae_research import activations, catalogue, conversion, explain, paths, training
 from sae_research.config import Profile
+from sae_research.errors import ResearchError
 from sae_research.studies.runner import Result, Task
 from sae_research.studies.specialized_saes import (
-    biographies,
     evaluate,
     grounds,
     shift,
@@ -24,6 +24,7 @@ from sae_research.studies.specialized_saes.settings import Settings
 from sae_research.studies.specialized_saes.specialize import PLAIN, Arm
 from sae_research.term import config, tilted
 from sae_research.tilt import Tilt
+from sae_research.world.text import bias_case
 
 SPECIALIZE, SHIFT, SYNTHETIC = "specialize", "shift", "synthetic"
 
@@ -142,7 +143,13 @@ def run_shift(name: str, settings: Settings, device: str, seed: int) -> dict[str
     """Table 1: dictionaries of general text and those fine-tuned on biographies, by hook."""
     ground = grounds.load(name, settings, device, seed)
     model = ground.model
-    data = biographies.load(model, catalogue.get(name).embedded, settings.shift, seed)
+    if not catalogue.get(name).embedded:
+        raise ResearchError(
+            f"no biographies are known for {name}; set `shift_model` to a toy text model, or to "
+            "'' to leave the bias case study out."
+        )
+    counts = settings.shift.documents, settings.shift.test_documents
+    data = bias_case.make_biographies(*counts, seed)
     general, special = {}, {}
     for hook in settings.shift.hooks:
         here = replace(ground, hook=hook)

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import LongTensor
 
-from sae_research.errors import ResearchError
-from sae_research.models import LanguageModel
-from sae_research.studies.specialized_saes.settings import Shift
+from sae_research.world.text import documents, lexicon
+from sae_research.world.text.corpus import BODY_OF_LIFE, Corpus
 
 
 @dataclass
@@ -42,20 +41,19 @@ class BiasData:
     """Token types of the concept bottleneck: words of both professions."""
 
 
-def make_toy_biographies(model: LanguageModel, settings: Shift, seed: int) -> BiasData:
-    """Generated biographies; no text states the profession at once."""
-    from sae_research.world.text import documents, lexicon
-    from sae_research.world.text.corpus import BODY_OF_LIFE, Corpus
-
+def make_biographies(n: int, n_test: int, seed: int) -> BiasData:
+    """`n` biographies of each kind to train on and `n_test` to test on; no text states the
+    profession at once.
+    """
     corpus = documents.without_stated(Corpus())
     rng = np.random.default_rng([seed, 31])
     ids = lexicon.lexicon().ids
 
-    def draw(cells: list[tuple[int, int]], n: int) -> Biographies:
-        rows = rng.permutation(np.arange(n) % len(cells))
+    def draw(cells: list[tuple[int, int]], count: int) -> Biographies:
+        rows = rng.permutation(np.arange(count) % len(cells))
         gender, profession = np.array(cells)[rows].T
         made = documents.make_documents(
-            "life", n, rng, corpus, gender=gender, profession=profession
+            "life", count, rng, corpus, gender=gender, profession=profession
         )
         tokens = torch.from_numpy(made.tokens[:, : BODY_OF_LIFE.stop]).long()
         return Biographies(tokens, torch.from_numpy(gender), torch.from_numpy(profession))
@@ -63,19 +61,9 @@ def make_toy_biographies(model: LanguageModel, settings: Shift, seed: int) -> Bi
     every = [(g, p) for g in (0, 1) for p in (0, 1)]
     words = [word for cues in lexicon.PROFESSIONS.values() for word in cues.split()[:10]]
     return BiasData(
-        draw([(0, 0), (1, 1)], settings.documents),
-        draw(every, settings.documents),
-        draw(every, settings.test_documents),
+        draw([(0, 0), (1, 1)], n),
+        draw(every, n),
+        draw(every, n_test),
         frozenset(ids[word] for pair in lexicon.GENDERS.values() for word in pair),
         torch.tensor([ids[word] for word in words]),
     )
-
-
-def load(model: LanguageModel, embedded: bool, settings: Shift, seed: int) -> BiasData:
-    """The biographies for a model."""
-    if not embedded:
-        raise ResearchError(
-            f"no biographies are known for {model.name}; add a source to "
-            "studies/specialized_saes/biographies.py."
-        )
-    return make_toy_biographies(model, settings, seed)
