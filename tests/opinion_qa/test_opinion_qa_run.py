@@ -231,7 +231,7 @@ def test_slope_and_identification_with_intervals_are_those_of_the_scores(small):
     shrink_targets = mean + 0.5 * (eval_set.truth - mean)
     known = evaluate.compute_scores(eval_set, shrink_targets, np.repeat(small.uniform[None], 14, 0))
     for name in ("slope", "identification"):
-        found = getattr(evaluate, f"{name}_interval")(
+        found = getattr(intervals, f"{name}_interval")(
             eval_set, np.stack([shrink_targets, shrink_targets]), 0
         )
         assert found.value == pytest.approx(getattr(known, name))
