@@ -234,7 +234,9 @@ def _execute(name: str, profile: config.Profile, folder: Path) -> "NotebookNode"
         fault = error.evalue if error.ename == "ResearchError" else f"{error.ename}: {error.evalue}"
         said = f"failed in cell [{error.exec_count}]: {fault.strip()}"
         raise ResearchError(f"notebook {name} {said} ({read})") from error
-    except RuntimeError as error:  # while it ran, or before it answered at all
+    except RuntimeError as error:
+        if "died" not in str(error):  # while it ran, or before it answered at all
+            raise
         raise ResearchError(
             f"the kernel of notebook {name} died, most likely for want of memory; close other "
             f"programs and run again ({read})"

@@ -150,6 +150,13 @@ def test_contexts_of_both_protocols(model):
     assert (begin[:, -1] != model.pad).all()
 
 
+def test_contexts_longer_than_the_model_can_read_are_refused(model):
+    toy = catalogue.get("world-text")
+    for length in (model.n_ctx + 1, 100_000):
+        with pytest.raises(ResearchError, match=f"`context_length` {length} is longer than"):
+            corpus.make_contexts(toy, model, replace(SETTINGS, context_length=length))
+
+
 def test_real_profiles_keep_the_papers_settings():
     for profile in ("laptop", "gpu"):
         settings = config.load(profile).side_effects

@@ -72,6 +72,11 @@ def make_contexts(
     spec: ModelSpec, model: LanguageModel, settings: Settings, *, fresh: bool = False, seed: int = 0
 ) -> torch.Tensor:
     """Contexts [n, T]; `fresh` ones come from other text, another `seed` draws anew."""
+    if settings.context_length > model.n_ctx:  # generated documents would be cut in silence
+        raise ResearchError(
+            f"`context_length` {settings.context_length} is longer than {model.name} can read "
+            f"({model.n_ctx} tokens); lower it in params.yaml."
+        )
     n = settings.n_fresh_contexts if fresh else settings.n_contexts
     seed = FRESH_SEED + seed if fresh else seed
     if spec.embedded:
