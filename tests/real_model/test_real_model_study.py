@@ -239,7 +239,8 @@ def test_study_2_screens_on_text_that_the_saes_were_not_trained_on(built, text):
     settings = ScreeningSettings(
         protocol="replication", n_contexts=10, n_fresh_contexts=8, context_length=32
     )
-    contexts, fresh = (corpus.make_contexts(spec, model, settings, fresh=f) for f in (False, True))
+    contexts = corpus.make_contexts(spec, model, settings)
+    fresh = corpus.make_contexts(spec, model, settings, apart_from=contexts)
     assert (contexts.shape, fresh.shape) == ((10, 32), (8, 32))
     whole = prose.load(text)
     known = {split: "\n".join(whole.texts(split)) for split in ("train", "test", "fresh")}

@@ -23,14 +23,17 @@ SAES += [("world-text", "b_topk", 1), ("world-survey", "a_topk", 1)]
 """Model, SAE and seed: the main SAE of each model has two seeds."""
 LADDER = [("gpt2-small", f"width_{768 * 2**i}", 0) for i in range(3)]
 """SAEs of the ladder of widths, which have no vote; whatever is planted, they say the opposite."""
+NULLS = [(m, f"{sae}_frozen_decoder", 0) for m, names in FAMILIES.items() for sae in names]
+"""Null dictionaries, which have no vote either: what is planted for them alone ends in "null"."""
 LABELS = ["C", "S_abs", "C_per_E"]
 KEYS = {
     "gains": [["freq_only", "activation_magnitude_only"], LABELS],
     "gains_random": [["freq_only", "activation_magnitude_only"], ["C@random", "S_abs@random"]],
     "random": [["C", "S_abs", "S_loo"], [False, True], ["SAE", "random"]],
     "sensitivity": [["direction", "dose"], ["SAE", "random", "4"], ["C", "C_per_E"]],
-    "confirmation": [LABELS, ["clean - messy", "clean - random"]],
-    "confirmation_null": [LABELS],
+    "confirmation": [LABELS, ["clean - messy", "clean - random"], ["SAE", "random"]],
+    "own_contexts": [["C", "S_abs"], [False, True], ["SAE", "random"]],
+    "seed_stability": [LABELS, ["SAE", "random"]],
 }
 """Tables with one row per SAE for each combination of these values."""
 COLUMNS = {
@@ -38,8 +41,9 @@ COLUMNS = {
     "gains_random": ["baseline", "target", "gain"],
     "random": ["target", "residualised", "direction", "rho"],
     "sensitivity": ["kind", "value", "label", "rho"],
-    "confirmation": ["metric", "groups", "standardised"],
-    "confirmation_null": ["metric", "payoff"],
+    "confirmation": ["metric", "groups", "direction", "standardised"],
+    "own_contexts": ["target", "residualised", "direction", "rho"],
+    "seed_stability": ["label", "direction", "rho"],
 }
 
 
@@ -65,10 +69,16 @@ def plant(levels: dict[tuple, float]) -> tables.Tables:
                 level += common[sae.removesuffix("_wide")] + noise[i]
                 rows.append((model, sae, seed, *key, level))
             rows += [(*where, *key, -9 * levels.get((table, *key), 1)) for where in LADDER]
+            for i, (model, sae, seed) in enumerate(NULLS):
+                level = levels.get((table, *key), usual[0] if table == "random" else 1)
+                if table != "random":
+                    level *= -9
+                level = levels.get((table, *key, "null"), level)
+                level += common[sae.removesuffix("_frozen_decoder")] + noise[i]
+                rows.append((model, sae, seed, *key, level))
         made[table] = pd.DataFrame(rows, columns=[*tables.SAE, "seed", *COLUMNS[table]])
     made["random"] = _add_differences(made["random"])
     made["width_effects"] = tables._measure_width_effects(made)
-    made["confirmation_null"] = _permute(made["confirmation_null"])
     made["sensitivity"]["rho"] *= np.resize([1, -1], len(made["sensitivity"]))
     return made
 
@@ -79,13 +89,6 @@ def _add_differences(rows: pd.DataFrame) -> pd.DataFrame:
     gap = (own[["rho"]] - control[["rho"]]).assign(direction="difference").reset_index()
     rows = pd.concat([rows, gap], ignore_index=True)
     return rows.assign(low=rows["rho"] - 0.04, high=rows["rho"] + 0.04, n=60)
-
-
-def _permute(rows: pd.DataFrame) -> pd.DataFrame:
-    """41 payoffs of permuted labels around that of each SAE, a column for every metric."""
-    wide = rows.pivot_table(index=[*tables.SAE, "seed"], columns="metric", values="payoff")
-    steps = enumerate(np.linspace(-0.1, 0.1, 41))
-    return pd.concat([(wide + step).reset_index().assign(permutation=i) for i, step in steps])
 
 
 def plant_widths(wide: list[float], base: list[float]) -> tables.Tables:
@@ -192,26 +195,34 @@ PAIRED |= {
     for name, label in (("spread", "C"), ("stability", "S_abs"))
 }
 PAIRED["width.signal"] = tuple(("random", "C", False, d, True) for d in ("SAE", "random"))
+PAIRED["controls.own_contexts"] = tuple(
+    (table, "C", False, "random") for table in ("own_contexts", "random")
+)
 PAIRED["controls.random_directions"] = tuple(
     ("sensitivity", "direction", d, "C") for d in ("SAE", "random")
 )
 """Claims that one level lies above another: own and control."""
-SCREENING = {"screening.stability": ("S_abs", 1), "screening.spread": ("C_per_E", -1)}
+for _name, _label in (("stability", "S_abs"), ("spread", "C_per_E")):
+    PAIRED[f"screening.{_name}"] = tuple(
+        ("confirmation", _label, "clean - messy", d) for d in ("SAE", "random")
+    )
+    PAIRED[f"seeds.{_name}"] = tuple(("seed_stability", _label, d) for d in ("SAE", "random"))
+for _name, _label in (("stability", "S_abs"), ("spread", "C")):
+    PAIRED[f"nulls.{_name}"] = tuple(
+        ("random", _label, False, "SAE", *of) for of in ((), ("null",))
+    )
+BELOW = {"screening.spread", "seeds.spread"}
+"""Claims that the level lies below the control."""
 WIDTH_LOSS = tuple(("random", "C", False, "SAE", wide) for wide in (True, False))
 
 
 def make_cases() -> dict[str, tuple[dict, list[dict]]]:
     """Per claim: what to plant so that it holds, and so that its control does as well or better."""
-    cases = {
-        name: ({own: 0.5, control: 0.4}, [{own: 0.5, control: level} for level in (0.5, 0.7)])
-        for name, (own, control) in PAIRED.items()
-    }
-    for name, (metric, sign) in SCREENING.items():
-        own, null = ("confirmation", metric, "clean - messy"), ("confirmation_null", metric)
-        cases[name] = (
-            {own: 0.5 * sign, null: 0.0},
-            [{own: 0.5 * sign, null: level * sign} for level in (0.5, 0.7)],
-        )
+    cases = {}
+    for name, (own, control) in PAIRED.items():
+        sign = -1 if name in BELOW else 1
+        holds, *falls = ({own: sign * 0.5, control: sign * level} for level in (0.4, 0.5, 0.7))
+        cases[name] = (holds, falls)
     wide, base = WIDTH_LOSS
     cases["width.loss"] = ({wide: 0.48, base: 0.5}, [{wide: 0.3, base: 0.5}])
     return cases
@@ -246,8 +257,8 @@ PLANTED = {
 }
 CASES = {name: (plant, (holds,), [(f,) for f in falls]) for name, (holds, falls) in LEVELS.items()}
 CASES |= PLANTED
-DIRECTION_AT_BEST = {*SCREENING, "width.payoff"}
-"""Their rules read no paired difference, or no interval."""
+DIRECTION_AT_BEST = {"width.payoff"}
+"""Its rule reads no interval."""
 STATED = claims.load_claims("side_effects")
 
 
@@ -277,15 +288,10 @@ def test_a_claim_falls_where_its_control_does_as_well_or_better(name, falls):
 @pytest.mark.parametrize("name", PAIRED)
 def test_the_difference_is_that_of_the_two_planted_levels(name):
     _, found = judge(name, plant(LEVELS[name][0]))
-    assert (found.difference or found).value == pytest.approx(0.1, abs=0.01)
+    gap = -0.1 if name in BELOW else 0.1
+    assert (found.difference or found).value == pytest.approx(gap, abs=0.01)
     if found.control is not None:
-        assert found.value - found.control.value == pytest.approx(0.1, abs=0.01)
-
-
-@pytest.mark.parametrize("name", SCREENING)
-def test_a_payoff_is_set_against_the_upper_quantile_of_permuted_ones(name):
-    _, found = judge(name, plant(LEVELS[name][0]))
-    assert found.control.value == pytest.approx(0.5 - 0.095, abs=0.01)
+        assert found.value - found.control.value == pytest.approx(gap, abs=0.01)
 
 
 def test_the_loss_in_a_wide_sae_is_that_of_the_two_planted_levels():
@@ -298,7 +304,9 @@ def test_every_claim_with_a_control_has_a_planted_case():
     assert controlled == {f"side_effects.{name}" for name in CASES}
 
 
-@pytest.mark.parametrize("name", [name for name in PAIRED if not name.startswith("width")])
+@pytest.mark.parametrize(
+    "name", [name for name in PAIRED if not name.startswith(("width", "nulls"))]
+)
 def test_a_run_with_one_sae_is_judged_and_proves_nothing(name):
     planted = plant(LEVELS[name][0])
     own = ["world-text", "b_topk"]

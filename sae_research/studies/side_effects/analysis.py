@@ -1,13 +1,25 @@
 """The tables that figures and claims rest on, from the feature table of one SAE."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 import torch
 
-from sae_research import stats
+from sae_research import saes, stats
 from sae_research.studies.side_effects import prediction, predictors, screening
-from sae_research.studies.side_effects.screen import Screen
+from sae_research.studies.side_effects.screen import (
+    DOSED_LABELS,
+    OWN,
+    OWN_RANDOM,
+    RANDOM,
+    Screen,
+)
 from sae_research.studies.side_effects.settings import Settings
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
 
 Tables = dict[str, pd.DataFrame]
 
@@ -45,7 +57,8 @@ def make_tables(frame: pd.DataFrame, settings: Settings, seed: int) -> Tables:
 def _correlate_predictors(frame: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
     """Every predictor against both axes, and against the count given the nuisances."""
     given = {"seed": seed, "draws": draws}
-    raw = prediction.correlate_predictors(frame, HEADLINES, **given)
+    published = [label + OWN for label in ("C", "S") if label + OWN in frame]
+    raw = prediction.correlate_predictors(frame, (*HEADLINES, *published), **given)
     partial = prediction.correlate_predictors(frame, ("C",), controls=prediction.NUISANCES, **given)
     words = "effect, activation, frequency"
     return pd.concat([raw.assign(control="none"), partial.assign(control=words)], ignore_index=True)
@@ -77,7 +90,12 @@ def _predict(frame: pd.DataFrame, settings: Settings, seed: int) -> Tables:
         "set_gains": pd.concat(over_frequency, ignore_index=True),
         "gains": prediction.compare_sets(frame, targets, **given),
         "gains_random": prediction.compare_sets(frame, ("C@random", "S_abs@random"), **given),
-        "random": prediction.compare_with_random(frame, ("C", "S_abs", "S_loo"), **given),
+        "random": prediction.compare_with_random(
+            frame, ("C", "C_per_E", "S_abs", "S_loo"), **given
+        ),
+        "own_contexts": prediction.compare_with_random(
+            frame, ("C", "C_per_E", "S_abs"), suffixes=(OWN, OWN_RANDOM), **given
+        ),
         "leaders": prediction.find_leaders(frame, "C", seed=seed),
         "as_published": prediction.score_sets(
             frame, ("S_abs", "S"), nuisances=prediction.AUTHOR_NUISANCES, everywhere=True, **given
@@ -102,30 +120,49 @@ def _screen_held_out(frame: pd.DataFrame, settings: Settings, seed: int) -> Tabl
 
 def confirm_on_fresh(screen: Screen, fresh: torch.Tensor, settings: Settings, seed: int) -> Tables:
     """One frozen split: train on the measured labels, choose, steer the held-out features on fresh
-    contexts, compare the groups.
+    contexts, compare the groups; the same from beginning to end with the random directions.
 
     The null chooses with permuted training labels, many times, from the same held-out features and
     fresh labels.
     """
     first = 1000 * seed
-    frame = screen.frame
-    split = screening.split_features(frame, settings, first)
-    measured = screen.label_on(fresh, split.held_out)
-    spread = measured.std(ddof=0) + 1e-12
-    # rows by their number in the feature table, as in the groups
-    measured = measured.set_axis(split.held_out).reindex(range(len(frame)))
-    table = screening.compare_groups(measured, split, seed, settings.n_bootstrap)
-    standardised = table["difference"] / spread[table["metric"]].to_numpy()
+    tables = []
+    for direction, suffix in (("random", RANDOM), ("SAE", "")):
+        frame = screen.frame.assign(**{n: screen.frame[n + suffix] for n in DOSED_LABELS})
+        split = screening.split_features(frame, settings, first)
+        measured = screen.label_on(fresh, split.held_out, random=bool(suffix))
+        spread = measured.std(ddof=0) + 1e-12
+        # rows by their number in the feature table, as in the groups
+        measured = measured.set_axis(split.held_out).reindex(range(len(frame)))
+        table = screening.compare_groups(measured, split, seed, settings.n_bootstrap)
+        standardised = table["difference"] / spread[table["metric"]].to_numpy()
+        grade = screening.grade_payoff(table)
+        tables.append(table.assign(direction=direction, standardised=standardised, grade=grade))
     null = []
     for i in range(settings.n_permutations):
         chosen = screening.split_features(frame, settings, first, permutation=i)
         gap = measured.iloc[chosen.clean].mean() - measured.iloc[chosen.messy].mean()
         null.append({"permutation": i, **(gap / spread)[list(screening.METRICS)]})
-    grade = screening.grade_payoff(table)
     return {
-        "confirmation": table.assign(standardised=standardised, grade=grade),
+        "confirmation": pd.concat(tables, ignore_index=True),
         "confirmation_null": pd.DataFrame(null),
     }
+
+
+def correlate_seed_cosine(
+    frame: pd.DataFrame, sae: "SAE", others: "Sequence[SAE]", draws: int, seed: int
+) -> pd.DataFrame:
+    """Spearman of a label with how well other seeds of the SAE find the feature: the mean cosine of
+    its decoder row with the row that it is paired with in each.
+    """
+    matched = np.mean([saes.match_decoders(sae, other) for other in others], axis=0)
+    rows = []
+    for label in ("C", "C_per_E", "S_abs"):
+        for direction, suffix in (("SAE", ""), ("random", RANDOM)):
+            y = frame[label + suffix].to_numpy(float)
+            rho = prediction.spearman(matched[frame.index], y, seed, draws)
+            rows.append({"label": label, "direction": direction, **prediction.as_row(rho)})
+    return pd.DataFrame(rows)
 
 
 def score_forecasts(frame: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
@@ -163,7 +200,9 @@ def _vary_measurement(frame: pd.DataFrame, settings: Settings, seed: int) -> pd.
     cases += [("threshold", f"{t:g}", f"@tau{t:g}") for t in sorted(settings.tau_multiples)]
     panels = [name for name in frame.columns if name.startswith("C@panel")]
     cases += [("panel", name.removeprefix("C@panel"), name[1:]) for name in panels]
-    cases += [("direction", "SAE", ""), ("direction", "random", "@random")]
+    cases += [("direction", "SAE", ""), ("direction", "random", RANDOM)]
+    cases += [("activation", "own mean", "@activation")]
+    cases += [("own contexts", "SAE", OWN), ("own contexts", "random", OWN_RANDOM)]
     x = frame["crowding"].to_numpy(float)
     rows = []
     for kind, value, suffix in cases:

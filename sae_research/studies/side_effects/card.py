@@ -93,13 +93,13 @@ def _list_labels(ranking: "Ranking", row: pd.Series, forecast: pd.Series) -> lis
 def _list_doses(one: Screen, row: pd.Series, latent: int) -> list[dict]:
     """Labels at every dose, with its size in units that mean something elsewhere."""
     largest = float(one.pool.sums.largest[latent])
-    norm = float(row["decoder_norm"]) / one.residual_norm
+    coefficient = one.step / float(row["decoder_norm"])
     return [
         {
             "dose": m,
-            "coefficient": m * one.dose,
-            "max_activations": m * one.dose / max(largest, 1e-12),
-            "percent_of_residual_norm": 100 * m * one.dose * norm,
+            "coefficient": m * coefficient,
+            "max_activations": m * coefficient / max(largest, 1e-12),
+            "percent_of_residual_norm": 100 * m * one.step / one.residual_norm,
             **{name: float(row[name if m == 1 else f"{name}@{m:g}"]) for name in DOSED},
         }
         for m in sorted({1.0, *one.settings.dose_multiples})

@@ -3,6 +3,8 @@
 Contexts are rows of tokens of one length without padding, BOS first; the last token is steered.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -47,13 +49,14 @@ def apply_departures(spec: ModelSpec, settings: Settings) -> Settings:
 def choose_saes(
     spec: ModelSpec, settings: Settings
 ) -> tuple[dict[str, tuple[ModelSpec, str]], str]:
-    """The primary SAEs of a model by name, each as (owner, role), and the downstream SAE's role.
+    """The primary SAEs and null dictionaries of a model by name, each as (owner, role), and the
+    downstream SAE's role.
 
     A role `other/role` is an SAE that the catalogue lists under another name of the same model.
     """
     own = spec.roles()
     primary_saes = {}
-    for name in settings.primary_saes:
+    for name in (*settings.primary_saes, *settings.null_saes):
         owner_name, _, role = name.rpartition("/")
         owner = catalogue.get(owner_name) if owner_name else spec
         if owner.model == spec.model and role in owner.roles():
@@ -68,10 +71,25 @@ def choose_saes(
     return primary_saes, downstream
 
 
+def find_other_seeds(role: str, roles: Iterable[str]) -> list[str]:
+    """The roles of the same SAE from other seeds: `x`, `x_1` and `x_2` are three seeds of one."""
+    stem = re.sub(r"_\d+$", "", role)
+    return [r for r in roles if r != role and re.fullmatch(rf"{stem}(_\d+)?", r)]
+
+
 def make_contexts(
-    spec: ModelSpec, model: LanguageModel, settings: Settings, *, fresh: bool = False, seed: int = 0
+    spec: ModelSpec,
+    model: LanguageModel,
+    settings: Settings,
+    *,
+    apart_from: torch.Tensor | None = None,
+    seed: int = 0,
 ) -> torch.Tensor:
-    """Contexts [n, T]; `fresh` ones come from other text, another `seed` draws anew."""
+    """Contexts [n, T], or fresh ones: of other text, none of them in `apart_from`.
+
+    Another `seed` draws anew.
+    """
+    fresh = apart_from is not None
     if settings.context_length > model.n_ctx:  # generated documents would be cut in silence
         raise ResearchError(
             f"`context_length` {settings.context_length} is longer than {model.name} can read "
@@ -80,10 +98,16 @@ def make_contexts(
     n = settings.n_fresh_contexts if fresh else settings.n_contexts
     seed = FRESH_SEED + seed if fresh else seed
     if spec.embedded:
-        return _make_toy_contexts(spec.model, model, n, settings.context_length, seed)
-    recipe = real_saes.RECIPES.get(spec.trained_on or spec.name)
-    texts = _load_prose(recipe.text, fresh) if recipe else _load_wikitext(fresh, settings.protocol)
-    contexts = cut_texts(model, texts, settings, seed)
+        drawn = 2 * n if fresh else n  # short documents repeat
+        contexts = _make_toy_contexts(spec.model, model, drawn, settings.context_length, seed)
+    else:
+        recipe = real_saes.RECIPES.get(spec.trained_on or spec.name)
+        source = recipe and recipe.text
+        texts = _load_prose(source, fresh) if source else _load_wikitext(fresh, settings.protocol)
+        contexts = cut_texts(model, texts, settings, seed)
+    if fresh:
+        seen = set(map(tuple, apart_from.tolist()))
+        contexts = contexts[[tuple(row) not in seen for row in contexts.tolist()]]
     if len(contexts) < n:
         raise ResearchError(
             f"the corpus gives {len(contexts)} contexts of {settings.context_length} tokens, fewer "

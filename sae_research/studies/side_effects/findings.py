@@ -9,11 +9,13 @@ import pandas as pd
 
 from sae_research import stats
 from sae_research.claims import Measurement
+from sae_research.studies.side_effects.screen import OWN
 from sae_research.studies.side_effects.tables import (
-    LADDER,
     SAE,
     Tables,
     find_main_saes,
+    find_null,
+    has_vote,
     is_wide,
     make_tables,
     name_model,
@@ -60,22 +62,17 @@ def measure_residualised(t: Tables, label: str) -> Measurement:
 def measure_payoff(t: Tables, metric: str) -> Measurement:
     """Clean minus messy group on fresh contexts, in standard deviations of the steered features.
 
-    Control: how far the payoff lies past all but 2.5 % of the same means with permuted labels.
+    Control: the same from beginning to end with random directions.
     """
     rows = select(t["confirmation"], metric=metric, groups="clean - messy")
-    found = summarize_saes(rows, "standardised")
-    null = t["confirmation_null"]
-    null = null[~null["sae"].str.startswith(LADDER)]
-    null = null.groupby([*SAE, "permutation"], sort=False)[metric].mean()
-    sign = 1 if metric.startswith("S") else -1
-    past = (sign * null).groupby(level="permutation").mean().quantile(0.975)
-    return _measure(found, Measurement(float(sign * found.value - past), n=found.n))
+    own, random = (select(rows, direction=direction) for direction in ("SAE", "random"))
+    return _pair(own, random, "standardised")
 
 
 def measure_payoff_of(t: Tables, metric: str, model: str) -> Measurement:
     """The same for the main SAE of one real model, with its interval over features."""
-    rows = select(t["confirmation"], metric=metric, groups="clean - messy", model=model)
-    row = select(rows, sae="primary", seed=0).iloc[0]
+    rows = select(t["confirmation"], metric=metric, groups="clean - messy", direction="SAE")
+    row = select(rows, model=model, sae="primary", seed=0).iloc[0]
     scale = row.standardised / row.difference if row.difference else 1.0
     ends = sorted((row.low * scale, row.high * scale))
     return Measurement(row.standardised, *ends, int(row.n))
@@ -100,7 +97,7 @@ def count_improved_axes(t: Tables, model: str) -> Measurement:
 def measure_signature(t: Tables) -> Measurement:
     """How much oftener the best single predictor differs between SAEs than between resamples."""
     rows = select(t["leaders"], seed=0)
-    rows = rows[~rows["sae"].str.startswith(LADDER)]
+    rows = rows[has_vote(rows["sae"])]
     table = rows.pivot_table(index="draw", columns=SAE, values="predictor", aggfunc="first")
     lead = table.to_numpy()
     pairs = list(combinations(range(lead.shape[1]), 2))
@@ -113,7 +110,10 @@ def measure_signature(t: Tables) -> Measurement:
 
 
 def get_correlation(t: Tables, model: str, predictor: str, label: str) -> Measurement:
-    """A single rank correlation of Table 2, with its interval over features."""
+    """A single rank correlation of Table 2, in contexts of the feature's own as published, with its
+    interval over features.
+    """
+    label += OWN
     rows = select(t["univariate"], control="none", target=label, predictor=predictor, seed=0)
     row = select(rows, model=model, sae="primary").iloc[0]
     return Measurement(row.rho, row.low, row.high, int(row.n))
@@ -173,6 +173,44 @@ def measure_random_directions(t: Tables) -> Measurement:
     return found.difference
 
 
+def measure_own_contexts(t: Tables) -> Measurement:
+    """Out-of-fold rank correlation of the full set with the count of random directions: in contexts
+    that the feature's activity chose, minus in the same contexts for all.
+    """
+    own, shared = (
+        select(t[name], target="C", residualised=False, direction="random")
+        for name in ("own_contexts", "random")
+    )
+    return _pair(own, shared, "rho").difference
+
+
+def measure_nulls(t: Tables, label: str) -> Measurement | None:
+    """Out-of-fold rank correlation of the full set with a label, SAE direction minus random one:
+    trained SAEs minus their null dictionaries, of which each is averaged over.
+    """
+    rows = select(t["random"], target=label, residualised=False, direction="difference", seed=0)
+    is_null = rows["sae"].map(find_null).notna()
+    if not is_null.any():
+        return None
+    nulls = rows[is_null]
+    nulls = nulls.assign(sae=[sae.removesuffix(f"_{find_null(sae)}") for sae in nulls["sae"]])
+    nulls = nulls.groupby([*SAE, "seed"], as_index=False)["rho"].mean()
+    trained = rows[~is_null].merge(nulls[SAE], on=SAE)
+    return _pair(trained, nulls, "rho").difference
+
+
+def measure_seed_stability(t: Tables, label: str) -> Measurement | None:
+    """Spearman of a label with how well other seeds find the feature.
+
+    Control: the same for the label of random directions.
+    """
+    if "seed_stability" not in t:
+        return None
+    rows = select(t["seed_stability"], label=label)
+    own, random = (select(rows, direction=direction) for direction in ("SAE", "random"))
+    return _pair(own, random, "rho")
+
+
 def measure_reliability(t: Tables, label: str) -> Measurement:
     """Rank correlation of a label between two disjoint pools of contexts."""
     return _measure(summarize_saes(select(t["reliability"], label=label), "rho"))
@@ -202,6 +240,11 @@ MEASURES: dict[str, Callable[[Tables], Measurement]] = {
     "labels.spread_reliability": lambda t: measure_reliability(t, "C"),
     "labels.stability_reliability": lambda t: measure_reliability(t, "S_abs"),
     "controls.random_directions": measure_random_directions,
+    "controls.own_contexts": measure_own_contexts,
+    "nulls.spread": lambda t: measure_nulls(t, "C"),
+    "nulls.stability": lambda t: measure_nulls(t, "S_abs"),
+    "seeds.spread": lambda t: measure_seed_stability(t, "C_per_E"),
+    "seeds.stability": lambda t: measure_seed_stability(t, "S_abs"),
     "controls.dose": lambda t: _measure(summarize_saes(t["dose_change"], "rho")),
     "forecast.spread": lambda t: measure_forecast_gain(t, "C"),
     "forecast.stability": lambda t: measure_forecast_gain(t, "S_abs"),

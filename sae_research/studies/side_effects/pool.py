@@ -121,6 +121,16 @@ def choose_contexts(acts: torch.Tensor, per_bucket: int, seed: int) -> torch.Ten
     return torch.from_numpy(np.concatenate(chosen, axis=1))
 
 
+def share_contexts(n: int, size: int, n_features: int, seed: int) -> torch.Tensor:
+    """The same random contexts for every feature, [features, size]."""
+    if n < size:
+        raise ResearchError(
+            f"{n} contexts are too few for {size} different ones; give more contexts."
+        )
+    drawn = np.random.default_rng(seed).choice(n, size, replace=False)
+    return torch.from_numpy(np.sort(drawn)).expand(n_features, -1)
+
+
 def choose_panel(pool: Pool, size: int) -> torch.Tensor:
     """The panel: downstream latents that fire most often at the final token, in that order."""
     return torch.argsort(pool.downstream_frequency, descending=True, stable=True)[:size]

@@ -174,10 +174,16 @@ def _swap_p_value(a: np.ndarray, b: np.ndarray, y: np.ndarray, seed: int, draws:
 
 
 def compare_with_random(
-    frame: pd.DataFrame, labels: Sequence[str], *, seed: int = 0, draws: int = 2000
+    frame: pd.DataFrame,
+    labels: Sequence[str],
+    *,
+    suffixes: tuple[str, str] = ("", "@random"),
+    seed: int = 0,
+    draws: int = 2000,
 ) -> pd.DataFrame:
     """Scores of the full set for SAE directions and for random directions of the same norm, raw
-    and residualised, and their difference on the same resampled features.
+    and residualised, and their difference on the same resampled features; `suffixes` say which
+    columns hold the two.
     """
 
     def subtract(x1, y1, x2, y2) -> float:
@@ -189,7 +195,7 @@ def compare_with_random(
     given = {"seed": seed, "draws": draws}
     for residualised, label in product((False, True), labels):
         pairs = {}
-        for name, suffix in (("SAE", ""), ("random", "@random")):
+        for name, suffix in zip(("SAE", "random"), suffixes, strict=True):
             nuisances = ("E" + suffix, *NUISANCES[1:]) if residualised else ()
             found = predict_sets(
                 frame, [label + suffix], (FULL_SET,), seed=seed, nuisances=nuisances

@@ -69,7 +69,7 @@ class Ranking:
             )
         one = self.screen
         if latent not in one.frame.index:
-            fixed = Fixed(one.panel, one.tau, one.dose)
+            fixed = Fixed(one.panel, one.tau, one.dose, one.step)
             given = (one.engine.model, one.sae, one.downstream, one.tokens, one.settings)
             one = Screen(
                 *given, seed=one.seed, features=[latent], fixed=fixed, clean=one.pool

@@ -25,8 +25,9 @@ LABELS = ("C", "C_per_E", "E", "E_cv", "S", "S_abs", "S_loo", "pair", "pair_abs"
 LABELS += ("L2", "moved", "KL", "KL_per_E")
 FORECASTS = ("C^identity", "C^jacobian", "C^mean_jacobian", "C^random_map")
 FORECASTS += ("E^jacobian", "S_abs^jacobian", "C_per_E^jacobian")
-DOSED_LABELS = ("C", "C_per_E", "E", "S_abs", "S_loo")
+DOSED_LABELS = ("C", "C_per_E", "E", "S", "S_abs", "S_loo")
 """Labels that are measured at every dose and for random directions."""
+OWN, RANDOM, OWN_RANDOM = "@own", "@random", "@own_random"
 N_IDENTITY_CONTEXTS = 128
 CATALOGUE_BAND = (0.002, 0.5)
 """Final-token frequencies of the eligible features that the catalogue counts."""
@@ -43,15 +44,20 @@ class Fixed:
     tau: float
     """Change above which a downstream latent counts as moved."""
     dose: float | None = None
-    """Length of a step in units of the decoder row; None chooses it anew."""
+    """Coefficient of the decoder row, as published; None chooses it anew."""
+    step: float | None = None
+    """Length of a step; None chooses it anew."""
 
 
 class Screen:
     """Features of one SAE, steered and predicted.
 
-    Column `C@2` is a label at twice the dose, `C@random` that of a random direction of the same
-    norm, `C@a` and `C@b` on two disjoint halves of the contexts, `C@tau2` at twice the threshold,
-    `C^identity` a forecast.
+    All are steered by one step length in the same contexts, so that their labels differ by their
+    directions alone. Column `C@2` is a label at twice the dose, `C@random` that of a random
+    direction of the same norm, `C@a` and `C@b` on two disjoint halves of the contexts, `C@tau2` at
+    twice the threshold, `C@activation` at the feature's own mean activation, `C^identity` a
+    forecast. `C@own` and `C@own_random` are as published: in contexts that the feature's activity
+    chose, by a multiple of its decoder row.
     """
 
     def __init__(
@@ -93,10 +99,13 @@ class Screen:
         size = settings.n_downstream_latents
         self.panel = fixed.panel if fixed else pool.choose_panel(self.pool, size)
         self.encode_panel = make_latent_encoder(downstream, self.panel)
-        decoder = steering.directions(sae)[self.features].float()
-        self.dose = fixed.dose if fixed and fixed.dose else self._choose_dose(decoder)
-        self.directions = self.dose * decoder
-        self.contexts = pool.choose_contexts(self.acts, settings.contexts_per_bucket, seed)
+        self.rows = steering.directions(sae)[self.features].float()
+        norms = self.rows.norm(dim=1, keepdim=True)
+        self.dose = fixed.dose if fixed and fixed.dose else self._choose_dose(self.rows)
+        self.step = fixed.step if fixed and fixed.step else self.dose * float(norms.median())
+        self.directions = self.step * self.rows / norms
+        self.random = labels.draw_random_directions(self.directions, seed)
+        self.contexts = self._share_contexts(len(tokens), seed)
         self.changed_fraction = float("nan")
         self.tau = fixed.tau if fixed else self._choose_tau()
         self.unembedding = fold_unembedding(model, folded)
@@ -116,7 +125,7 @@ class Screen:
         columns |= self._forecast()
         coefficients = 10 * self.acts.max(0).values / self.dose
         columns["output_score"] = forecasters.measure_output_score(
-            self.engine, prompt, self.directions, coefficients, self.unembedding
+            self.engine, prompt, self.dose * self.rows, coefficients, self.unembedding
         )
         known = self.make_predictors(self.features, self.acts)
         measured = pd.DataFrame(columns, index=known.index)
@@ -129,13 +138,18 @@ class Screen:
             self.sae, self.pool, features, acts, self.unembedding, self.settings
         )
 
-    def label_on(self, tokens: torch.Tensor, rows: np.ndarray) -> pd.DataFrame:
-        """Labels of some rows of the table on other contexts; panel, tau and dose stay."""
+    def label_on(
+        self, tokens: torch.Tensor, rows: np.ndarray, random: bool = False
+    ) -> pd.DataFrame:
+        """Labels of some rows of the table, or of their random directions, on other contexts;
+        panel, tau and dose stay.
+        """
         import pandas as pd
 
-        chosen = torch.from_numpy(np.asarray(rows)).to(self.directions.device)
+        moves = self.random if random else self.directions
+        chosen = torch.from_numpy(np.asarray(rows)).to(moves.device)
         contexts = torch.arange(len(tokens)).expand(len(rows), -1)
-        effects = self._steer(self.directions[chosen], contexts, tokens=tokens)
+        effects = self._steer(moves[chosen], contexts, tokens=tokens)
         found = labels.compute_labels(self.engine, effects)
         return pd.DataFrame(found, index=self.frame.index[rows])
 
@@ -149,6 +163,7 @@ class Screen:
             "eligible": len(pool.find_eligible(self.pool, self.settings.frequency_band)),
             "features": len(self.features),
             "contexts": len(self.tokens),
+            "context_tokens": self.tokens.shape[1],
             "steered_edits": self.contexts.numel(),
             "jacobian_edits": 2 * self.directions.shape[1] * n_jacobian,
             "panel": len(self.panel),
@@ -206,6 +221,10 @@ class Screen:
         )
         return tau
 
+    def _share_contexts(self, n: int, seed: int) -> torch.Tensor:
+        size = 3 * self.settings.contexts_per_bucket
+        return pool.share_contexts(n, size, len(self.features), seed)
+
     def _steer(self, directions, contexts, *, tokens=None, taus=(), sizes=()):
         tokens = self.tokens if tokens is None else tokens
         taus = (self.tau, *taus)
@@ -214,15 +233,24 @@ class Screen:
         )
 
     def _label_doses(self) -> dict[str, np.ndarray]:
-        """All doses and the matched random directions in one sweep over the clean cache."""
+        """All doses, the random directions and the published edits in one sweep."""
         settings = self.settings
         n = len(self.directions)
-        multiples = (1.0, *settings.dose_multiples)
-        random = labels.draw_random_directions(self.directions, self.seed)
-        moves = torch.cat([*(m * self.directions for m in multiples), random])
+        shared = self.contexts
+        own = pool.choose_contexts(self.acts, settings.contexts_per_bucket, self.seed)
+        published = self.dose * self.rows
+        typical = self.acts.sum(0) / (self.acts > 0).sum(0).clamp(min=1)
+        edits = {"": (self.directions, shared)}
+        edits |= {f"@{m:g}": (m * self.directions, shared) for m in settings.dose_multiples}
+        edits |= {
+            RANDOM: (self.random, shared),
+            "@activation": (typical[:, None] * self.rows, shared),
+            OWN: (published, own),
+            OWN_RANDOM: (labels.draw_random_directions(published, self.seed), own),
+        }
+        moves, contexts = (torch.cat(parts) for parts in zip(*edits.values(), strict=True))
         taus = tuple(self.tau * t for t in settings.tau_multiples)
         sizes = tuple(sorted({max(1, len(self.panel) // 4), max(1, len(self.panel) // 2)}))
-        contexts = self.contexts.repeat(len(multiples) + 1, 1)
         every = self._steer(moves, contexts, taus=taus, sizes=sizes)
         first = self.effects = every.take(slice(0, n))
         columns = labels.compute_labels(self.engine, first)
@@ -230,21 +258,20 @@ class Screen:
             columns[f"C@tau{t:g}"] = first.counts[:, :, i].mean(1).cpu().numpy()
         for i, size in enumerate(sizes):
             columns[f"C@panel{size}"] = first.panel_counts[:, :, i].mean(1).cpu().numpy()
-        suffixes = [*(f"@{m:g}" for m in settings.dose_multiples), "@random"]
-        for block, suffix in enumerate(suffixes, start=1):
+        for block, suffix in enumerate(edits):
+            if not suffix:
+                continue
             effects = every.take(slice(block * n, (block + 1) * n))
             found = labels.compute_labels(self.engine, effects, divergence=False)
             columns |= {f"{name}{suffix}": found[name] for name in DOSED_LABELS}
         return columns
 
     def _label_halves(self) -> dict[str, np.ndarray]:
-        """Every label again on two disjoint halves of the contexts, chosen the same way in each."""
+        """Every label again in contexts of two disjoint halves of the pool."""
         columns = {}
         for side, start in (("@a", 0), ("@b", 1)):
             half = torch.arange(start, len(self.tokens), 2)
-            acts = self.acts[half.to(self.acts.device)]
-            per_bucket = self.settings.contexts_per_bucket
-            contexts = half[pool.choose_contexts(acts, per_bucket, self.seed + 1)]
+            contexts = half[self._share_contexts(len(half), self.seed + 1)]
             effects = self._steer(self.directions, contexts)
             found = labels.compute_labels(self.engine, effects)
             columns |= {name + side: values for name, values in found.items()}

@@ -47,6 +47,8 @@ class Settings:
     )
     """Roles of the SAEs whose features are steered, the main one first; a model skips those it
     lacks (App. G: 32x; GPT-2's ladder of widths is ours and serves the comparison of widths)."""
+    null_saes: tuple[str, ...] = ()
+    """Roles of null dictionaries, which are screened as the others and have no vote (ours)."""
     downstream_saes: tuple[str, ...] = ("downstream",)
     """Roles of the SAE in which side effects are counted: the first that a model has."""
     protocol: Literal["author", "replication"] = "author"
@@ -66,7 +68,9 @@ class Settings:
     frequency_band: tuple[Share, Share] = (0.002, 0.5)
     """Final-token firing frequencies between which a feature is eligible."""
     contexts_per_bucket: int = 16
-    """Contexts per feature from each of three buckets: most active, least active, random."""
+    """Every feature is steered in the same random contexts, three times as many as this (ours).
+    As published it is also steered in contexts of its own, so many from each of three buckets: most
+    active, least active, random."""
     n_downstream_latents: int = 2048
     """Downstream latents, the most frequent ones, in which effects are counted."""
     tau: float = 0.05
@@ -77,7 +81,8 @@ class Settings:
     """If set, tau is the change that this fraction of downstream latents exceeds (an upper
     quantile), in place of `tau`."""
     dose: float = 1.0
-    """Multiple of c, the median over features of max(95 % quantile of the activation, 1)."""
+    """Multiple of c, the median over features of max(95 % quantile of the activation, 1). A step is
+    as long for every feature (ours): c times the median norm of their decoder rows."""
     dose_norm_fraction: float | None = None
     """If set, one dose makes the median steering step this fraction of the mean residual's norm, in
     place of the above."""

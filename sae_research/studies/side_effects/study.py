@@ -30,7 +30,8 @@ def tasks(profile: Profile) -> list[Task]:
 
 
 def run(task: Task, profile: Profile) -> Result:
-    """Screen the SAEs of one model: all of them for seed 0, the main one for the others.
+    """Screen the SAEs of one model and their null dictionaries: all of them for seed 0, the main
+    one for the others.
 
     Contexts, panel and threshold are those of the main SAE throughout, so that two SAEs differ in
     nothing but themselves.
@@ -41,14 +42,15 @@ def run(task: Task, profile: Profile) -> Result:
     runtime = profile.runtime
     spec, settings, model, primary_saes, downstream = _load(profile, task["model"], runtime.dtype)
     contexts = corpus.make_contexts(spec, model, settings, seed=seed)
-    fresh = corpus.make_contexts(spec, model, settings, fresh=True, seed=seed)
+    fresh = corpus.make_contexts(spec, model, settings, apart_from=contexts, seed=seed)
     prompt = None if spec.embedded else model.tokens([settings.output_score_prompt])
     fixed: Fixed | None = None
     results = []
     for name, (owner, role) in primary_saes.items():
+        sae = owner.sae(role, device=model.device)
         screen = Screen(
             model,
-            owner.sae(role, device=model.device),
+            sae,
             downstream,
             contexts,
             settings,
@@ -62,6 +64,11 @@ def run(task: Task, profile: Profile) -> Result:
         tables["features"] = screen.frame.reset_index()
         tables |= analysis.make_tables(screen.frame, settings, seed)
         tables |= analysis.confirm_on_fresh(screen, fresh, settings, seed)
+        roles = [r for o, r in primary_saes.values() if o is owner]
+        others = [owner.sae(r) for r in corpus.find_other_seeds(role, roles)]
+        if others:
+            given = (screen.frame, sae, others, settings.n_bootstrap, seed)
+            tables["seed_stability"] = analysis.correlate_seed_cosine(*given)
         results.append(Result(tables, task={**task, "sae": name}))
         if seed:
             break

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from sae_research import catalogue, stats
+from sae_research import catalogue, stats, training
 from sae_research.studies.runner import Result
 from sae_research.studies.side_effects import screening
 from sae_research.studies.side_effects.prediction import FULL_SET, as_row
@@ -16,6 +16,8 @@ LADDER = "width_"
 WIDER = {"llama-3.1-8b-32x/primary": "primary", f"{LADDER}98304": f"{LADDER}24576"}
 """Published SAEs four times wider than another one of the same hook, which is their base."""
 KINDS = {"topk": "TopK", "jumprelu": "JumpReLU", "relu": "ReLU"}
+NULLS = {null: null.replace("soft_", "soft-").replace("_", " ") for null in training.NULLS}
+"""Null dictionaries as a reader calls them; the role of each ends in its key."""
 MODEL_NAMES = {
     "world-text": "text model",
     "world-survey": "survey model",
@@ -25,6 +27,7 @@ MODEL_NAMES = {
     "gemma-3-270m": "Gemma 3 270M",
     "gemma-3-270m-it": "Gemma 3 270M, instruction-tuned",
     "llama-3.1-8b": "Llama 3.1 8B",
+    "smollm2-135m-instruct": "SmolLM2 135M",
 }
 SET_NAMES = {
     "activation_magnitude_only": "magnitude",
@@ -58,6 +61,8 @@ def name_sae(model: str, sae: str) -> str:
     """An SAE as a reader calls it, such as "text model, TopK, 4x wide"."""
     words = [name_model(model)]
     words += [KINDS[part] for part in sae.split("_") if part in KINDS]
+    words += [f"seed {part}" for part in sae.split("_")[1:] if part.isdigit() and words[1:]]
+    words += [NULLS[null] for null in [find_null(sae)] if null]
     if sae.startswith(LADDER):
         words.append(f"{int(sae.removeprefix(LADDER)):,} latents")
     elif is_wide(sae):
@@ -69,6 +74,19 @@ def is_wide(sae: str, base: str | None = None) -> bool:
     """Whether an SAE is the wider of a pair, and `base` the other: `x_wide` of `x`, or in WIDER."""
     other = WIDER.get(sae, sae.removesuffix("_wide") if sae.endswith("_wide") else None)
     return other is not None and base in (None, other)
+
+
+def find_null(sae: str) -> str | None:
+    """Which null dictionary an SAE is; None for a trained one."""
+    ends = (null for null in sorted(NULLS, key=len, reverse=True) if sae.endswith(f"_{null}"))
+    return next(ends, None)
+
+
+def has_vote(saes: pd.Series) -> pd.Series:
+    """Which SAEs count in means over SAEs: no null dictionary, and none of the ladder of widths,
+    whose eight SAEs of one hook would outvote all other settings.
+    """
+    return ~saes.str.startswith(LADDER) & saes.map(find_null).isna()
 
 
 def make_tables(results: dict[str, Result]) -> Tables:
@@ -115,11 +133,10 @@ def make_intervals(rows: pd.DataFrame, value: str = "rho", prefix: str = "") -> 
 
 
 def summarize_saes(rows: pd.DataFrame, column: str) -> stats.Interval:
-    """Mean over SAEs (each first averaged over its seeds) with Student's interval over SAEs.
-
-    The ladder of widths is left out: eight SAEs of one hook would outvote all other settings.
+    """Mean over the SAEs that have a vote, each first averaged over its seeds, with Student's
+    interval over SAEs.
     """
-    rows = rows[~rows["sae"].str.startswith(LADDER)]
+    rows = rows[has_vote(rows["sae"])]
     values = rows.groupby(SAE, sort=False)[column].mean().to_numpy()
     if len(values) < 2:
         return stats.Interval(float(values[0]), float("-inf"), float("inf"), 1)
