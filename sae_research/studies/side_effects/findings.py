@@ -288,6 +288,10 @@ def make_titles(t: Tables) -> dict[str, str]:
     own, random = (
         summarize_saes(select(crowding, value=which), "rho") for which in ("SAE", "random")
     )
+    nothing = [
+        summarize_saes(select(rows, target="C", residualised=False, direction="random"), "rho")
+        for rows in (t["own_contexts"], t["random"])
+    ]
     oracle = select(t["payoffs"], labels="real", payoff="share_of_oracle").value.mean()
     titles = {
         "reliability": "On other contexts, spread agrees with itself at "
@@ -303,6 +307,8 @@ def make_titles(t: Tables) -> dict[str, str]:
         "residualised": "Without effect size, activation and frequency, spread is predicted at "
         f"{say('predict.spread_residualised')}, stability at "
         f"{say('predict.stability_residualised')}",
+        "own_contexts": f"The count of random directions is predicted at {nothing[0].value:.2f} in "
+        f"contexts that a feature chose, at {nothing[1].value:.2f} in the same contexts for all",
         "screening_payoff": f"Features chosen as clean reach {100 * oracle:.0f} % of the best "
         "choice's lift, on average over SAEs",
         "top_k": "How much cleaner the k chosen features are than the average candidate",
@@ -345,8 +351,11 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
         f"frequency are removed, {say('predict.spread_residualised')} and "
         f"{say('predict.stability_residualised')} remain.",
         "On fresh contexts, unseen features that were chosen as clean differ from those chosen as "
-        f"messy by {say('screening.stability')} standard deviations in stability and by "
-        f"{say('screening.spread')} in moved latents per effect.",
+        f"messy by {say('screening.stability', random)} standard deviations in stability and by "
+        f"{say('screening.spread', random)} in moved latents per effect.",
+        "All features are steered in the same contexts: in contexts that each chose itself, as "
+        "published, the spread of random directions is predicted better by "
+        f"{say('controls.own_contexts')}.",
         "The labels bound every prediction: on other contexts they agree with themselves at "
         f"{say('labels.spread_reliability')} for spread and "
         f"{say('labels.stability_reliability')} for stability.",
