@@ -1,5 +1,6 @@
 """One SAE through the whole of study 2, where its contexts come from, and the claims of a run."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -153,6 +154,49 @@ def test_contexts_of_both_protocols(model):
     assert (stream[:, 0] == model.bos).all()
     assert (begin[:, 0] == model.bos).all()
     assert (begin[:, -1] != model.pad).all()
+
+
+def test_fresh_contexts_are_none_of_those_seen_before():
+    """Documents of the survey model are short, so that fresh ones repeat others."""
+    spec = catalogue.get("world-survey")
+    model = spec.load()
+    settings = replace(SETTINGS, n_contexts=600, n_fresh_contexts=60, context_length=40)
+    contexts = corpus.make_contexts(spec, model, settings)
+    seen = set(map(tuple, contexts.tolist()))
+    drawn = corpus._make_toy_contexts("survey", model, 60, 40, corpus.FRESH_SEED)
+    assert any(tuple(row) in seen for row in drawn.tolist())
+    fresh = corpus.make_contexts(spec, model, settings, apart_from=contexts)
+    assert len(fresh) == 60
+    assert not any(tuple(row) in seen for row in fresh.tolist())
+
+
+def test_null_dictionaries_are_a_task_of_their_own_and_seeds_know_each_other():
+    profile = config.load("real")
+    outputs = [task.get("output") for task in study.tasks(profile)]
+    assert outputs == [None, None, None, study.NULLS, study.RANKING]
+    roles = [*profile.side_effects.primary_saes, *profile.side_effects.null_saes]
+    first, *others = profile.side_effects.primary_saes
+    assert corpus.find_other_seeds(first, roles) == others
+    assert corpus.find_other_seeds(others[0], roles) == [first, others[1]]
+    assert corpus.find_other_seeds("primary", ["primary", "primary_wide"]) == []
+    nulls = [tables.find_null(role) for role in roles]
+    assert nulls == [None] * 3 + ["soft_frozen_decoder"] * 3
+    assert tables.has_vote(pd.Series([*roles, "width_768"])).tolist() == [True] * 3 + [False] * 4
+
+
+def test_features_that_other_seeds_find_are_told_apart(screened):
+    """A decoder whose first half is found again, where the label is largest."""
+    other = copy.deepcopy(screened.sae)
+    half = len(other.W_dec) // 2
+    torch.manual_seed(20)
+    other.W_dec.data[half:] = unit(torch.randn(len(other.W_dec) - half, D))
+    found = np.asarray(screened.frame.index < half, dtype=float)
+    labels = {name: 1 + found for name in ("C", "C_per_E", "S_abs")}
+    frame = screened.frame.assign(**labels)
+    table = analysis.correlate_seed_cosine(frame, screened.sae, [other], 50, 0)
+    rho = table.set_index(["label", "direction"]).rho
+    assert rho["S_abs", "SAE"] > 0.8
+    assert abs(rho["S_abs", "random"]) < 0.4
 
 
 def test_contexts_longer_than_the_model_can_read_are_refused(model):
@@ -310,6 +354,10 @@ def test_width_tables_compare_the_pair(results):
 def test_saes_have_names_that_a_reader_understands():
     assert tables.name_sae("world-text", "block1_topk_wide") == "text model, TopK, 4x wide"
     assert tables.name_sae("world-survey", "block0_jumprelu") == "survey model, JumpReLU"
+    real = "smollm2-135m-instruct"
+    assert tables.name_sae(real, "block10_topk_1") == "SmolLM2 135M, TopK, seed 1"
+    null = tables.name_sae(real, "block10_topk_soft_frozen_decoder")
+    assert null == "SmolLM2 135M, TopK, soft-frozen decoder"
     assert tables.name_sae("gpt2-small", "primary") == "GPT-2 small"
     assert tables.name_sae("gpt2-small", "width_768") == "GPT-2 small, 768 latents"
     assert tables.name_sae("llama-3.1-8b", "llama-3.1-8b-32x/primary") == "Llama 3.1 8B, 4x wide"

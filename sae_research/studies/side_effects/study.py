@@ -18,19 +18,24 @@ from sae_research.studies.side_effects.settings import Settings
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-RANKING = "ranking"
+RANKING, NULLS = "ranking", "nulls"
 ENGINE_TOLERANCE = 1e-4
 
 
 def tasks(profile: Profile) -> list[Task]:
-    """Every model with every seed, and the ranking of the first model's main SAE."""
-    models = profile.side_effects.models
+    """Every model with every seed, its null dictionaries, and the ranking of the first model's
+    main SAE.
+    """
+    settings = profile.side_effects
+    models = settings.models
     screens = [{"model": m, "seed": s} for m in models for s in range(profile.runtime.seeds)]
+    if settings.null_saes:
+        screens += [{"model": m, "seed": 0, "output": NULLS} for m in models]
     return [*screens, {"model": models[0], "seed": 0, "output": RANKING}]
 
 
 def run(task: Task, profile: Profile) -> Result:
-    """Screen the SAEs of one model and their null dictionaries: all of them for seed 0, the main
+    """Screen the SAEs of one model, or their null dictionaries: all of them for seed 0, the main
     one for the others.
 
     Contexts, panel and threshold are those of the main SAE throughout, so that two SAEs differ in
@@ -39,6 +44,7 @@ def run(task: Task, profile: Profile) -> Result:
     if task.get("output") == RANKING:
         return _rank_features(profile)
     seed = task["seed"]
+    nulls = task.get("output") == NULLS
     runtime = profile.runtime
     spec, settings, model, primary_saes, downstream = _load(profile, task["model"], runtime.dtype)
     contexts = corpus.make_contexts(spec, model, settings, seed=seed)
@@ -47,6 +53,9 @@ def run(task: Task, profile: Profile) -> Result:
     fixed: Fixed | None = None
     results = []
     for name, (owner, role) in primary_saes.items():
+        wanted = (name in settings.null_saes) == nulls
+        if fixed and not wanted:
+            continue
         sae = owner.sae(role, device=model.device)
         screen = Screen(
             model,
@@ -58,8 +67,11 @@ def run(task: Task, profile: Profile) -> Result:
             folded=not spec.name.startswith("llama"),  # its published script reads the raw W_U
             fixed=fixed,
             expected=spec if fixed is None else None,
-        ).run(prompt)
+        )
         fixed = fixed or Fixed(screen.panel, screen.tau)
+        if not wanted:
+            continue
+        screen.run(prompt)
         tables = {"facts": pd.DataFrame([screen.collect_facts()])}
         tables["features"] = screen.frame.reset_index()
         tables |= analysis.make_tables(screen.frame, settings, seed)
@@ -69,7 +81,8 @@ def run(task: Task, profile: Profile) -> Result:
         if others:
             given = (screen.frame, sae, others, settings.n_bootstrap, seed)
             tables["seed_stability"] = analysis.correlate_seed_cosine(*given)
-        results.append(Result(tables, task={**task, "sae": name}))
+        where = {"model": task["model"], "seed": seed, "sae": name}
+        results.append(Result(tables, task=where))
         if seed:
             break
     return concatenate(results)
@@ -78,7 +91,10 @@ def run(task: Task, profile: Profile) -> Result:
 def summarise(results: Sequence[Result], profile: Profile) -> dict[str, Result]:
     """All screens under one another, and the ranking."""
     ranked = [r for r in results if r.task.get("output") == RANKING]
-    published = concatenate([r for r in results if r not in ranked])
+    screens = [r for r in results if r not in ranked]
+    for screen in screens:  # their tables say which SAE is a null dictionary
+        screen.task.pop("output", None)
+    published = concatenate(screens)
     n_contexts = 3 * profile.side_effects.contexts_per_bucket
     noise = labels.simulate_noise(n_contexts)
     published.tables["noise"] = pd.DataFrame(noise).assign(n_contexts=n_contexts)
