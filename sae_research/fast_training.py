@@ -17,11 +17,14 @@ DENSE = 8  # dead latents, in numbers of those chosen, up to which a dense produ
 
 
 def fast_class(kind: type) -> type:
-    """The fast version of SAELens's TopK and BatchTopK training SAEs; any other kind as it is."""
+    """The fast version of SAELens's TopK and BatchTopK training SAEs and of subclasses that say
+    `sparse_codes`, since their own losses never read activations; any other kind as it is.
+    """
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
     from sae_lens.saes.topk_sae import TopKTrainingSAE
 
-    return _sparse(kind) if kind in (TopKTrainingSAE, BatchTopKTrainingSAE) else kind
+    known = kind in (TopKTrainingSAE, BatchTopKTrainingSAE)
+    return _sparse(kind) if known or getattr(kind, "sparse_codes", False) else kind
 
 
 @cache

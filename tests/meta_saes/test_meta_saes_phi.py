@@ -116,15 +116,6 @@ def test_composition_is_one_for_a_decoder_made_of_atoms():
     assert structure.composition_rate(scattered, 600, 0) < 0.85
 
 
-def test_pairing_recovers_a_permuted_decoder():
-    random = torch.Generator().manual_seed(0)
-    rows = torch.randn(30, 8, generator=random)
-    order = torch.randperm(30, generator=random)
-    found, cosines = structure.pair(rows, rows[order] + 0.01)
-    assert torch.equal(order[found], torch.arange(30))
-    assert cosines.min() > 0.99
-
-
 def test_recovery_of_the_truth_itself_is_perfect():
     random = torch.Generator().manual_seed(0)
     directions = torch.linalg.qr(torch.randn(12, 12, generator=random))[0]

@@ -38,9 +38,9 @@ def count(batches: Iterable[tuple[Tensor, Tensor]]) -> Counts:
             n, m = first.shape[1], second.shape[1]
             both = torch.zeros(n, m, dtype=torch.int32, device=first.device)
             found = Counts(both, both.new_zeros(n).long(), both.new_zeros(m).long(), 0)
-        a, b = first.float(), second.float()
-        for start in range(0, a.shape[1], ROWS):
-            found.both[start : start + ROWS] += (a[:, start : start + ROWS].T @ b).int()
+        a, b = first.T.float(), second.float()
+        for start in range(0, len(a), ROWS):
+            found.both[start : start + ROWS] += (a[start : start + ROWS].to_sparse() @ b).int()
         found.first += first.sum(0)
         found.second += second.sum(0)
         found.tokens += len(first)

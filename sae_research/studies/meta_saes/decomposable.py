@@ -62,6 +62,7 @@ class BiasBatchTopK(BatchTopKTrainingSAE):
     """BatchTopK whose encoder bias may be held at zero."""
 
     cfg: BiasConfig
+    sparse_codes = True
 
     def initialize_weights(self) -> None:
         super().initialize_weights()

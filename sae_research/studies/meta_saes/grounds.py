@@ -5,7 +5,7 @@ deviation divided out. `for_raw_residuals` gives an SAE this step, so that other
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import cycle, islice
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import LongTensor, Tensor
 
-from sae_research import activations, catalogue, paths, real_saes, saes
+from sae_research import activations, catalogue, paths, real_saes
 from sae_research.config import Profile
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
@@ -164,13 +164,29 @@ class ModelGround:
 
         `ce_overhead` is relative to the clean loss, `ce_destroyed` to that of a zeroed residual.
         """
-        found = saes.quality(self.model, for_raw_residuals(sae), self.rows["loss"], self.hook)
-        more = found["ce_spliced"] - found["ce_clean"]
+        clean, zeroed = self._bounds
+        raw = for_raw_residuals(sae)
+        more = self._loss(lambda x: raw(x.to(raw.device, raw.dtype)).to(x)) - clean
         return {
-            "ce_clean": found["ce_clean"],
-            "ce_overhead": more / found["ce_clean"],
-            "ce_destroyed": more / (found["ce_zero"] - found["ce_clean"]),
+            "ce_clean": clean,
+            "ce_overhead": more / clean,
+            "ce_destroyed": more / (zeroed - clean),
         }
+
+    @cached_property
+    def _bounds(self) -> tuple[float, float]:
+        return self._loss(lambda x: x), self._loss(torch.zeros_like)
+
+    @torch.no_grad()
+    def _loss(self, edit: Callable[[Tensor], Tensor]) -> float:
+        total = predicted = 0.0
+        for rows in self.rows["loss"].split(32):
+            text = self.model.content(rows).to(self.device)
+            edits = {self.hook: lambda x, text=text: torch.where(text[..., None], edit(x), x)}
+            found = self.model.losses(rows, edits)[text[:, 1:]]
+            total += found.double().sum().item()
+            predicted += len(found)
+        return total / predicted
 
 
 Ground = VectorGround | ModelGround

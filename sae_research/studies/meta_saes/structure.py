@@ -83,14 +83,3 @@ def recover(rows: Tensor, codes: Tensor, directions: Tensor, truth: Tensor) -> d
         "recall": found.recall,
         "f1": found.f1_score,
     }
-
-
-def pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """One-to-one pairing of rows that maximises the sum of cosines, and the cosines."""
-    from scipy.optimize import linear_sum_assignment
-
-    cosines = normalize(first, dim=-1) @ normalize(second, dim=-1).T
-    rows, columns = linear_sum_assignment(-cosines.cpu().numpy())
-    order = torch.full((len(first),), -1)
-    order[torch.from_numpy(rows)] = torch.from_numpy(columns)
-    return order, cosines.cpu()[rows, columns]
