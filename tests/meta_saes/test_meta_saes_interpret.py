@@ -1,9 +1,14 @@
 """Judges and planted senses on latents whose meaning is known."""
 
+from types import SimpleNamespace
+
+import miniatures
 import pytest
 import torch
 
-from sae_research.studies.meta_saes import interpret, senses
+from sae_research import catalogue, paths, store
+from sae_research.studies.meta_saes import interpret, senses, study
+from sae_research.studies.meta_saes.settings import Settings
 
 N, LENGTH = 400, 8
 
@@ -75,6 +80,23 @@ def test_a_language_judge_goes_through_one_function(tokens):
     assert found["strength"] == 0
     assert len(asked) == 1 + 40 + 40 + 20
     assert "<<w3>>" in asked[0]
+
+
+def test_answers_of_a_language_model_are_kept_and_replayed(tmp_path, monkeypatch):
+    """A miniature babbles, but always the same, and is asked once only."""
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    folder = miniatures.save(tmp_path / "model", "llama", context=256)
+    model = catalogue.load_model(folder)
+    ground = SimpleNamespace(model=model)
+    assert isinstance(study._choose_judge(ground, Settings()), interpret.TokenRule)
+    asked = Settings(explainer=str(folder))
+    context = interpret.Context(torch.arange(5, 9), torch.ones(4))
+    said = study._choose_judge(ground, asked).explain([context])
+    (kept,) = tmp_path.rglob("*-meta_saes.json")
+    (answer,) = store.read_json(kept).values()
+    assert answer.strip() == said
+    store.write_json(kept, dict.fromkeys(store.read_json(kept), "recorded"))
+    assert study._choose_judge(ground, asked).explain([context]) == "recorded"
 
 
 def test_purity_and_splits_of_planted_senses():

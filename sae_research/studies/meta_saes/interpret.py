@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import LongTensor, Tensor
 
@@ -117,12 +116,6 @@ class LanguageJudge:
         return float(number[0]) if number else 0.0
 
 
-def balanced_accuracy(truth: Sequence[bool], said: Sequence[bool]) -> float:
-    """Mean share of right answers among positives and among negatives."""
-    positive, right = np.array(truth), np.array(truth) == np.array(said)
-    return float((right[positive].mean() + right[~positive].mean()) / 2)
-
-
 def rank_correlation(actual: Sequence[float], predicted: Sequence[float]) -> float:
     """Spearman's rank correlation; 0 where the prediction is constant (as in the paper's code)."""
     from scipy.stats import spearmanr
@@ -168,6 +161,8 @@ class Interpreter:
     def _score_one(
         self, acts: Tensor, examples: Tensor, positives: Tensor, negatives: Tensor
     ) -> dict[str, float]:
+        from sklearn.metrics import balanced_accuracy_score
+
         judge = self.judge
         said = judge.explain([Context(self.tokens[i], acts[i]) for i in examples.tolist()])
         chosen = [*positives.tolist(), *negatives.tolist()]
@@ -180,13 +175,11 @@ class Interpreter:
             marks[i, places] = True
         ends = [int(acts[i].argmax()) for i in positives.tolist()]
         pairs = list(zip(positives.tolist(), ends, strict=True))
+        detected = [judge.detects(said, self.tokens[i]) for i in chosen]
+        fitting = [judge.fits(said, self.tokens[i], marks[i]) for i in chosen]
         return {
-            "detection": balanced_accuracy(
-                truth, [judge.detects(said, self.tokens[i]) for i in chosen]
-            ),
-            "fuzzing": balanced_accuracy(
-                truth, [judge.fits(said, self.tokens[i], marks[i]) for i in chosen]
-            ),
+            "detection": balanced_accuracy_score(truth, detected),
+            "fuzzing": balanced_accuracy_score(truth, fitting),
             "strength": rank_correlation(
                 [float(acts[i, end]) for i, end in pairs],
                 [judge.strength(said, self.tokens[i, : end + 1]) for i, end in pairs],

@@ -179,8 +179,9 @@ class Settings:
     """Tokens of a context (Delphi's)."""
     interpretation_tokens: int = 5_000_000
     """Held-out tokens that contexts come from."""
-    judge: Literal["token rule"] = "token rule"
-    """Who explains and judges."""
+    explainer: str | None = None
+    """If set, a language model (as `catalogue.load_model` takes it) that explains and judges in the
+    token rule's place; its answers are kept in data/private and replayed."""
     own_latent_f1: float = 0.7
     """From this held-out F1 on, a planted sense has a latent of its own (ours)."""
     sense_documents: int = 2000

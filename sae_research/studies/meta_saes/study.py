@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae_research import catalogue, prose, real_saes
+from sae_research import catalogue, explain, paths, prose, real_saes
 from sae_research.config import Profile
 from sae_research.studies.meta_saes import arms, cooccurrence, grounds, interpret, senses, structure
 from sae_research.studies.meta_saes.arms import JOINT, SOLO, ZERO, Arm
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 GRID = "grid"
-JUDGES = {"token rule": interpret.TokenRule}
 THINNED = 0.5
 """Share of activations kept where only firing rates change."""
 N_NEIGHBOURS = 5
@@ -182,6 +181,7 @@ def make_tables(
     if not isinstance(ground, ModelGround):
         return {}
     tables = {"latents": [], "senses": []}
+    judge = _choose_judge(ground, settings)
     found = None
     if catalogue.get(ground.model.name).embedded:
         found = senses.make_senses(ground, settings.sense_documents, seed)
@@ -189,19 +189,31 @@ def make_tables(
         text = prose.load(real_saes.RECIPES[ground.model.name].text)
         found = senses.read_senses(ground, text)
     for arm in trained:
-        tables["latents"].append(_interpret(arm.sae, ground, settings, seed).assign(arm=arm.name))
+        tables["latents"].append(
+            _interpret(arm.sae, ground, settings, seed, judge).assign(arm=arm.name)
+        )
         if found is not None:
             tables["senses"].append(senses.score_senses(arm.sae, found).assign(arm=arm.name))
     joined = {name: pd.concat(parts) for name, parts in tables.items() if parts}
     joint = next(arm.sae for arm in trained if arm.name == JOINT)
-    return {
-        **joined,
-        "candidates": list_candidates(trained[0].sae, joint, ground, settings.split_phi),
-    }
+    candidates = list_candidates(trained[0].sae, joint, ground, settings.split_phi)
+    return {**joined, "candidates": candidates}
+
+
+def _choose_judge(ground: ModelGround, settings: Settings) -> interpret.Judge:
+    """The token rule, or a language model whose answers are recorded."""
+    if settings.explainer is None:
+        return interpret.TokenRule()
+    answers = paths.DATA / "private" / "explanations" / f"{ground.model.name}-meta_saes.json"
+    ask = explain.ask_model(catalogue.load_model(settings.explainer))
+    words = ground.model.tokenizer.convert_ids_to_tokens
+    return interpret.LanguageJudge(explain.recorded(ask, answers), lambda ids: words(ids.tolist()))
 
 
 @torch.no_grad()
-def _interpret(sae: "SAE", ground: ModelGround, settings: Settings, seed: int) -> pd.DataFrame:
+def _interpret(
+    sae: "SAE", ground: ModelGround, settings: Settings, seed: int, judge: interpret.Judge
+) -> pd.DataFrame:
     """Detection, fuzzing and strength ranking of a random sample of the live latents."""
     tokens, x = ground.text(settings.interpretation_tokens, settings.context_length)
     draw = torch.Generator().manual_seed(seed)
@@ -214,7 +226,7 @@ def _interpret(sae: "SAE", ground: ModelGround, settings: Settings, seed: int) -
     rows = normalize(sae.W_dec.detach().cpu(), dim=-1)
     neighbours = interpret.nearest_neighbours(rows, live, N_NEIGHBOURS)
     reader = interpret.Interpreter(
-        tokens, JUDGES[settings.judge](), settings.n_examples, settings.n_test_examples, seed
+        tokens, judge, settings.n_examples, settings.n_test_examples, seed
     )
     found = []
     for chunk in latents.split(LATENTS):
