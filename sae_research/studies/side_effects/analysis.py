@@ -57,9 +57,10 @@ def make_tables(frame: pd.DataFrame, settings: Settings, seed: int) -> Tables:
 def _correlate_predictors(frame: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
     """Every predictor against both axes, and against the count given the nuisances."""
     given = {"seed": seed, "draws": draws}
-    published = [label + OWN for label in ("C", "S") if label + OWN in frame]
-    raw = prediction.correlate_predictors(frame, (*HEADLINES, *published), **given)
-    partial = prediction.correlate_predictors(frame, ("C",), controls=prediction.NUISANCES, **given)
+    own, own_signed = "C" + OWN, "S" + OWN
+    raw = prediction.correlate_predictors(frame, (*HEADLINES, own, own_signed), **given)
+    given["controls"] = prediction.NUISANCES
+    partial = prediction.correlate_predictors(frame, ("C", own), **given)
     words = "effect, activation, frequency"
     return pd.concat([raw.assign(control="none"), partial.assign(control=words)], ignore_index=True)
 

@@ -255,7 +255,9 @@ RESIDUALISED = {
 
 
 def compare_published(t: Tables) -> pd.DataFrame:
-    """What others measured on the real models beside the values of this run; empty without them."""
+    """What others measured on the real models beside the values of this run in contexts of each
+    feature's own, as theirs are; empty without them.
+    """
     rows = []
     for model in (m for m in t["facts"]["model"].unique() if m in RESIDUALISED):
         main = {"model": model, "sae": "primary", "seed": 0}
@@ -268,13 +270,14 @@ def compare_published(t: Tables) -> pd.DataFrame:
         target = f"{spec.eligible} (replication's band and contexts)"
         found.append(("eligible features", target, facts["eligible"]))
         for _, name, control, target in (p for p in PUBLISHED if p[0] == model):
-            raw = select(t["univariate"], predictor=name, target="C", **main)
+            raw = select(t["univariate"], predictor=name, target="C@own", **main)
             raw = raw[(raw["control"] == "none") == (control == "none")]
             found += [(f"{name} and C, control {control}", target, rho) for rho in raw.rho]
-        left = select(t["sets"], residualised=True, set=FULL_SET, target="C", **main).iloc[0]
-        target = f"{RESIDUALISED[model]} within .10 (replication, mean over folds)"
-        found.append(("residualised C, full set", target, left.per_fold))
-        random = {"kind": "direction", "value": "random", "label": "C"}
+        of = {"residualised": True, "direction": "SAE", "target": "C"}
+        left = select(t["own_contexts"], **of, **main).iloc[0]
+        target = f"{RESIDUALISED[model]} within .10 (replication, mean over folds; here pooled)"
+        found.append(("residualised C, full set", target, left.rho))
+        random = {"kind": "own contexts", "value": "random", "label": "C"}
         rho = select(t["sensitivity"], **random, **main).iloc[0].rho
         found.append(("crowding and C of random directions", "at most .1 in size", rho))
         rho = select(t["reliability"], label="C", **main).iloc[0].rho
