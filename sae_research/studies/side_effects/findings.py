@@ -358,8 +358,8 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
         f"{say('controls.own_contexts')}.",
         "The labels bound every prediction: on other contexts they agree with themselves at "
         f"{say('labels.spread_reliability')} for spread and "
-        f"{say('labels.stability_reliability')} for stability; a forecast by Jacobians, which steers "
-        f"no feature, changes the rank correlation by a further {say('forecast.spread')} for spread and {say('forecast.stability')} for "
-        "stability.",
+        f"{say('labels.stability_reliability')} for stability; a forecast by Jacobians, which "
+        "steers no feature, changes the rank correlation by a further "
+        f"{say('forecast.spread')} for spread and {say('forecast.stability')} for stability.",
     ]
     return "\n".join(f"- {sentence}" for sentence in sentences)
