@@ -75,7 +75,7 @@ class TokenRule:
 
 @dataclass
 class LanguageJudge:
-    """A language model as the judge: `ask` answers a prompt, `words` turns token ids into strings."""
+    """A language model judges: `ask` answers a prompt, `words` turns token ids into strings."""
 
     ask: Callable[[str], str]
     words: Callable[[LongTensor], list[str]]
