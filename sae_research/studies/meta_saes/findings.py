@@ -271,22 +271,26 @@ def summarize(t: Tables, settings: Settings, verdicts: Mapping[str, str]) -> str
             return "not measured here"
         ends = "" if m.low is None else f" [{scale * m.low:.2g}, {scale * m.high:.2g}]"
         beside = f"; random meta SAE {scale * m.control.value:.2g}" if m.control else ""
-        verdict = verdicts[f"meta_saes.{name}"]
-        return f"{scale * m.value:.2g}{unit}{ends} (**{verdict}**{beside})"
+        return f"{scale * m.value:.2g}{unit}{ends} (**{verdicts[f'meta_saes.{name}']}**{beside})"
+
+    def both(name: str, scale: float = 1.0, unit: str = "") -> str:
+        words = {f"{name}.model": "in the language model", f"{name}.vectors": "on planted vectors"}
+        said = [
+            f"{say(n, scale, unit)} {w}" for n, w in words.items() if measured[f"meta_saes.{n}"]
+        ]
+        return " and ".join(said)
 
     sentences = [
         "At the paper's setting and equal L0, mean |phi| of live latents less its null changes by "
-        f"{say('phi.model', 100, ' %')} in the language model and by "
-        f"{say('phi.vectors', 100, ' %')} on planted vectors.",
-        "A solo SAE of fewer active latents, which rebuilds as badly, has less of it: the joint "
-        f"one lies {say('phi_equal_cost.model', 100, ' %')} and "
-        f"{say('phi_equal_cost.vectors', 100, ' %')} from it. A null dictionary can have less, "
-        f"too: {say('phi.nulls', 100, ' %')} in the language model.",
-        f"Unexplained variance grows by {say('cost.model', 100, ' %')} and "
-        f"{say('cost.vectors', 100, ' %')}; the overhead in loss by {say('overhead')} points.",
+        f"{both('phi', 100, ' %')}.",
+        "From a solo SAE of fewer active latents, which rebuilds as badly, the joint one lies "
+        f"{both('phi_equal_cost', 100, ' %')}; the null dictionary with the least of it lies "
+        f"{say('phi.nulls', 100, ' %')} from the solo SAE.",
+        f"Unexplained variance grows by {both('cost', 100, ' %')}; the overhead in loss by "
+        f"{say('overhead')} points.",
         "Whether latents are more atomic is another question: the match with planted directions "
         f"changes by {say('recovery')}, the composition rate for a fresh meta SAE by "
-        f"{say('composition.model')} and {say('composition.vectors')}.",
+        f"{both('composition')}.",
         f"Of the senses of words, a net share of {say('senses')} gains a latent of its own."
         if can_split(t, settings) or "senses" not in t
         else "No sense is left to split: each has a latent of its own in the solo SAE.",

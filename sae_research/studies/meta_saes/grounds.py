@@ -179,14 +179,12 @@ class ModelGround:
 
     @torch.no_grad()
     def _loss(self, edit: Callable[[Tensor], Tensor]) -> float:
-        total = predicted = 0.0
+        found = []
         for rows in self.rows["loss"].split(32):
             text = self.model.content(rows).to(self.device)
             edits = {self.hook: lambda x, text=text: torch.where(text[..., None], edit(x), x)}
-            found = self.model.losses(rows, edits)[text[:, 1:]]
-            total += found.double().sum().item()
-            predicted += len(found)
-        return total / predicted
+            found.append(self.model.losses(rows, edits)[text[:, 1:]].double())
+        return torch.cat(found).mean().item()
 
 
 Ground = VectorGround | ModelGround

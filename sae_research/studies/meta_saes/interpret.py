@@ -1,8 +1,7 @@
 """Detection, fuzzing and strength ranking of explained latents (section 5.2; Delphi's definitions).
 
 A judge explains a latent from examples and answers questions about contexts. Negatives are contexts
-in which a neighbour of the latent is active and the latent is not, so that an explanation that is
-too broad fails. The paper's code ranks strengths among active contexts only, without negatives.
+in which a neighbour is active and the latent is not, so that too broad an explanation fails.
 """
 
 import re
@@ -75,10 +74,7 @@ class TokenRule:
 
 @dataclass
 class LanguageJudge:
-    """A language model as the judge, behind a function from prompt to answer.
-
-    `ask` may record and replay; `words` turns token ids into strings.
-    """
+    """A language model judges: `ask` answers a prompt, `words` turns token ids into strings."""
 
     ask: Callable[[str], str]
     words: Callable[[LongTensor], list[str]]
