@@ -172,6 +172,8 @@ def test_fresh_contexts_are_none_of_those_seen_before():
 
 def test_null_dictionaries_are_a_task_of_their_own_and_seeds_know_each_other():
     profile = config.load("real")
+    chosen = replace(profile.side_effects, models=("smollm2-135m-instruct",))
+    profile = replace(profile, studies={**profile.studies, "side_effects": chosen})
     outputs = [task.get("output") for task in study.tasks(profile)]
     assert outputs == [None, None, None, study.NULLS, study.RANKING]
     roles = [*profile.side_effects.primary_saes, *profile.side_effects.null_saes]
