@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -221,8 +222,6 @@ def quality(
     seen = []
     count = 0
     error = 0.0
-    losses = {"ce_clean": 0.0, "ce_spliced": 0.0, "ce_zero": 0.0}
-    predicted = 0
     with torch.no_grad():
         for rows in tokens.split(batch):
             content = model.content(rows).to(model.device)
@@ -232,24 +231,14 @@ def quality(
             count += (acts > 0).sum().item()
             error += (target(sae, x) - sae.decode(acts)).double().square().sum().item()
             seen.append(target(sae, x).cpu())
-            real = content[:, 1:]
-            keep = content[..., None]
-
-            def splice(resid: Tensor, keep: Tensor = keep) -> Tensor:
-                found = sae.decode(sae.encode(resid.to(sae.device, sae.dtype))).to(resid)
-                return torch.where(keep, found, resid)
-
-            edits = {
-                "ce_clean": lambda resid: resid,
-                "ce_spliced": splice,
-                "ce_zero": lambda resid, keep=keep: torch.where(keep, 0.0, resid),
-            }
-            predicted += real.sum().item()
-            for name, edit in edits.items():
-                losses[name] += model.losses(rows, {hook: edit})[real].double().sum().item()
     x = torch.cat(seen)
     total = (x - x.mean(0)).double().square().sum().item()
-    losses = {name: value / predicted for name, value in losses.items()}
+    edits = {
+        "ce_clean": lambda resid: resid,
+        "ce_spliced": lambda resid: sae.decode(sae.encode(resid.to(sae.device, sae.dtype))),
+        "ce_zero": torch.zeros_like,
+    }
+    losses = {name: mean_loss(model, tokens, hook, edit, batch) for name, edit in edits.items()}
     return {
         "explained_variance": 1 - error / total,
         "ce_recovered": (losses["ce_zero"] - losses["ce_spliced"])
@@ -259,6 +248,26 @@ def quality(
         **losses,
         "tokens": len(x),
     }
+
+
+@torch.no_grad()
+def mean_loss(
+    model: LanguageModel,
+    tokens: LongTensor,
+    hook: str,
+    edit: Callable[[Tensor], Tensor],
+    batch: int = 32,
+) -> float:
+    """Mean cross-entropy with the residual edited at `hook`; BOS and padding are left alone."""
+    total = 0.0
+    predicted = 0
+    for rows in tokens.split(batch):
+        text = model.content(rows).to(model.device)
+        edits = {hook: lambda x, text=text: torch.where(text[..., None], edit(x).to(x), x)}
+        found = model.losses(rows, edits)[text[:, 1:]]
+        total += found.double().sum().item()
+        predicted += len(found)
+    return total / predicted
 
 
 def match_decoders(one: "SAE", other: "SAE") -> np.ndarray:

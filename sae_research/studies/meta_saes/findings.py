@@ -281,8 +281,8 @@ def summarize(t: Tables, settings: Settings, verdicts: Mapping[str, str]) -> str
         return " and ".join(said)
 
     sentences = [
-        "At the paper's setting and equal L0, mean |phi| of live latents less its null changes by "
-        f"{both('phi', 100, ' %')}.",
+        "With the paper's penalty and equal L0, mean |phi| of live latents less its null changes "
+        f"by {both('phi', 100, ' %')}.",
         "From a solo SAE of fewer active latents, which rebuilds as badly, the joint one lies "
         f"{both('phi_equal_cost', 100, ' %')}; the null dictionary with the least of it lies "
         f"{say('phi.nulls', 100, ' %')} from the solo SAE.",
@@ -294,7 +294,8 @@ def summarize(t: Tables, settings: Settings, verdicts: Mapping[str, str]) -> str
         f"Of the senses of words, a net share of {say('senses')} gains a latent of its own."
         if can_split(t, settings) or "senses" not in t
         else "No sense is left to split: each has a latent of its own in the solo SAE.",
-        f"Firing rates alone move mean |phi| by {say('rates', 100, ' %')} at least.",
+        "Fewer activations, or fewer tokens, alone move mean |phi| by "
+        f"{say('rates', 100, ' %')} at least.",
         "Explained by a rule on tokens, latents are told from their neighbours "
         f"{say('detection')} better, and their strengths ranked {say('strength')} better.",
     ]

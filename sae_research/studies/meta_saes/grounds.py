@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import LongTensor, Tensor
 
-from sae_research import activations, catalogue, paths, real_saes
+from sae_research import activations, catalogue, paths, real_saes, saes
 from sae_research.config import Profile
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
@@ -166,7 +166,7 @@ class ModelGround:
         """
         clean, zeroed = self._bounds
         raw = for_raw_residuals(sae)
-        more = self._loss(lambda x: raw(x.to(raw.device, raw.dtype)).to(x)) - clean
+        more = self._loss(lambda x: raw(x.to(raw.device, raw.dtype))) - clean
         return {
             "ce_clean": clean,
             "ce_overhead": more / clean,
@@ -177,14 +177,8 @@ class ModelGround:
     def _bounds(self) -> tuple[float, float]:
         return self._loss(lambda x: x), self._loss(torch.zeros_like)
 
-    @torch.no_grad()
     def _loss(self, edit: Callable[[Tensor], Tensor]) -> float:
-        found = []
-        for rows in self.rows["loss"].split(32):
-            text = self.model.content(rows).to(self.device)
-            edits = {self.hook: lambda x, text=text: torch.where(text[..., None], edit(x), x)}
-            found.append(self.model.losses(rows, edits)[text[:, 1:]].double())
-        return torch.cat(found).mean().item()
+        return saes.mean_loss(self.model, self.rows["loss"], self.hook, edit)
 
 
 Ground = VectorGround | ModelGround

@@ -1,6 +1,7 @@
 """Study 2 for the runner: a task per model and seed, and one that ranks the features of an SAE."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -92,9 +93,9 @@ def summarise(results: Sequence[Result], profile: Profile) -> dict[str, Result]:
     """All screens under one another, and the ranking."""
     ranked = [r for r in results if r.task.get("output") == RANKING]
     screens = [r for r in results if r not in ranked]
-    for screen in screens:  # their tables say which SAE is a null dictionary
-        screen.task.pop("output", None)
-    published = concatenate(screens)
+    # the name of an SAE says whether it is a null dictionary
+    named = [{k: v for k, v in r.task.items() if k != "output"} for r in screens]
+    published = concatenate([replace(r, task=t) for r, t in zip(screens, named, strict=True)])
     n_contexts = 3 * profile.side_effects.contexts_per_bucket
     noise = labels.simulate_noise(n_contexts)
     published.tables["noise"] = pd.DataFrame(noise).assign(n_contexts=n_contexts)

@@ -61,8 +61,12 @@ def name_sae(model: str, sae: str) -> str:
     """An SAE as a reader calls it, such as "text model, TopK, 4x wide"."""
     words = [name_model(model)]
     words += [KINDS[part] for part in sae.split("_") if part in KINDS]
-    words += [f"seed {part}" for part in sae.split("_")[1:] if part.isdigit() and words[1:]]
-    words += [NULLS[null] for null in [find_null(sae)] if null]
+    null = find_null(sae)
+    trained = sae.removesuffix(f"_{null}")
+    if trained[-2:-1] == "_" and trained[-1].isdigit():  # block10_topk_1
+        words.append(f"seed {trained[-1]}")
+    if null:
+        words.append(NULLS[null])
     if sae.startswith(LADDER):
         words.append(f"{int(sae.removeprefix(LADDER)):,} latents")
     elif is_wide(sae):
@@ -78,8 +82,8 @@ def is_wide(sae: str, base: str | None = None) -> bool:
 
 def find_null(sae: str) -> str | None:
     """Which null dictionary an SAE is; None for a trained one."""
-    ends = (null for null in sorted(NULLS, key=len, reverse=True) if sae.endswith(f"_{null}"))
-    return next(ends, None)
+    longest_first = sorted(NULLS, key=len, reverse=True)  # one name ends in another
+    return next((null for null in longest_first if sae.endswith(f"_{null}")), None)
 
 
 def has_vote(saes: pd.Series) -> pd.Series:
