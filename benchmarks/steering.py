@@ -213,7 +213,7 @@ def label_alone(architecture: str, features: int = 300) -> None:
     from sae_lens import StandardSAE, StandardSAEConfig
 
     from sae_research import latents
-    from sae_research.studies.side_effects import labels
+    from sae_research.screening import labels
 
     torch.set_num_threads(1)
     torch.manual_seed(2)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from sae_research.feature_card import FeatureCard
     from sae_research.models import LanguageModel
     from sae_research.saes import save as save_sae
+    from sae_research.screening.ranking import Ranking, screen_features
     from sae_research.shifts import FittedShift, load_shift, save_shift
     from sae_research.studies.opinion_qa.experiment import fit_shift
-    from sae_research.studies.side_effects.ranking import Ranking, screen_features
     from sae_research.surveys.files import load_survey
     from sae_research.training import SAETraining, train_sae
 
@@ -31,8 +31,8 @@ _HOMES = {
     "ResearchError": "errors",
     "train_sae": "training",
     "SAETraining": "training",
-    "screen_features": "studies.side_effects.ranking",
-    "Ranking": "studies.side_effects.ranking",
+    "screen_features": "screening.ranking",
+    "Ranking": "screening.ranking",
     "FeatureCard": "feature_card",
     "load_survey": "surveys.files",
     "fit_shift": "studies.opinion_qa.experiment",

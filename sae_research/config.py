@@ -290,5 +290,6 @@ def _compare(block: str, prefix: str, default: Any, given: dict[str, Any]) -> It
 
 
 def explanation(cls: type, name: str) -> str:
-    """The docstring under a setting."""
-    return cls.__pydantic_fields__[name].description or ""
+    """The docstring under a setting, which pydantic keeps in the class that states it."""
+    found = (getattr(c, "__pydantic_fields__", {}).get(name) for c in cls.__mro__)
+    return next((field.description for field in found if field and field.description), "")

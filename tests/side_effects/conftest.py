@@ -20,7 +20,7 @@ from side_effects_toys import (  # noqa: E402
 )
 from test_last_token import tiny  # noqa: E402
 
-from sae_research.studies.side_effects.screen import Screen  # noqa: E402
+from sae_research.screening.screen import Screen  # noqa: E402
 
 
 @pytest.fixture(scope="session")

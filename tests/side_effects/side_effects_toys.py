@@ -8,7 +8,7 @@ import torch
 
 from sae_research import saes
 from sae_research.models import LanguageModel
-from sae_research.studies.side_effects import predictors
+from sae_research.screening import predictors
 from sae_research.studies.side_effects.settings import Settings
 
 D, HOOK, READ = 32, "blocks.1.hook_resid_post", "blocks.3.hook_resid_post"

@@ -8,8 +8,9 @@ from test_last_token import tiny
 
 from sae_research import jacobians, latents
 from sae_research.last_token import LastToken
-from sae_research.studies.side_effects import forecasters, labels, pool, prediction, predictors
-from sae_research.studies.side_effects.screen import LABELS
+from sae_research.screening import forecasters, labels, pool, predictors
+from sae_research.screening.screen import LABELS
+from sae_research.studies.side_effects import prediction
 
 # engine and labels
 

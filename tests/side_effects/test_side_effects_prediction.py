@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from side_effects_toys import make_frame, make_labelled
 
-from sae_research.studies.side_effects import findings, prediction, screening, tables
+from sae_research.screening import labels, ridge
+from sae_research.studies.side_effects import findings, prediction, selection, tables
 from sae_research.studies.side_effects.settings import Settings
 
 
@@ -18,11 +19,11 @@ def test_ridge_and_folds_equal_scikit_learn():
     from sklearn.preprocessing import StandardScaler
 
     frame = make_frame()
-    X, y = prediction.get_columns(frame, "full_no_magnitude"), frame["crowding"] * 2 + frame["E"]
+    X, y = ridge.get_columns(frame, "full_no_magnitude"), frame["crowding"] * 2 + frame["E"]
     reference = cross_val_predict(
         make_pipeline(StandardScaler(), Ridge(1.0)), X, y, cv=KFold(5, shuffle=True, random_state=0)
     )
-    _, ours = prediction.cross_predict(X, y.to_numpy()[:, None], prediction.make_folds(200, 0))
+    _, ours = ridge.cross_predict(X, y.to_numpy()[:, None], ridge.make_folds(200, 0))
     assert ours[:, 0] == pytest.approx(reference)
 
 
@@ -31,20 +32,20 @@ def test_nuisances_are_removed_inside_the_fold():
     y = (5 * frame["E"] + 0.1 * np.random.default_rng(1).standard_normal(400)).to_numpy()[:, None]
     X = np.column_stack([frame["E"], frame["crowding"]])  # a predictor that knows the nuisance only
     Z = frame[["E"]].to_numpy()
-    splits = prediction.make_folds(400, 0)
+    splits = ridge.make_folds(400, 0)
 
     def correlate(target, predicted):
         return prediction.score(target[:, 0], predicted[:, 0], splits)["pooled"]
 
-    assert correlate(*prediction.cross_predict(X, y, splits)) > 0.95
-    assert abs(correlate(*prediction.cross_predict(X, y, splits, Z))) < 0.15
+    assert correlate(*ridge.cross_predict(X, y, splits)) > 0.95
+    assert abs(correlate(*ridge.cross_predict(X, y, splits, Z))) < 0.15
     test = splits[0][1]
     changed = y.copy()
     changed[test] += 100
-    before = prediction.cross_predict(X, y, splits[:1], Z)[1]
-    after = prediction.cross_predict(X, changed, splits[:1], Z)[1]
+    before = ridge.cross_predict(X, y, splits[:1], Z)[1]
+    after = ridge.cross_predict(X, changed, splits[:1], Z)[1]
     assert after[test] == pytest.approx(before[test])
-    leaked = prediction.cross_predict(X, changed, splits[:1], Z, everywhere=True)[1]
+    leaked = ridge.cross_predict(X, changed, splits[:1], Z, everywhere=True)[1]
     assert np.abs(leaked[test] - after[test]).max() > 1, "as published, it sees held-out labels"
 
 
@@ -92,7 +93,7 @@ def test_permuted_labels_are_not_predicted():
 
 
 def test_a_constant_score_is_undefined_not_zero():
-    assert np.isnan(prediction.rank_correlation(np.ones(5), np.arange(5.0)))
+    assert np.isnan(ridge.rank_correlation(np.ones(5), np.arange(5.0)))
 
 
 def test_partial_correlation_sees_through_a_common_cause():
@@ -112,7 +113,7 @@ def test_partial_correlation_sees_through_a_common_cause():
 
 def test_groups_are_held_out_disjoint_and_matched():
     frame, rule = make_labelled(), Settings()
-    groups = screening.split_features(frame, rule, seed=0)
+    groups = selection.split_features(frame, rule, seed=0)
     assert len(groups.train) == 180
     assert len(groups.clean) == len(groups.messy) == len(groups.random) == 32, (
         "floor(96 / 3), as published for GPT-2"
@@ -123,12 +124,12 @@ def test_groups_are_held_out_disjoint_and_matched():
 
 
 def test_a_true_signal_pays_and_permuted_labels_do_not():
-    paid = screening.repeat_splits(make_labelled(), Settings(), 20, 0)
-    assert screening.summarize_splits(paid["S_abs: clean - messy"]).low > 0.1
+    paid = selection.repeat_splits(make_labelled(), Settings(), 20, 0)
+    assert selection.summarize_splits(paid["S_abs: clean - messy"]).low > 0.1
     assert paid["share_of_oracle"].mean() > 0.9
-    null = screening.repeat_splits(make_labelled(), Settings(), 40, 0, permute=True)
+    null = selection.repeat_splits(make_labelled(), Settings(), 40, 0, permute=True)
     assert abs(null["share_of_oracle"].mean()) < 0.15
-    curve = screening.measure_top_k(make_labelled(), Settings(), (5, 20, 40), 10, 0)
+    curve = selection.measure_top_k(make_labelled(), Settings(), (5, 20, 40), 10, 0)
     assert (curve["predicted"] <= curve["oracle"] + 1e-12).all()
 
 
@@ -139,8 +140,8 @@ def test_clean_score_formulas():
     def z(x):
         return (x - x.mean()) / x.std()
 
-    over_effect = screening.compute_clean_score(frame)
-    of_ratio = screening.compute_clean_score(frame, "log_of_ratio")
+    over_effect = labels.compute_clean_score(frame)
+    of_ratio = labels.compute_clean_score(frame, "log_of_ratio")
     assert over_effect == pytest.approx(z(S) - z(np.log1p(C) / E))
     assert of_ratio == pytest.approx(z(S) - z(np.log1p(C / E)))
 
@@ -152,9 +153,9 @@ def test_a_payoff_is_strong_on_both_axes_only():
             [{"metric": m, "groups": "clean - messy", "difference": d} for m, d in rows]
         )
 
-    assert screening.grade_payoff(compare(0.1, -1)) == "strong"
-    assert screening.grade_payoff(compare(0.1, 1)) == "partial"
-    assert screening.grade_payoff(compare(-0.1, 1)) == "weak"
+    assert selection.grade_payoff(compare(0.1, -1)) == "strong"
+    assert selection.grade_payoff(compare(0.1, 1)) == "partial"
+    assert selection.grade_payoff(compare(-0.1, 1)) == "weak"
 
 
 def test_a_signature_is_more_than_the_luck_of_the_features():
@@ -181,10 +182,10 @@ def test_a_signature_is_more_than_the_luck_of_the_features():
 def test_clean_scores_of_the_replication_know_nothing_of_held_out_labels():
     frame = make_labelled()
     rule = replace(Settings(), protocol="replication")
-    groups = screening.split_features(frame, rule, seed=0)
+    groups = selection.split_features(frame, rule, seed=0)
     changed = frame.copy()
     changed.loc[changed.index[groups.held_out], ["S_abs", "C", "E"]] *= 7
-    again = screening.split_features(changed, rule, seed=0)
+    again = selection.split_features(changed, rule, seed=0)
     assert np.array_equal(groups.clean, again.clean)
     assert np.array_equal(groups.candidates, again.candidates)
 

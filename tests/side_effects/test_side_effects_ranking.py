@@ -10,8 +10,8 @@ from side_effects_toys import HOOK, READ, SETTINGS, D, make_sae, unit
 
 from sae_research import feature_card, screen_features
 from sae_research.errors import ResearchError
-from sae_research.studies.side_effects import card, predictors
-from sae_research.studies.side_effects.screen import LABELS
+from sae_research.screening import card, predictors
+from sae_research.screening.screen import LABELS
 
 TEXTS = [" ".join(f"w{(i * j) % 90 + 3}" for j in range(1, 12)) for i in range(1, 300)]
 

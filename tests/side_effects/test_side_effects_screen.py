@@ -12,17 +12,16 @@ from test_last_token import tiny
 
 from sae_research import catalogue, claims, config
 from sae_research.errors import ResearchError
+from sae_research.screening import pool, ridge
+from sae_research.screening.screen import FORECASTS, LABELS, Fixed, Screen
 from sae_research.studies import runner
 from sae_research.studies.side_effects import (
     analysis,
     corpus,
     findings,
-    pool,
-    prediction,
     study,
     tables,
 )
-from sae_research.studies.side_effects.screen import FORECASTS, LABELS, Fixed, Screen
 from sae_research.studies.side_effects.settings import Settings
 
 
@@ -69,7 +68,7 @@ def test_a_bfloat16_model_is_labelled_in_float32(tokens):
         frames.append(one.run().frame)
     low, high = frames
     assert low["E"].mean() == pytest.approx(high["E"].mean(), rel=0.05)
-    assert prediction.rank_correlation(low["E"].to_numpy(), high["E"].to_numpy()) > 0.8
+    assert ridge.rank_correlation(low["E"].to_numpy(), high["E"].to_numpy()) > 0.8
 
 
 def test_author_protocol_samples_frequencies_evenly(screened):

@@ -8,14 +8,15 @@ import pandas as pd
 import torch
 
 from sae_research import saes, stats
-from sae_research.studies.side_effects import prediction, predictors, screening
-from sae_research.studies.side_effects.screen import (
+from sae_research.screening import predictors, ridge
+from sae_research.screening.screen import (
     DOSED_LABELS,
     OWN,
     OWN_RANDOM,
     RANDOM,
     Screen,
 )
+from sae_research.studies.side_effects import prediction, selection
 from sae_research.studies.side_effects.settings import Settings
 
 if TYPE_CHECKING:
@@ -110,12 +111,12 @@ def _screen_held_out(frame: pd.DataFrame, settings: Settings, seed: int) -> Tabl
     """Payoff over many splits, the same with permuted training labels, and the top-k curve."""
     n = settings.n_splits
     first = 1000 * seed
-    real = screening.repeat_splits(frame, settings, n, first)
-    permuted = screening.repeat_splits(frame, settings, n, first, permute=True)
+    real = selection.repeat_splits(frame, settings, n, first)
+    permuted = selection.repeat_splits(frame, settings, n, first, permute=True)
     both = [real.assign(labels="real"), permuted.assign(labels="permuted")]
     return {
         "splits": pd.concat(both, ignore_index=True),
-        "top_k": screening.measure_top_k(frame, settings, TOP_KS, min(n, 100), first),
+        "top_k": selection.measure_top_k(frame, settings, TOP_KS, min(n, 100), first),
     }
 
 
@@ -127,14 +128,14 @@ def confirm_on_fresh(screen: Screen, fresh: torch.Tensor, settings: Settings, se
     tables = []
     for direction, suffix in (("random", RANDOM), ("SAE", "")):
         frame = screen.frame.assign(**{n: screen.frame[n + suffix] for n in DOSED_LABELS})
-        split = screening.split_features(frame, settings, first)
+        split = selection.split_features(frame, settings, first)
         measured = screen.label_on(fresh, split.held_out, random=bool(suffix))
         spread = measured.std(ddof=0) + 1e-12
         # rows by their number in the feature table, as in the groups
         measured = measured.set_axis(split.held_out).reindex(range(len(frame)))
-        table = screening.compare_groups(measured, split, seed, settings.n_bootstrap)
+        table = selection.compare_groups(measured, split, seed, settings.n_bootstrap)
         standardised = table["difference"] / spread[table["metric"]].to_numpy()
-        grade = screening.grade_payoff(table)
+        grade = selection.grade_payoff(table)
         tables.append(table.assign(direction=direction, standardised=standardised, grade=grade))
     return {"confirmation": pd.concat(tables, ignore_index=True)}
 
@@ -160,7 +161,7 @@ def score_forecasts(frame: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
 
     Gains are over the full set.
     """
-    splits = prediction.make_folds(len(frame), seed)
+    splits = ridge.make_folds(len(frame), seed)
     full = predictors.SETS[prediction.FULL_SET]
     rows = []
     for target, names in FORECASTERS.items():
@@ -169,7 +170,7 @@ def score_forecasts(frame: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
         scores = {}
         for name, columns in ((prediction.FULL_SET, full), ("both", (*full, *free))):
             X = frame[list(columns)].to_numpy(float)
-            scores[name] = prediction.cross_predict(X, y[:, None], splits)[1][:, 0]
+            scores[name] = ridge.cross_predict(X, y[:, None], splits)[1][:, 0]
         baseline = scores[prediction.FULL_SET]
         scores |= {name: frame[name].to_numpy(float) for name in names}
         for name, x in scores.items():

@@ -9,7 +9,7 @@ import pandas as pd
 
 from sae_research import stats
 from sae_research.claims import Measurement
-from sae_research.studies.side_effects.screen import OWN
+from sae_research.screening.screen import OWN
 from sae_research.studies.side_effects.tables import (
     SAE,
     Tables,

@@ -11,9 +11,10 @@ from sae_research import catalogue, last_token
 from sae_research.config import Profile
 from sae_research.errors import ResearchError
 from sae_research.models import LanguageModel
+from sae_research.screening import labels, ranking
+from sae_research.screening.screen import Fixed, Screen, check_hooks
 from sae_research.studies.runner import Result, Task, concatenate
-from sae_research.studies.side_effects import analysis, corpus, labels, ranking
-from sae_research.studies.side_effects.screen import Fixed, Screen, check_hooks
+from sae_research.studies.side_effects import analysis, corpus
 from sae_research.studies.side_effects.settings import Settings
 
 if TYPE_CHECKING:

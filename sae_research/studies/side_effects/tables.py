@@ -5,7 +5,7 @@ import pandas as pd
 
 from sae_research import catalogue, stats, training
 from sae_research.studies.runner import Result
-from sae_research.studies.side_effects import screening
+from sae_research.studies.side_effects import selection
 from sae_research.studies.side_effects.prediction import FULL_SET, as_row
 
 Tables = dict[str, pd.DataFrame]
@@ -172,7 +172,7 @@ def _summarize_splits(
     rows = []
     for (name, value), here in select(splits, seed=0).groupby(["name", key], sort=False):
         for column in columns:
-            found = as_row(screening.summarize_splits(here[column].to_numpy()), "value")
+            found = as_row(selection.summarize_splits(here[column].to_numpy()), "value")
             rows.append({"name": name, key: value, words: column, **found})
     return pd.DataFrame(rows)
 

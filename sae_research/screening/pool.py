@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from sae_research.errors import ResearchError
 from sae_research.last_token import LastToken
 from sae_research.latents import FIRES, ActivationSums, encode
-from sae_research.studies.side_effects.settings import Settings
+from sae_research.screening.settings import ScreenSettings
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -79,7 +79,7 @@ def find_eligible(pool: Pool, band: tuple[float, float]) -> torch.Tensor:
     return ((frequency >= band[0]) & (frequency <= band[1])).nonzero()[:, 0]
 
 
-def sample_features(pool: Pool, settings: Settings, seed: int) -> torch.Tensor:
+def sample_features(pool: Pool, settings: ScreenSettings, seed: int) -> torch.Tensor:
     """Eligible features: evenly spaced ranks of frequency (author) or random ones (replication)."""
     n = settings.n_features
     band = settings.frequency_band

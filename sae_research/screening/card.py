@@ -7,11 +7,12 @@ import torch
 
 from sae_research import latents, store
 from sae_research.feature_card import DOSED, FeatureCard, decode, is_text
-from sae_research.studies.side_effects import predictors, screening
-from sae_research.studies.side_effects.screen import FORECASTS, LABELS, Screen
+from sae_research.screening import predictors
+from sae_research.screening.labels import compute_clean_score
+from sae_research.screening.screen import FORECASTS, LABELS, Screen
 
 if TYPE_CHECKING:
-    from sae_research.studies.side_effects.ranking import Ranking
+    from sae_research.screening.ranking import Ranking
 
 MEANINGS = {
     "S_abs": "stability of the effect across contexts, 0 to 1",
@@ -73,7 +74,7 @@ def _list_labels(ranking: "Ranking", row: pd.Series, forecast: pd.Series) -> lis
     extended = pd.concat([sample[names], pd.DataFrame([row[names], pd.Series(random)[names]])])
     seen = slice(0, len(sample))
     formula = ranking.screen.settings.clean_score
-    clean, clean_random = screening.compute_clean_score(extended, formula, seen)[-2:]
+    clean, clean_random = compute_clean_score(extended, formula, seen)[-2:]
     measured = {**row, "clean": clean}
     random["clean"] = clean_random
     return [

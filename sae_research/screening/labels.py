@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from sae_research.last_token import LastToken
 
 EPS = 1e-8
+ALL_ROWS = slice(None)
 
 
 @dataclass
@@ -167,6 +169,22 @@ def compute_labels(
     found = {name: value.mean(1).double().cpu().numpy() for name, value in panel.items()}
     found |= {name: np.array([row[name] for row in rows]) for name in rows[0]}
     return found | {"C_per_E": found["C"] / (found["E"] + EPS)}
+
+
+def compute_clean_score(
+    frame: pd.DataFrame, formula: str = "log_over_effect", rows: np.ndarray | slice = ALL_ROWS
+) -> np.ndarray:
+    """z(|S|) - z(ln(1+C)/E) (GPT-2, Pythia, Gemma) or z(|S|) - z(ln(1+C/E)) (`log_of_ratio`,
+    Llama), both standardised by the mean and spread of `rows`.
+    """
+    S, C, E = (frame[name].to_numpy(float) for name in ("S_abs", "C", "E"))
+    E = E + 1e-8
+    spread = np.log1p(C / E) if formula == "log_of_ratio" else np.log1p(C) / E
+
+    def z(x: np.ndarray) -> np.ndarray:
+        return (x - x[rows].mean()) / (x[rows].std() + 1e-12)
+
+    return z(S) - z(spread)
 
 
 def draw_random_directions(directions: torch.Tensor, seed: int) -> torch.Tensor:

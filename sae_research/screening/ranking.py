@@ -19,10 +19,11 @@ from sae_research.errors import ResearchError
 from sae_research.feature_card import FeatureCard
 from sae_research.latents import find_top_contexts, make_latent_encoder
 from sae_research.models import LanguageModel
-from sae_research.studies.side_effects import pool, prediction, screening
-from sae_research.studies.side_effects.card import make_card
-from sae_research.studies.side_effects.screen import Fixed, Screen, check_features, check_hooks
-from sae_research.studies.side_effects.settings import Settings
+from sae_research.screening import pool, ridge
+from sae_research.screening.card import make_card
+from sae_research.screening.labels import compute_clean_score
+from sae_research.screening.screen import Fixed, Screen, check_features, check_hooks
+from sae_research.screening.settings import ScreenSettings
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -33,7 +34,7 @@ MIN_FEATURES = 20
 """Steered features below which nothing can be learned."""
 LARGE_STEP = 0.25
 """Fraction of the residual's norm above which a step is called large."""
-DEFAULTS = Settings(protocol="replication", dose_norm_fraction=0.1, tau_quantile=0.02)
+DEFAULTS = ScreenSettings(protocol="replication", dose_norm_fraction=0.1, tau_quantile=0.02)
 """Settings for a model of unknown scale: one dose is a tenth of the residual's norm, and a latent
 counts as moved beyond the change that 2 % of the downstream latents exceed."""
 
@@ -90,7 +91,7 @@ def screen_features(
     texts: "Sequence[str] | torch.Tensor",
     *,
     downstream: "SAE | None" = None,
-    settings: Settings | None = None,
+    settings: ScreenSettings | None = None,
     n_features: int | None = None,
     seed: int = 0,
 ) -> Ranking:
@@ -117,7 +118,7 @@ def screen_features(
     _note_limits(screen, notes)
     for note in notes:
         warnings.warn(note, stacklevel=2)
-    score = screening.compute_clean_score(screen.frame, settings.clean_score)
+    score = compute_clean_score(screen.frame, settings.clean_score)
     labelled = screen.frame.assign(clean=score)
     eligible = pool.find_eligible(screen.pool, settings.frequency_band)
     acts = make_latent_encoder(sae, eligible)(screen.pool.last)
@@ -146,7 +147,9 @@ def _check_inputs(model: object, sae: object, texts: object) -> None:
         )
 
 
-def _fit_to_corpus(tokens: torch.Tensor, settings: Settings, notes: list[str]) -> Settings:
+def _fit_to_corpus(
+    tokens: torch.Tensor, settings: ScreenSettings, notes: list[str]
+) -> ScreenSettings:
     """Settings that the contexts at hand can serve; each change is noted."""
     n, length = tokens.shape
     per_bucket = min(settings.contexts_per_bucket, n // 6)  # both halves need three buckets
@@ -202,12 +205,12 @@ def _forecast_all(
     labelled: pd.DataFrame, known: pd.DataFrame, selector: str, bounds: dict, seed: int
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Forecasts for every latent; intervals hold the share COVERAGE of the out-of-fold errors."""
-    X = prediction.get_columns(labelled, selector)
+    X = ridge.get_columns(labelled, selector)
     Y = labelled[list(FORECAST_LABELS)].to_numpy(float)
-    splits = prediction.make_folds(len(labelled), seed)
-    truth, held_out = prediction.cross_predict(X, Y, splits)
+    splits = ridge.make_folds(len(labelled), seed)
+    truth, held_out = ridge.cross_predict(X, Y, splits)
     width = np.quantile(np.abs(truth - held_out), COVERAGE, axis=0)
-    predicted = prediction.predict_by_ridge(X, Y, prediction.get_columns(known, selector))
+    predicted = ridge.predict_by_ridge(X, Y, ridge.get_columns(known, selector))
     table = known[[]].copy().rename_axis("latent")
     for i, name in enumerate(FORECAST_LABELS):
         low, high = bounds.get(name, (None, None))
@@ -222,7 +225,7 @@ def _forecast_all(
     table.insert(0, "rank", table["clean"].rank(ascending=False, method="first").astype(int))
     table.insert(1, "prediction", side)
     quality = {
-        name: prediction.rank_correlation(truth[:, i], held_out[:, i])
+        name: ridge.rank_correlation(truth[:, i], held_out[:, i])
         for i, name in enumerate(FORECAST_LABELS)
     }
     return table.sort_values("rank", kind="stable"), quality

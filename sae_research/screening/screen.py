@@ -15,8 +15,8 @@ from sae_research.jacobians import fit_random_map, measure_jacobians
 from sae_research.last_token import LastToken
 from sae_research.latents import fold_unembedding, make_latent_encoder
 from sae_research.models import LanguageModel
-from sae_research.studies.side_effects import forecasters, labels, pool, predictors
-from sae_research.studies.side_effects.settings import Settings
+from sae_research.screening import forecasters, labels, pool, predictors
+from sae_research.screening.settings import ScreenSettings
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -66,7 +66,7 @@ class Screen:
         sae: "SAE",
         downstream: "SAE",
         tokens: torch.Tensor,
-        settings: Settings,
+        settings: ScreenSettings,
         *,
         seed: int = 0,
         folded: bool = True,

@@ -8,8 +8,8 @@ import torch
 
 from sae_research import steering
 from sae_research.latents import DIRECT_LOGIT, FIRES, measure_crowding, measure_direct_logits
-from sae_research.studies.side_effects.pool import Pool
-from sae_research.studies.side_effects.settings import Settings
+from sae_research.screening.pool import Pool
+from sae_research.screening.settings import ScreenSettings
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -79,7 +79,7 @@ def make_predictor_table(
     features: torch.Tensor,
     acts: torch.Tensor,
     W: torch.Tensor,
-    settings: Settings,
+    settings: ScreenSettings,
 ) -> pd.DataFrame:
     """Every predictor; `acts` [contexts, features] at the final token, W by `fold_unembedding`."""
     features = features.to(sae.device)

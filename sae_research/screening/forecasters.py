@@ -12,7 +12,7 @@ import torch
 from sae_research.jacobians import Jacobians
 from sae_research.last_token import LastToken
 from sae_research.latents import LatentEncoder
-from sae_research.studies.side_effects.labels import EPS, compute_stability
+from sae_research.screening.labels import EPS, compute_stability
 
 MAX_CELLS = 50_000_000
 """Activations held at once while counting."""

@@ -11,28 +11,12 @@ from scipy.stats import mannwhitneyu
 
 from sae_research import stats
 from sae_research.errors import ResearchError
-from sae_research.studies.side_effects.prediction import get_columns, predict_by_ridge
+from sae_research.screening.labels import ALL_ROWS, compute_clean_score
+from sae_research.screening.ridge import get_columns, predict_by_ridge
 from sae_research.studies.side_effects.settings import Settings
 
 METRICS = ("S_abs", "S", "C_per_E", "C", "E", "KL_per_E")
 """What the groups are compared on; the paper's payoff is on S_abs and C_per_E."""
-ALL = slice(None)
-
-
-def compute_clean_score(
-    frame: pd.DataFrame, formula: str = "log_over_effect", rows: np.ndarray | slice = ALL
-) -> np.ndarray:
-    """z(|S|) - z(ln(1+C)/E) (GPT-2, Pythia, Gemma) or z(|S|) - z(ln(1+C/E)) (`log_of_ratio`,
-    Llama), both standardised by the mean and spread of `rows`.
-    """
-    S, C, E = (frame[name].to_numpy(float) for name in ("S_abs", "C", "E"))
-    E = E + 1e-8
-    spread = np.log1p(C / E) if formula == "log_of_ratio" else np.log1p(C) / E
-
-    def z(x: np.ndarray) -> np.ndarray:
-        return (x - x[rows].mean()) / (x[rows].std() + 1e-12)
-
-    return z(S) - z(spread)
 
 
 @dataclass
@@ -68,7 +52,7 @@ def split_features(
     n_held_out = round(settings.holdout_fraction * n)
     held_out = order[:n_held_out]
     train = order[n_held_out:]
-    seen = train if settings.protocol == "replication" else ALL
+    seen = train if settings.protocol == "replication" else ALL_ROWS
     score = compute_clean_score(frame, settings.clean_score, seen)
     Y = np.stack([score, frame["E"].to_numpy(float)], axis=1)[train]
     if permutation is not None:
