@@ -7,6 +7,7 @@ about harm. Look-alikes share words with what is declined: the same plants in ot
 the words of gardening about other things.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,9 @@ CAPITALS = {
     **{"Peru": "Lima", "Kenya": "Nairobi", "India": "New Delhi", "Canada": "Ottawa"},
 }
 CAPITAL = "What is the capital of {x}?"
+_WORDS = r"((?:(?!\n\n(?:Human|Assistant):).)*)"
+_ONE_EXCHANGE = re.compile(rf"\A\s*Human: {_WORDS}\n\nAssistant:{_WORDS}\Z", re.DOTALL)
+"""A dialogue of HH-RLHF with one request and one reply."""
 
 
 @dataclass(frozen=True)
@@ -178,17 +182,20 @@ def read_pairs(path: Path) -> list[Request]:
     """The reader's own pairs: a csv or jsonl file with `prompt`, `chosen` and `rejected`.
 
     A column `kind` may say `look-alike` or `plain` of requests that are not to be declined; these
-    need no replies.
+    need no replies. Files of HH-RLHF, whose `chosen` and `rejected` are whole dialogues, are read
+    as they are published.
     """
     table = _read_table(path)
+    if {"chosen", "rejected"} == set(table):
+        table = _split_dialogues(table)
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in table]
     if missing:
         raise ResearchError(f"{path.name} has no column '{missing[0]}'; name it so in the file.")
     if table.empty:
         raise ResearchError(f"{path.name} holds no pairs; give at least four.")
     found = []
-    for i, row in enumerate(table.fillna("").to_dict("records"), 1):
-        request = _make_request({str(k): v for k, v in row.items()}, f"row {i} of {path.name}")
+    for i, row in zip(table.index, table.fillna("").to_dict("records"), strict=True):
+        request = _make_request({str(k): v for k, v in row.items()}, f"row {i + 1} of {path.name}")
         found.append(request)
     prompts = [request.prompt for request in found]
     twice = next((p for p in prompts if prompts.count(p) > 1), None)
@@ -201,15 +208,27 @@ def read_pairs(path: Path) -> list[Request]:
     return found
 
 
+def _split_dialogues(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Requests with both replies, of dialogues of one exchange: rows of a chat model are as long as
+    its longest prompt. A request that is asked again is left out.
+    """
+    sides = {side: table[side].str.extract(_ONE_EXCHANGE) for side in ("chosen", "rejected")}
+    found = table.assign(prompt=sides["chosen"][0], **{n: part[1] for n, part in sides.items()})
+    answered = found["chosen"].str.strip().ne("") & found["rejected"].str.strip().ne("")
+    kept = found[answered & (found["prompt"] == sides["rejected"][0])].drop_duplicates("prompt")
+    return table if kept.empty else kept
+
+
 def _read_table(path: Path) -> "pd.DataFrame":
     import pandas as pd
 
     readers: dict[str, Any] = {".csv": pd.read_csv, ".jsonl": pd.read_json}
-    if path.suffix not in readers:
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in readers:
         raise ResearchError(f"{path.name} is neither a .csv nor a .jsonl file; convert the pairs.")
-    given = {"dtype": str} | ({"lines": True} if path.suffix == ".jsonl" else {})
+    given = {"dtype": str} | ({"lines": True} if suffix == ".jsonl" else {})
     try:
-        return readers[path.suffix](path, **given)
+        return readers[suffix](path, **given)
     except pd.errors.EmptyDataError as error:
         raise ResearchError(f"{path.name} is empty; give at least four pairs.") from error
     except (OSError, ValueError) as error:

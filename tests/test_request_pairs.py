@@ -1,5 +1,6 @@
 """Requests to decline: the harmless stand-in splits cleanly, a reader's file is checked."""
 
+import gzip
 import json
 
 import pytest
@@ -87,9 +88,33 @@ def test_a_readers_file_takes_the_place_of_what_is_declined(tmp_path):
     assert sorted(alike) == [f"q{i}" for i in range(4)]
 
 
+def test_a_file_of_hh_rlhf_is_read_as_it_is_published(tmp_path):
+    def dialogue(*turns):
+        names = ("Human", "Assistant")
+        return "".join(f"\n\n{names[i % 2]}: {turn}" for i, turn in enumerate(turns))
+
+    asked = [f"How do I grow\n\nplant {i}?" for i in range(5)]
+    rows = [(dialogue(q, "Rather not.\n\nSorry."), dialogue(q, "Sure!")) for q in asked]
+    rows += [
+        rows[0],  # asked again
+        (dialogue("a", "b", "c", "No."), dialogue("a", "b", "c", "Yes.")),  # two exchanges
+        (dialogue("a", "No."), dialogue("a", "b", "c", "Yes.")),
+        (dialogue("one", "No."), dialogue("another", "Yes.")),
+        (dialogue("unanswered", ""), dialogue("unanswered", "Yes.")),
+    ]
+    path = tmp_path / "test.jsonl.gz"
+    lines = [json.dumps({"chosen": chosen, "rejected": rejected}) for chosen, rejected in rows]
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    found = request_pairs.read_pairs(path)
+    assert [request.prompt for request in found] == asked
+    assert {request.chosen for request in found} == {"Rather not.\n\nSorry."}
+    assert {(request.rejected, request.kind) for request in found} == {("Sure!", DECLINE)}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
+        ("a.csv", "chosen,rejected\nNo.,Yes.\n", "has no column 'prompt'"),
         ("a.csv", "", "is empty; give at least four pairs"),
         ("a.csv", HEAD, "holds no pairs"),
         ("a.csv", "prompt,chosen\nWhy?,No.\n", "has no column 'rejected'"),

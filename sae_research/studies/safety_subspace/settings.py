@@ -71,8 +71,8 @@ class Settings:
     n_pairs: int | None = None
     """Safety pairs of the main comparison (unknown)."""
     pairs_file: str = ""
-    """The reader's own pairs for a real model, csv or jsonl with prompt, chosen and rejected; empty
-    takes a harmless stand-in, requests about gardening that are to be declined (ours)."""
+    """The reader's own pairs for a real model, csv or jsonl with prompt, chosen and rejected, or a
+    file of HH-RLHF; empty takes a harmless stand-in, gardening to be declined (ours)."""
     reply_tokens: int = 10
     """Tokens of a real model's replies, in training and test (ours)."""
     tested: int = 32
