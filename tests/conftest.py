@@ -5,15 +5,22 @@ import replicas
 import smoke
 from filelock import FileLock
 
-LONGEST = ("test_smoke_chain.py", "test_opinion_qa_real.py", "test_world.py", "test_pipeline.py")
-"""They run first, so that no worker sits idle beside one that came last."""
-LAST = "test_smoke_nbval.py"
-"""It needs what the first one made."""
+FIRST = (
+    "test_smoke_chain.py",
+    "test_opinion_qa_real.py",
+    "test_smoke_nbval.py",
+    "test_pipeline.py",
+    "test_world.py",
+)
+"""They run first, so that many short files are left to keep all workers busy to the end. A worker
+takes the next file as soon as two tests of its own are left: the one with the smoke chain, a single
+test, takes nbval after it, which needs what the chain made.
+"""
 
 
 def pytest_collection_modifyitems(items):
-    rank = {name: i for i, name in enumerate(LONGEST)} | {LAST: len(LONGEST) + 1}
-    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+    rank = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture(scope="session")

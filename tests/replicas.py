@@ -28,6 +28,13 @@ BLOCKS = {
     "Llama-3.1-8B": 32,
     "SmolLM2-135M-Instruct": 30,
 }
+PROMPTS = (
+    "First comes a short note on the person who answers, then a question.\nNote: sex: Male; age: ",
+    "Answer as a person would whose sex is: Female and age is: ",
+    "Which of these describes you (age)?\n\nKeep that answer in mind for the next question.",
+    "Question: \nA. No\nB. Perhaps\nC. Yes\nAnswer with A, B or C.\n\nAnswer: A or D, E, F",
+)
+"""What a replica's tokenizer knows as words."""
 
 
 def write_cache(cache: Path) -> None:
@@ -235,10 +242,10 @@ def _write_weights(folder: Path, name: str, model) -> None:
 
 
 def _tokenizer(name: str):
-    """GPT-2's own tokenizer where it lies next to the repository, else bytes with the model's
-    special tokens.
+    """GPT-2's own tokenizer where it lies next to the repository, else the model's special tokens,
+    bytes and the words that prompts are made of: in bytes alone a prompt is four times as long.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if name.startswith("gpt2") and (REAL / "tokenizers" / "gpt2").is_dir():
@@ -261,13 +268,15 @@ def _tokenizer(name: str):
         "gpt2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     }[name[:5].split("-")[0]]
     turns = ["<start_of_turn>", "<end_of_turn>"] if name.startswith("gemma") else []
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {
-        token: i for i, token in enumerate([*dict.fromkeys(special.values()), *turns, *alphabet])
-    }
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        special_tokens=[*dict.fromkeys(special.values()), *turns],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(PROMPTS, trainer)
     found = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, additional_special_tokens=turns, **special
     )

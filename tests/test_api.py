@@ -110,13 +110,48 @@ def test_readme_shows_lines_that_exist():
 EXAMPLES = sorted((paths.ROOT / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
-def test_an_example_runs_as_an_outsider_would_run_it(path, tmp_path):
+RUN_ALL = """
+import json, os, runpy, sys, traceback
+from contextlib import redirect_stdout
+from io import StringIO
+
+said = {}
+for path in sys.argv[1:]:
+    os.mkdir(os.path.basename(path))
+    os.chdir(os.path.basename(path))
+    printed, wrong = StringIO(), ""
+    sys.argv, sys.path[0] = [path, "--quick"], os.path.dirname(path)
+    try:
+        with redirect_stdout(printed):
+            runpy.run_path(path, run_name="__main__")
+    except (Exception, SystemExit):
+        wrong = traceback.format_exc()
+    said[path] = printed.getvalue(), wrong
+    os.chdir("..")
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    """What each example printed and what went wrong, run as scripts in one process of their own:
+    most of the time of a short script is the import of torch and SAELens.
+    """
     done = subprocess.run(
-        [sys.executable, str(path), "--quick"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", RUN_ALL, *map(str, EXAMPLES)],
+        cwd=tmp_path_factory.mktemp("examples"),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip()
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_an_example_runs_as_an_outsider_would_run_it(path, examples):
+    printed, wrong = examples[str(path)]
+    assert not wrong, wrong[-2000:]
+    assert printed.strip()
 
 
 def test_an_example_says_what_is_wrong_in_one_sentence(tmp_path):

@@ -1,6 +1,4 @@
-"""nbval on the notebooks of the smoke chain. It comes last: by then another worker has run the
-chain, and this half of the work is left to whoever is free.
-"""
+"""nbval on the notebooks of the smoke chain, once that has run."""
 
 import shutil
 

@@ -60,12 +60,12 @@ def private(tmp_path_factory):
     """
     data = tmp_path_factory.mktemp("data")
     folder, draws = data / "private" / "opinion_qa", np.random.default_rng(0)
-    words = ["".join(draws.choice(list("abcdefghij"), 5)) for _ in range(200)]
+    words = ["".join(draws.choice(list("abcdefghij"), 3)) for _ in range(200)]
     for wave, size in WAVES.items():
         place, items = folder / "human_resp" / f"American_Trends_Panel_W{wave}", []
         for n in range(size):
             if n % 2 == 0:
-                stem = " ".join(draws.choice(words, 7, replace=False))
+                stem = " ".join(draws.choice(words, 4, replace=False))
             options = ["No", "Perhaps", "Yes"][: 2 + n % 2]
             items.append(
                 {
