@@ -263,6 +263,22 @@ def test_every_claim_is_measured_or_needs_real_weights(results):
     assert "text model" in answer
 
 
+def test_null_dictionaries_are_compared_with_and_have_no_vote(results):
+    made = findings.make_tables(results)
+    n = len(tables.select(made["facts"], seed=0))
+    for name in ("facts", "random"):
+        rows = made[name][made[name]["sae"] == made["facts"]["sae"].iloc[0]]
+        null = rows.assign(sae=rows["sae"] + "_soft_frozen_decoder")
+        made[name] = pd.concat([made[name], null], ignore_index=True)
+    found = findings.measure_claims(made)
+    stated = claims.load_claims("side_effects")
+    assert found["side_effects.nulls.spread"].value == 0
+    verdicts = {name: claims.judge(claim, found[name]) for name, claim in stated.items()}
+    answer = findings.summarize(made, verdicts)
+    assert f"In {n} SAEs" in answer
+    assert "null dictionaries by 0.00" in answer
+
+
 PREDICTIONS = [f"{a}_over_{b}" for a in ("spread", "stability") for b in ("frequency", "magnitude")]
 
 

@@ -339,9 +339,11 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
 
     models = [name_model(model) for model, _ in find_main_saes(t)]
     first = select(t["facts"], seed=0)
+    nulls = first["sae"].map(find_null).notna()
+    saes = f"{(~nulls).sum()} SAEs ({', '.join(models)})"
     random = "random directions"
     sentences = [
-        f"In {len(first)} SAEs ({', '.join(models)}), the rank correlation between what is known "
+        f"In {saes}, the rank correlation between what is known "
         "before steering and what steering does exceeds that of firing frequency alone by "
         f"{say('predict.spread_over_frequency', random)} for spread and by "
         f"{say('predict.stability_over_frequency', random)} for stability.",
@@ -362,4 +364,15 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
         "steers no feature, changes the rank correlation by a further "
         f"{say('forecast.spread')} for spread and {say('forecast.stability')} for stability.",
     ]
+    if nulls.any():
+        sentences.append(
+            "The rank correlation with what steering does exceeds that in null dictionaries by "
+            f"{say('nulls.spread')} for spread and by {say('nulls.stability')} for stability."
+        )
+    if measured["side_effects.seeds.spread"] is not None:
+        sentences.append(
+            "How well SAEs of other seeds find a feature correlates at "
+            f"{say('seeds.spread', random)} with its moved latents per effect and at "
+            f"{say('seeds.stability', random)} with its stability."
+        )
     return "\n".join(f"- {sentence}" for sentence in sentences)
