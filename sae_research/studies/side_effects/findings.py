@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from sae_research import stats
 from sae_research.claims import Measurement
@@ -24,6 +25,9 @@ from sae_research.studies.side_effects.tables import (
 )
 
 __all__ = ["make_tables", "make_titles", "measure_claims", "summarize"]
+
+FEW_SAES = 6
+"""Below so many, the answer says how large a mean over SAEs has to be."""
 
 
 def _measure(found: stats.Interval, control: Measurement | None = None) -> Measurement:
@@ -292,7 +296,8 @@ def make_titles(t: Tables) -> dict[str, str]:
         summarize_saes(select(rows, target="C", residualised=False, direction="random"), "rho")
         for rows in (t["own_contexts"], t["random"])
     ]
-    oracle = select(t["payoffs"], labels="real", payoff="share_of_oracle").value.mean()
+    reached = select(t["payoffs"], labels="real", payoff="share_of_oracle")
+    oracle = reached[has_vote(reached["sae"])].value.mean()
     titles = {
         "reliability": "On other contexts, spread agrees with itself at "
         f"{say('labels.spread_reliability')}, stability at {say('labels.stability_reliability')}",
@@ -312,8 +317,8 @@ def make_titles(t: Tables) -> dict[str, str]:
         "screening_payoff": f"Features chosen as clean reach {100 * oracle:.0f} % of the best "
         "choice's lift, on average over SAEs",
         "top_k": "How much cleaner the k chosen features are than the average candidate",
-        "forecasts": "Jacobians add to the full set "
-        f"{say('forecast.spread')} for spread and {say('forecast.stability')} for stability",
+        "forecasts": "Rank correlation of Jacobians alone minus that of the full set: "
+        f"{say('forecast.spread')} for spread, {say('forecast.stability')} for stability",
         "dose": "From the lowest to the highest dose, crowding's correlation with the count per "
         f"effect changes by {m['controls.dose'].value:+.2f}",
     }
@@ -344,14 +349,14 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
     random = "random directions"
     sentences = [
         f"In {saes}, the rank correlation between what is known "
-        "before steering and what steering does exceeds that of firing frequency alone by "
-        f"{say('predict.spread_over_frequency', random)} for spread and by "
+        "before steering and what steering does, minus that of firing frequency alone, is "
+        f"{say('predict.spread_over_frequency', random)} for spread and "
         f"{say('predict.stability_over_frequency', random)} for stability.",
-        "Over activation magnitude alone the gains are "
+        "Minus that of activation magnitude alone it is "
         f"{say('predict.spread_over_magnitude', random)} and "
-        f"{say('predict.stability_over_magnitude', random)}; once effect size, activation and "
-        f"frequency are removed, {say('predict.spread_residualised')} and "
-        f"{say('predict.stability_residualised')} remain.",
+        f"{say('predict.stability_over_magnitude', random)}; what is left once effect size, "
+        f"activation and frequency are removed is {say('predict.spread_residualised')} and "
+        f"{say('predict.stability_residualised')}.",
         "On fresh contexts, unseen features that were chosen as clean differ from those chosen as "
         f"messy by {say('screening.stability', random)} standard deviations in stability and by "
         f"{say('screening.spread', random)} in moved latents per effect.",
@@ -360,14 +365,22 @@ def summarize(t: Tables, verdicts: Mapping[str, str]) -> str:
         f"{say('controls.own_contexts')}.",
         "The labels bound every prediction: on other contexts they agree with themselves at "
         f"{say('labels.spread_reliability')} for spread and "
-        f"{say('labels.stability_reliability')} for stability; a forecast by Jacobians, which "
-        "steers no feature, changes the rank correlation by a further "
+        f"{say('labels.stability_reliability')} for stability; the rank correlation of a forecast "
+        "by Jacobians, which steers no feature, minus that of the full set is "
         f"{say('forecast.spread')} for spread and {say('forecast.stability')} for stability.",
     ]
+    judged = sum(m is not None and m.low is not None for m in measured.values())
+    n = (~nulls).sum()
+    if n < FEW_SAES:
+        least = student.ppf(1 - 0.025 / judged, n - 1) / n**0.5
+        sentences.append(
+            f"{n} SAEs can show little: after correction over {judged} claims, a mean over them is "
+            f"clear of zero only beyond {least:.1f} of their standard deviations."
+        )
     if nulls.any():
         sentences.append(
-            "The rank correlation with what steering does exceeds that in null dictionaries by "
-            f"{say('nulls.spread')} for spread and by {say('nulls.stability')} for stability."
+            "Net of random directions, the rank correlation minus that in null dictionaries is "
+            f"{say('nulls.spread')} for spread and {say('nulls.stability')} for stability."
         )
     if measured["side_effects.seeds.spread"] is not None:
         sentences.append(

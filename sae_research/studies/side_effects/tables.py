@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from sae_research import catalogue, stats, training
+from sae_research.screening.screen import RANDOM
 from sae_research.studies.runner import Result
 from sae_research.studies.side_effects import selection
 from sae_research.studies.side_effects.prediction import FULL_SET, as_row
@@ -102,9 +103,13 @@ def make_tables(results: dict[str, Result]) -> Tables:
             table["name"] = [name_sae(model, sae) for model, sae in keys]
     tables["ranked"] = results["ranking"].tables["ranked"]
     stabilities = ["S", "S_abs", "S_loo"]
+    steered = select(tables["features"], seed=0)
+    steered = steered[has_vote(steered["sae"])]
+    random = steered[[f"{name}{RANDOM}" for name in stabilities]].set_axis(stabilities, axis=1)
     floor = {
         "pure noise (mean)": tables["noise"][stabilities].mean(),
-        "features (median)": select(tables["features"], seed=0)[stabilities].median(),
+        "random directions (median)": random.median(),
+        "features (median)": steered[stabilities].median(),
     }
     tables["floor"] = pd.DataFrame(floor) + 0.0  # no negative zero
     tables["null_range"] = tables["null"][["C", "S_abs"]].quantile([0.025, 0.5, 0.975])
