@@ -179,7 +179,7 @@ def cached_files(folder: Path) -> dict[str, set[str]]:
 
     try:
         repositories = scan_cache_dir(folder).repos
-    except CacheNotFound:
+    except (CacheNotFound, OSError, ValueError):  # none, or a file in its place
         return {}
     return {
         repository.repo_id: {

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -199,12 +200,15 @@ def _dvc(force: bool) -> int:
     logging.getLogger("dvc").setLevel(logging.WARNING)
     # in the main thread DVC would be deaf to Ctrl-C until its stage ends
     with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(_run_stages, force)
         try:
-            return pool.submit(_run_stages, force).result()
+            return running.result()
         except KeyboardInterrupt:
-            for child in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):
-                    child.kill()
+            while not running.done():  # between two stages there is none to end yet
+                for child in psutil.Process().children(recursive=True):
+                    with suppress(psutil.Error):
+                        child.kill()
+                time.sleep(0.2)
             raise
 
 

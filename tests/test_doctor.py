@@ -122,6 +122,8 @@ def test_a_model_is_downloaded_when_its_model_and_main_saes_are(hub_cache, tmp_p
     files = machine.cached_files(hub_cache)
     assert [spec.name for spec in away if not machine.downloaded(spec, files)] == []
     assert machine.cached_files(tmp_path / "nowhere") == {}
+    (tmp_path / "file").touch()
+    assert machine.cached_files(tmp_path / "file") == {}
     del files["jbloom/GPT2-Small-SAEs-Reformatted"], files["gpt2-large"]
     gone = {spec.name for spec in away if not machine.downloaded(spec, files)}
     assert gone == {"gpt2-small", "gpt2-large"}

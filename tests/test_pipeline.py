@@ -205,6 +205,26 @@ def test_what_a_kill_leaves_of_dvc_does_not_block_the_next_run(tiny):
         assert set(yaml.safe_load((tiny.root / "dvc.lock").read_text())["stages"]) == {"world"}
 
 
+def test_ctrl_c_between_two_stages_starts_no_further_one():
+    code = """
+import os, signal, subprocess, threading, time
+from sae_research import pipeline
+def stages(force):
+    time.sleep(1)  # DVC compares checksums
+    return subprocess.run(["sleep", "30"]).returncode
+pipeline._run_stages = stages
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+begun = time.monotonic()
+try:
+    pipeline._dvc(False)
+except KeyboardInterrupt:
+    print(time.monotonic() - begun)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 20
+
+
 def test_a_truncated_artefact_is_named_and_then_mended(tiny):
     damaged = tiny.root / "data/smoke/tiny/artefacts/numbers.csv"
     damaged.chmod(0o644)

@@ -163,6 +163,14 @@ def test_whole_waves_are_kept_for_the_test_and_families_stay_together():
     assert [q.split for q in again.questions] != splits.tolist()
 
 
+def test_a_group_of_opinion_qa_without_answers_to_every_question_is_named(opinion_qa):
+    path = opinion_qa / "human_resp" / "American_Trends_Panel_W27" / "responses.csv"
+    path.write_text(path.read_text().replace("Female,Fewer,Mill", "Female,Fewer,"))
+    with pytest.warns(UserWarning, match="'SEX Female' has no answer to 'INDUSTRY_W27'"):
+        found = published.load_opinion_qa(opinion_qa, [27])
+    assert [g.name for g in found.groups] == ["Male"]
+
+
 @pytest.mark.parametrize("waves", [[], [27, 27]])
 def test_no_wave_and_the_same_wave_twice_are_refused(opinion_qa, waves):
     with pytest.raises(ResearchError, match=r"OpinionQA(:| holds) "):

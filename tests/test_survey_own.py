@@ -90,6 +90,17 @@ def test_numbers_are_a_scale_in_ascending_order(tmp_path):
     assert found.questions[0].ordered
 
 
+def test_blanks_in_the_header_and_empty_columns_change_nothing(tmp_path):
+    path = tmp_path / "poll.csv"
+    path.write_text(WIDE)
+    plain = sr.load_survey(path, attributes=["party"], options=ORDER)
+    head, *rows = WIDE.splitlines()
+    path.write_text("\n".join([head.replace(",", ", ") + ",,", *(row + ",," for row in rows)]))
+    found = sr.load_survey(path, attributes=["party"], options=ORDER)
+    assert found.questions == plain.questions
+    assert np.array_equal(found.distributions, plain.distributions)
+
+
 def test_a_group_without_answers_to_every_question_is_named_and_left_out(tmp_path):
     path = tmp_path / "poll.csv"
     path.write_text(WIDE + "green,1,yes,\n")
@@ -120,8 +131,14 @@ def test_a_group_without_answers_to_every_question_is_named_and_left_out(tmp_pat
         (WIDE.replace("red,2", "red,-2"), {"attributes": ["party"]}, "line 2: 'weight' is '-2'"),
         (LONG + "1,tax,no,red,2\n", {}, "line 9: this respondent has answered the question before"),
         (LONG + "4,tax,no,red,3\n", {}, "line 9: this respondent had another 'party' before"),
+        (LONG + "4,tax,no,blue,2\n", {}, "line 9: this respondent had another 'weight' before"),
+        (LONG, {"options": {"tacks": ["no"]}}, "unknown question 'tacks' .*did you mean 'tax'"),
+        (WIDE.replace("weight", "Weight"), {"attributes": ["party"]}, "'Weight' must be spelt 'w"),
+        (LONG.replace("weight", "WEIGHT"), {}, "line 1: column 'WEIGHT' must be spelt 'weight'"),
+        (WIDE.replace("party", "answer"), {"attributes": ["answer"]}, "'answer' cannot be an attr"),
         (LONG, {"questions": ["tacks"]}, "unknown question 'tacks' in .*did you mean 'tax'"),
         (LONG, {"options": {"tax": ["no", "yes", "no"]}}, "an option stands twice"),
+        (",party,tax,\n0,red,no,\n", {"attributes": ["party"]}, "line 1: 'unnamed column 1' holds"),
         ("party,tax,tax\nred,no,no\n", {"attributes": ["party"]}, "column 'tax' stands twice"),
         ("party,tax\nred,no,1\n", {"attributes": ["party"]}, "line 2: the row has more cells"),
         ("party,tax\nred,1\nred,nan\n", {"attributes": ["party"]}, "'tax' .* are no scale"),
@@ -159,6 +176,11 @@ def test_what_is_wrong_is_one_sentence_that_names_the_layouts(tmp_path, text, gi
         ({"group": "Male", "n": "-5"}, "'n' is '-5'"),
         ({"group": "Male", "n": "1e300"}, "'n' is '1e300'"),
         ({"group": " "}, "'group' is empty"),
+        (
+            {"attribute": "Overall", "group": "All"},
+            "the population has 'Overall' as attribute and group",
+        ),
+        ({"group": "Overall"}, "the population has 'Overall' as attribute and group"),
         ({"group": "Male", "n": "many"}, "'n' is 'many'"),
         ({}, "appears twice"),
         ({"group": "Male", "options": '["A", "B", "C"]'}, "another wording or other options"),

@@ -1,6 +1,7 @@
 """From cells (a group's answers to a question) to a survey."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +89,7 @@ def assemble(cells: Sequence[Cell], source: str) -> Survey:
             f"no group of {source} answered all {len(questions)} questions; "
             "load fewer questions, waves or files."
         )
+    _warn_of_left_out(found, list(questions), source)
     sizes = {n: [full[n][q].respondents for q in questions] for n in tables}
     known = all(size is not None for row in sizes.values() for size in row)
     mean = {n: float(np.mean(row)) if known else 1.0 for n, row in sizes.items()}
@@ -101,6 +103,20 @@ def assemble(cells: Sequence[Cell], source: str) -> Survey:
         share = np.array([g.share for g in groups])
         overall = np.tensordot(share / share.sum(), distributions, 1)
     return Survey(tuple(questions.values()), groups, distributions, overall, counts=counts)
+
+
+def _warn_of_left_out(
+    found: Mapping[tuple[str, str], Mapping[str, Cell]], keys: Sequence[str], source: str
+) -> None:
+    """Say which groups are not in the survey, each with the first question that it lacks."""
+    lacking = {" ".join(name): [k for k in keys if k not in row] for name, row in found.items()}
+    missing = [f"'{name}' has no answer to '{gone[0]}'" for name, gone in lacking.items() if gone]
+    if missing:
+        listed = "; ".join(missing)
+        warnings.warn(
+            f"{source}: groups without answers to every question are left out: {listed}.",
+            stacklevel=4,
+        )
 
 
 def _pad(shares: np.ndarray, width: int) -> np.ndarray:

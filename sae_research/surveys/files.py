@@ -15,7 +15,6 @@ long and wide: each attribute column (gender, party, ...) makes one group per va
 are people who were not asked or did not answer. `weight` is a respondent's survey weight.
 """  # noqa: E501 - the table
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from sae_research.surveys.cells import MOST_OPTIONS, Cell, assemble, find_flaw, 
 from sae_research.surveys.survey import OVERALL, Question, Survey
 from sae_research.surveys.tables import (
     LARGEST,
+    UNNAMED,
     Row,
     malformed,
     parse_literal,
@@ -79,6 +79,7 @@ def load_survey(
             wanted = [r for r in wanted if r[1]["attribute"] in (*attributes, OVERALL)]
         cells = _read_counts(wanted, path)
     else:
+        _check_columns(rows, {*attributes, *questions, weight}, path)
         if set(LONG) <= set(columns):
             attributes = attributes or [c for c in columns if c not in (*LONG, weight)]
             answers = _read_long(rows, path, attributes, weight)
@@ -89,15 +90,28 @@ def load_survey(
         else:
             found = ", ".join(columns[:8])
             raise ResearchError(f"{relative(path)} has the columns {found}. {LAYOUTS}")
+        asked = answers["question"].unique()
+        _check_names("question", options or (), [*asked, *columns], path)
         if questions:
-            _check_names("question", questions, answers["question"], path)
+            _check_names("question", questions, asked, path)
             answers = answers[answers["question"].isin(list(questions))]
         wordings = questions if isinstance(questions, Mapping) else {}
         cells = _count_answers(answers, path, attributes, wordings, options or {})
     if not cells:
         raise ResearchError(f"{relative(path)} holds no answers to the questions. {LAYOUTS}")
-    _warn_of_incomplete_groups(cells, path)
     return assemble(cells, relative(path))
+
+
+def _check_columns(rows: list[Row], wanted: Iterable[str], path: Path) -> None:
+    """Refuse what would be read as a question, or as groups, and is meant otherwise."""
+    for name in rows[0][1]:
+        meant, reason = name.casefold(), ""
+        if meant in ("weight", "respondent") and name not in (meant, *wanted):
+            reason = f"column '{name}' must be spelt '{meant}'; rename it."
+        if meant.startswith(("unnamed:", UNNAMED)) and any(row[name].strip() for _, row in rows):
+            reason = f"'{name}' holds values; name it or remove it."
+        if reason:
+            raise ResearchError(f"{relative(path)}, line 1: {reason} {LAYOUTS}")
 
 
 def _check_names(kind: str, wanted: Iterable[str], present: Iterable[str], path: Path) -> None:
@@ -123,6 +137,9 @@ def _read_counts(rows: list[Row], path: Path) -> list[Cell]:
         item, counts = _parse_counts(row, path, line)
         if known.setdefault(item.key, item) != item:
             reason = f"question '{item.key}' has another wording or other options than before"
+            raise malformed(path, line, reason)
+        if (row["attribute"] == OVERALL) != (row["group"] == OVERALL):
+            reason = f"the population has '{OVERALL}' as attribute and group, nobody else has"
             raise malformed(path, line, reason)
         place = (row["attribute"], row["group"], item.key)
         if place in cells:
@@ -174,8 +191,8 @@ def _read_long(rows: list[Row], path: Path, attributes: Sequence[str], weight: s
     frame["answer"] = [row["answer"].strip() for _, row in rows]
     people = frame.assign(who=[row["respondent"].strip() for _, row in rows])
     _refuse(people.duplicated(["who", "question"]), people, path, "has answered the question")
-    for name in attributes:
-        other = people[name] != people.groupby("who")[name].transform("first")
+    for name, column in {weight: "_weight", **{name: name for name in attributes}}.items():
+        other = people[column] != people.groupby("who")[column].transform("first")
         _refuse(other, people, path, f"had another '{name}'")
     return frame
 
@@ -208,6 +225,9 @@ def _read_people(
     import pandas as pd
 
     header = rows[0][1]
+    if taken := {"question", "answer", "_line", "_weight", OVERALL}.intersection(attributes):
+        where = f"{relative(path)}, line 1"
+        raise ResearchError(f"{where}: '{taken.pop()}' cannot be an attribute; rename the column.")
     wanted = [*attributes, *needed] + ([weight] if weight != "weight" else [])
     if missing := [column for column in wanted if column not in header]:
         where = f"{relative(path)}, line 1"
@@ -278,18 +298,3 @@ def _infer_question(
                 "correct them, or list its `options`."
             )
     return make_question(key, wording, found, ordinal)[0]
-
-
-def _warn_of_incomplete_groups(cells: Sequence[Cell], path: Path) -> None:
-    keys = list(dict.fromkeys(cell.question.key for cell in cells))
-    answered: dict[str, set[str]] = {}
-    for cell in cells:
-        answered.setdefault(f"{cell.attribute} {cell.group}", set()).add(cell.question.key)
-    lacking = {name: [k for k in keys if k not in found] for name, found in answered.items()}
-    missing = [f"'{name}' has no answer to '{keys[0]}'" for name, keys in lacking.items() if keys]
-    if missing:
-        listed = "; ".join(missing)
-        warnings.warn(
-            f"{relative(path)}: groups without answers to every question are left out: {listed}.",
-            stacklevel=3,
-        )

@@ -10,6 +10,8 @@ from sae_research.paths import relative
 
 Row = tuple[int, dict[str, str]]
 """A row of a csv with its line number."""
+UNNAMED = "unnamed column "
+"""What a column without a name is called, before its place."""
 
 
 def read_rows(path: Path, columns: Sequence[str] = (), layout: str = "") -> list[Row]:
@@ -29,14 +31,16 @@ def _read_rows(
 ) -> list[Row]:
     rows = []
     try:
-        header = list(reader.fieldnames or ())
-        if not "".join(header).strip():
+        header = [name.strip() for name in reader.fieldnames or ()]  # `party, weight`
+        if not "".join(header):
             words = layout or "fetch the data set again."
             raise ResearchError(f"{relative(path)} is empty; {words}")
+        header = [name or f"{UNNAMED}{i}" for i, name in enumerate(header, 1)]
+        reader.fieldnames = header
         where = f"{relative(path)}, line 1: column"
         if missing := [column for column in columns if column not in header]:
             raise ResearchError(f"{where} '{missing[0]}' is missing. {layout}".rstrip())
-        if twice := [column for column in header if column and header.count(column) > 1]:
+        if twice := [column for column in header if header.count(column) > 1]:
             raise ResearchError(f"{where} '{twice[0]}' stands twice; rename one. {layout}".rstrip())
         for row in reader:
             if None in row or None in row.values():
