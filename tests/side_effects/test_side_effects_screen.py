@@ -260,6 +260,7 @@ def test_every_claim_is_measured_or_needs_real_weights(results):
     assert 3 <= len(answer.split("\n")) <= 6
     value = found["side_effects.predict.spread_over_frequency"].value
     assert f"{value:.2f}" in answer
+    assert f"{value:.2f}" in findings.make_titles(made)["gains"]
     assert "text model" in answer
 
 

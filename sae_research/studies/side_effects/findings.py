@@ -296,8 +296,8 @@ def make_titles(t: Tables) -> dict[str, str]:
         summarize_saes(select(rows, target="C", residualised=False, direction="random"), "rho")
         for rows in (t["own_contexts"], t["random"])
     ]
-    reached = select(t["payoffs"], labels="real", payoff="share_of_oracle")
-    oracle = reached[has_vote(reached["sae"])].value.mean()
+    splits = select(t["splits"], labels="real", seed=0)
+    oracle = splits[has_vote(splits["sae"])]["share_of_oracle"].mean()
     titles = {
         "reliability": "On other contexts, spread agrees with itself at "
         f"{say('labels.spread_reliability')}, stability at {say('labels.stability_reliability')}",
