@@ -375,7 +375,7 @@ def test_saes_have_names_that_a_reader_understands():
     real = "smollm2-135m-instruct"
     assert tables.name_sae(real, "block10_topk_1") == "SmolLM2 135M, TopK, seed 1"
     null = tables.name_sae(real, "block10_topk_soft_frozen_decoder")
-    assert null == "SmolLM2 135M, TopK, soft-frozen decoder"
+    assert null == "SmolLM2 135M, TopK, soft-frozen"
     assert tables.name_sae("gpt2-small", "primary") == "GPT-2 small"
     assert tables.name_sae("gpt2-small", "width_768") == "GPT-2 small, 768 latents"
     assert tables.name_sae("llama-3.1-8b", "llama-3.1-8b-32x/primary") == "Llama 3.1 8B, 4x wide"

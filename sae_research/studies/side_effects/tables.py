@@ -17,8 +17,9 @@ LADDER = "width_"
 WIDER = {"llama-3.1-8b-32x/primary": "primary", f"{LADDER}98304": f"{LADDER}24576"}
 """Published SAEs four times wider than another one of the same hook, which is their base."""
 KINDS = {"topk": "TopK", "jumprelu": "JumpReLU", "relu": "ReLU"}
-NULLS = {null: null.replace("soft_", "soft-").replace("_", " ") for null in training.NULLS}
-"""Null dictionaries as a reader calls them; the role of each ends in its key."""
+NULLS = {null: null.replace("_", " ") for null in training.NULLS}
+NULLS["soft_frozen_decoder"] = "soft-frozen"
+"""Null dictionaries as figures name them; the role of each ends in its key."""
 MODEL_NAMES = {
     "world-text": "text model",
     "world-survey": "survey model",
