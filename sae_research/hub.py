@@ -1,10 +1,12 @@
 """Files of the Hugging Face hub, and the libraries that read them kept silent."""
 
 import contextlib
+import errno
 import io
 import logging
 import warnings
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +15,12 @@ from sae_research.errors import ResearchError
 
 _PATIENCE = 10
 """Seconds to wait for the hub's answer."""
+_PAGE = {"DecodingError", "FileMetadataError", "JSONDecodeError", "TooManyRedirects"}
+"""What the client raises at a page in place of an answer."""
+_FOREIGN = (AssertionError, AttributeError, KeyError, TypeError, UnicodeDecodeError)
+"""What it raises at JSON that is no hub's."""
+_NO_RIGHT = {*store.FULL, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+"""What the system says where a cache cannot be written."""
 _MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -53,30 +61,53 @@ def download(
     """The folder, named by its commit, with those files of a hub repository that `patterns` name;
     fetched unless already on this machine.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, get_session, snapshot_download
 
+    hooks = get_session().event_hooks
+    if _lose_patience not in hooks["request"]:
+        get_session().event_hooks = {**hooks, "request": [*hooks["request"], _lose_patience]}
     wanted = {"revision": revision, "allow_patterns": list(patterns)}
     try:
-        # asked first: the library's own question waits without end, and takes a page for an answer
-        HfApi().model_info(repository, revision=revision, timeout=_PATIENCE)
+        # asked first: the library takes a page for an answer
+        found = HfApi().model_info(repository, revision=revision, timeout=_PATIENCE)
+        listed = [file.rfilename for file in found.siblings or ()]
+        present = any(fnmatch(name, pattern) for name in listed for pattern in patterns)
     except Exception as error:
         try:
             folder = snapshot_download(repository, **wanted, local_files_only=True)
         except (OSError, ValueError):
-            raise explain(repository, error) from error
+            raise explain(repository, error, _FOREIGN) from error
     else:
+        if not present:
+            raise ResearchError(
+                f"{repository} on the hub has no file {' or '.join(patterns)}; check what its page "
+                "lists, and choose another name or another SAE."
+            )
         try:
             folder = snapshot_download(repository, **wanted)
         except Exception as error:
-            raise explain(repository, error) from error
-    _refuse_damaged(Path(folder))
+            raise explain(repository, error, _FOREIGN) from error
+    _refuse_damaged(repository, Path(folder))
     return Path(folder)
 
 
-def _refuse_damaged(folder: Path) -> None:
+def _lose_patience(request) -> None:
+    """Wait as long as for any answer where the library would wait without end."""
+    limits = request.extensions.get("timeout") or {}
+    if limits.get("read") is None:
+        limits = dict.fromkeys(("connect", "read", "write", "pool"), _PATIENCE)
+        request.extensions["timeout"] = limits
+
+
+def _refuse_damaged(repository: str, folder: Path) -> None:
     """Name a file of weights that was cut short or altered; its header tells."""
     from safetensors import SafetensorError, safe_open
 
+    if folder.parent.name != "snapshots":  # the file that names the commit was cut short
+        kept = f"models--{repository.replace('/', '--')}"
+        raise ResearchError(
+            f"what the cache holds of {repository} is damaged; delete {kept} there."
+        )
     for path in folder.rglob("*.safetensors"):
         try:
             with safe_open(path, "np"):
@@ -88,8 +119,13 @@ def _refuse_damaged(folder: Path) -> None:
             ) from error
 
 
-def explain(repository: str, error: Exception) -> Exception:
-    """What the hub's answer, or its silence, means for the reader; other errors stay themselves."""
+def explain(
+    repository: str, error: Exception, foreign: tuple[type[Exception], ...] = ()
+) -> Exception:
+    """What the hub's answer, or its silence, means for the reader; other errors stay themselves.
+
+    One of the types `foreign` means that who answered is no hub.
+    """
     chain: list[BaseException] = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -107,14 +143,14 @@ def explain(repository: str, error: Exception) -> Exception:
         words = _explain_status(answers[0].status_code, answers[0].headers.get("Retry-After"))
     elif kinds & {"UnsupportedProtocol", "InvalidURL", "LocalProtocolError"}:
         words = "cannot be asked for: the environment variable HF_ENDPOINT is no address; unset it."
-    elif kinds & {"JSONDecodeError", "TooManyRedirects"}:
+    elif isinstance(error, foreign) or kinds & _PAGE:
         words = "cannot be fetched: a page, not the hub, answers; log in to this network (open any "
         words += "page in a browser) or unset HF_ENDPOINT, then run again."
     elif kinds & {"TimeoutException", "Timeout"}:
         words = f"cannot be fetched: the hub did not answer in {_PATIENCE} s; run again later."
     elif "ConnectError" not in kinds and kinds & {"NetworkError", "RemoteProtocolError"}:
         words = "came in part: the connection broke; run again, what came whole is kept."
-    elif any(isinstance(each, OSError) and each.errno in store.FULL for each in chain):
+    elif any(isinstance(each, OSError) and each.errno in _NO_RIGHT for each in chain):
         words = "cannot be kept: no room or no right to write; free disk space or set HF_HOME."
     elif kinds & {"ConnectError", "ConnectionError", "LocalEntryNotFoundError"}:
         return unreachable(repository)
@@ -140,7 +176,9 @@ def sae_commit(release: str) -> str:
     """The commit of the repository that holds a SAELens release."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    return download(get_pretrained_saes_directory()[release].repo_id, (".gitattributes",)).name
+    return download(
+        get_pretrained_saes_directory()[release].repo_id, (".gitattributes", "README.md")
+    ).name
 
 
 def unreachable(repository: str) -> ResearchError:

@@ -44,7 +44,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         fault = self.server.fault
         self.server.asked.append((self.command, self.path, self.headers.get("Range")))
-        if fault == "silence":
+        if fault == "silence" or (fault == "silence later" and "/tree/" in self.path):
             self.server.released.wait(60)
         elif fault == "page":
             self.answer(200, b"<html>Log in</html>", Content_Type="text/html")
@@ -58,14 +58,19 @@ class Hub(BaseHTTPRequestHandler):
         elif fault == "gated":
             self.answer(403, b"{}", X_Error_Code="GatedRepo")
         elif self.path.startswith("/api/"):
-            self.list_files()
+            self.list_files(fault)
         else:
             self.send_file(fault)
 
-    def list_files(self):
+    def list_files(self, fault):
+        if fault in ("{}", "null", "[]"):
+            return self.answer(200, fault.encode())
+        if fault == "no gzip":
+            return self.answer(200, b"{}", Content_Encoding="gzip")
         found = [{"rfilename": name, "type": "file", "path": name, "oid": SHA, "size": len(body)}
                  for name, body in FILES.items()]  # fmt: skip
         about = {"id": "o/m", "sha": SHA, "siblings": found, "private": False, "tags": []}
+        about |= {"no commit": {"sha": None}, "no files": {"siblings": []}}.get(fault, {})
         self.answer(200, json.dumps(found if "/tree/" in self.path else about).encode())
 
     def send_file(self, fault):
@@ -74,6 +79,8 @@ class Hub(BaseHTTPRequestHandler):
         if name == "model.safetensors" and fault == "damaged":
             body = body[:4] + bytes(1000)
         headers = {"ETag": f'"{name}{len(body)}"', "X_Repo_Commit": SHA}
+        if fault == "no mark":
+            headers = {}
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
         breaks = fault == "cut" or (fault == "cut once" and not start)
         if self.command == "GET" and name == "model.safetensors" and breaks:
@@ -149,7 +156,12 @@ def test_a_whole_model_comes_and_stays_without_the_hub(hub, tmp_path):
         ("a date", "run again in some minutes"),
         ("page", "a page, not the hub, answers"),
         ("loop", "a page, not the hub, answers"),
+        *((fault, "a page, not the hub, answers") for fault in ("{}", "null", "[]", "no gzip")),
+        ("no mark", "a page, not the hub, answers"),
+        ("no commit", "a page, not the hub, answers"),
+        ("no files", "has no file *.safetensors or"),
         ("silence", "did not answer in 10 s"),
+        ("silence later", "did not answer in 10 s"),
         ("cut", "came in part"),
         ("damaged", "is damaged"),
     ],
@@ -161,7 +173,7 @@ def test_each_answer_has_its_own_sentence(hub, tmp_path, fault, words):
     assert words in said, said
     assert said.count("\n") == 0
     assert "no network" not in said
-    assert seconds < 90
+    assert seconds < 120
 
 
 @pytest.mark.parametrize(
@@ -172,6 +184,24 @@ def test_an_address_that_is_none_and_one_where_nobody_is(tmp_path, endpoint, wor
     said, _ = fetch(tmp_path, endpoint)
     assert said.startswith("ResearchError "), said
     assert words in said, said
+
+
+def test_a_cache_that_does_not_know_its_commit_is_named(hub, tmp_path):
+    fetch(tmp_path, address(hub))
+    (ref,) = tmp_path.rglob("refs/main")
+    ref.write_text("")  # as a power cut leaves it
+    hub.fault = 503
+    said, _ = fetch(tmp_path, address(hub))
+    assert said.endswith("holds of o/m is damaged; delete models--o--m there."), said
+    hub.fault = None
+    assert fetch(tmp_path, address(hub))[0].startswith("got ")
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/hub"):
+        said, _ = fetch(tmp_path, address(hub), HF_HUB_CACHE=str(tmp_path / place))
+        assert said.startswith("ResearchError o/m cannot be kept: no room or no right"), said
 
 
 def test_a_download_goes_on_where_it_broke_off(hub, tmp_path):
