@@ -126,6 +126,8 @@ _TEMPLATE = """
 </style>
 <h2>{{ title }}</h2>
 <p><b>{{ prediction }}</b>: {{ reason }} (rank {{ rank }}).</p>
+{% if other_seeds %}<p>{{ other_seeds.words }}</p>
+{% endif %}
 {% for note in notes %}<p class="note">{{ note }}</p>
 {% endfor %}
 <h3>Most active in</h3>

@@ -27,6 +27,8 @@ VERDICTS = {
     "undecided": "the forecast interval holds the median feature",
 }
 N_SHOWN = 8
+FOUND = 0.7
+"""Decoder cosine from which on an SAE of another seed is said to have found a feature (ours)."""
 
 
 def make_card(ranking: "Ranking", latent: int, one: Screen) -> FeatureCard:
@@ -62,6 +64,8 @@ def make_card(ranking: "Ranking", latent: int, one: Screen) -> FeatureCard:
         "other_labels": {name: float(value) for name, value in others.items()},
         "facts": ranking.screen.collect_facts(),
     }
+    if ranking.other_seeds:
+        content["other_seeds"] = _look_in_other_seeds(ranking, latent)
     return FeatureCard(store.rounded(content, 6))
 
 
@@ -105,6 +109,19 @@ def _list_doses(one: Screen, row: pd.Series, latent: int) -> list[dict]:
         }
         for m in sorted({1.0, *one.settings.dose_multiples})
     ]
+
+
+def _look_in_other_seeds(ranking: "Ranking", latent: int) -> dict:
+    """The latent's best decoder cosine in each SAE of another seed, and how many found it."""
+    row = ranking.screen.sae.W_dec.detach()[latent].float()
+    cosines = [
+        float(torch.cosine_similarity(other.W_dec.detach().float(), row).max())
+        for other in ranking.other_seeds
+    ]
+    found = sum(cosine >= FOUND for cosine in cosines)
+    shown = ", ".join(f"{cosine:.2f}".replace("0.", ".", 1) for cosine in cosines)
+    words = f"found in {found} of {len(cosines)} other SAE seeds (cosine {shown})"
+    return {"words": words, "cosines": cosines}
 
 
 def _show_top_contexts(ranking: "Ranking", latent: int, before: int = 16, after: int = 6) -> list:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sae_research import saes
 from sae_research.errors import ResearchError
 from sae_research.feature_card import FeatureCard
 from sae_research.latents import find_top_contexts, make_latent_encoder
@@ -54,6 +55,8 @@ class Ranking:
     """The features that were steered, with everything measured on them."""
     predictors: pd.DataFrame
     """Predictors of every eligible latent."""
+    other_seeds: "Sequence[SAE]" = ()
+    """The same SAE from other seeds."""
 
     def __repr__(self) -> str:
         trust = ", ".join(f"{name} {value:.2f}" for name, value in self.quality.items())
@@ -94,17 +97,21 @@ def screen_features(
     settings: ScreenSettings | None = None,
     n_features: int | None = None,
     seed: int = 0,
+    other_seeds: "Sequence[SAE]" = (),
 ) -> Ranking:
     """Steer a sample of features, learn what predicts their side effects, and rank all features.
 
     `texts` are cut into contexts of `settings.context_length` tokens; ready contexts [n, T] are
     taken too. A small corpus gives fewer contexts, and few eligible features are all steered: the
     ranking's `notes` say so. Without a `downstream` SAE side effects are counted in `sae` itself at
-    its own hook, where they show crowding but not what the blocks above make of it.
+    its own hook, where they show crowding but not what the blocks above make of it. With the same
+    SAE from `other_seeds`, a card says in how many of them its feature is found.
     """
     _check_inputs(model, sae, texts)
     downstream = sae if downstream is None else downstream
-    check_hooks(model, sae, downstream)
+    hook, _ = check_hooks(model, sae, downstream)
+    if any(saes.check_fit(model, other) != hook for other in other_seeds):
+        raise ResearchError("`other_seeds` read another hook than `sae`; give SAEs of one hook.")
     settings = settings or DEFAULTS
     if n_features is not None:
         settings = replace(settings, n_features=n_features)
@@ -125,7 +132,7 @@ def screen_features(
     known = screen.make_predictors(eligible, acts)
     bounds = {"S_abs": (0, 1), "C": (0, len(screen.panel)), "E": (0, None), "C_per_E": (0, None)}
     table, quality = _forecast_all(labelled, known, settings.selector, bounds, seed)
-    return Ranking(table, quality, notes, screen, known)
+    return Ranking(table, quality, notes, screen, known, other_seeds)
 
 
 def _check_inputs(model: object, sae: object, texts: object) -> None:

@@ -1,5 +1,6 @@
 """`screen_features` and the feature card, as somebody uses them on a model and SAE of their own."""
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -92,6 +93,24 @@ def test_the_card_shows_the_contexts_in_which_the_feature_is_most_active(ranking
     assert whole in model.tokenizer.decode(tokens[context, 1:].tolist())
     page = ranking.card(latent).to_html()
     assert f"<mark>{shown[0]['token']}</mark>" in page
+
+
+def test_the_card_says_which_other_seeds_find_the_feature(ranking):
+    latent = int(ranking.screen.frame.index[0])
+    alone = ranking.card(latent)
+    assert "other_seeds" not in alone.content
+    assert "other SAE seeds" not in alone.to_html()
+    sae = ranking.screen.sae
+    same, blind = (copy.deepcopy(sae) for _ in range(2))
+    row = sae.W_dec[latent]
+    same.W_dec.data = 3 * sae.W_dec.flip(0)  # another order and length
+    across = torch.linalg.svd(row[None])[2][1]  # a direction at right angles to it
+    blind.W_dec.data = (0.6 * row + 0.8 * across).repeat(len(sae.W_dec), 1)
+    found = replace(ranking, other_seeds=[same, blind]).card(latent)
+    words = "found in 1 of 2 other SAE seeds (cosine 1.00, .60)"
+    assert found.content["other_seeds"]["words"] == words
+    assert found.content["other_seeds"]["cosines"] == pytest.approx([1, 0.6], abs=1e-4)
+    assert f"<p>{words}</p>" in found.to_html()
 
 
 def test_a_dose_is_shown_in_activations_and_in_the_residuals_norm(ranking):
@@ -194,6 +213,11 @@ def test_wrong_kinds_of_input_are_one_sentence(model, screened):
         screen_features(model.bridge.original_model, screened.sae, TEXTS)
     with pytest.raises(ResearchError, match=r"`sae_research\.load_sae` returns, not a dict"):
         screen_features(model, {}, TEXTS)
+
+
+def test_other_seeds_read_the_same_hook(model, screened, tokens):
+    with pytest.raises(ResearchError, match="`other_seeds` read another hook"):
+        screen_features(model, screened.sae, tokens, other_seeds=[screened.downstream])
 
 
 def test_a_large_step_is_warned_of(model, screened, tokens):

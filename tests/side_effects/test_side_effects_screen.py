@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -180,6 +181,10 @@ def test_null_dictionaries_are_a_task_of_their_own_and_seeds_know_each_other():
     assert corpus.find_other_seeds(first, roles) == others
     assert corpus.find_other_seeds(others[0], roles) == [first, others[1]]
     assert corpus.find_other_seeds("primary", ["primary", "primary_wide"]) == []
+    owner = SimpleNamespace(sae=lambda role, device: (role, device))
+    places = {role: (owner, role) for role in roles}
+    loaded = study._load_other_seeds(places, first, SimpleNamespace(device="cpu"))
+    assert loaded == [(role, "cpu") for role in others]
     nulls = [tables.find_null(role) for role in roles]
     assert nulls == [None] * 3 + ["soft_frozen_decoder"] * 3
     assert tables.has_vote(pd.Series([*roles, "width_768"])).tolist() == [True] * 3 + [False] * 4

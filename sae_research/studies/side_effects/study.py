@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
-import torch
 
 from sae_research import catalogue, last_token
 from sae_research.config import Profile
@@ -15,7 +14,6 @@ from sae_research.screening import labels, ranking
 from sae_research.screening.screen import Fixed, Screen, check_hooks
 from sae_research.studies.runner import Result, Task, concatenate
 from sae_research.studies.side_effects import analysis, corpus
-from sae_research.studies.side_effects.settings import Settings
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -78,8 +76,7 @@ def run(task: Task, profile: Profile) -> Result:
         tables["features"] = screen.frame.reset_index()
         tables |= analysis.make_tables(screen.frame, settings, seed)
         tables |= analysis.confirm_on_fresh(screen, fresh, settings, seed)
-        roles = [r for o, r in primary_saes.values() if o is owner]
-        others = [owner.sae(r) for r in corpus.find_other_seeds(role, roles)]
+        others = _load_other_seeds(primary_saes, name, model)
         if others:
             given = (screen.frame, sae, others, settings.n_bootstrap, seed)
             tables["seed_stability"] = analysis.correlate_seed_cosine(*given)
@@ -116,18 +113,28 @@ def _load(profile: Profile, name: str, dtype: str = "float32") -> tuple:
     return spec, settings, model, primary_saes, spec.sae(role, device=model.device)
 
 
-def _load_first(profile: Profile) -> tuple[Settings, LanguageModel, "SAE", "SAE", torch.Tensor]:
-    """The first model of a profile: settings, model, main and downstream SAE, contexts."""
+def _load_other_seeds(primary_saes: dict, name: str, model: LanguageModel) -> "list[SAE]":
+    """The SAE of this name from those other seeds that take part."""
+    owner, role = primary_saes[name]
+    roles = [r for o, r in primary_saes.values() if o is owner]
+    return [owner.sae(r, device=model.device) for r in corpus.find_other_seeds(role, roles)]
+
+
+def _load_first(profile: Profile) -> tuple:
+    """The first model of a profile: settings, the model, where its primary SAEs are, the main one
+    and the downstream SAE, contexts.
+    """
     first = profile.side_effects.models[0]
     spec, settings, model, primary_saes, downstream = _load(profile, first)
     owner, role = next(iter(primary_saes.values()))
     sae = owner.sae(role, device=model.device)
-    return settings, model, sae, downstream, corpus.make_contexts(spec, model, settings)
+    contexts = corpus.make_contexts(spec, model, settings)
+    return settings, model, primary_saes, sae, downstream, contexts
 
 
 def check_engine(profile: Profile) -> dict[str, float]:
     """The engine's largest difference from full passes, or an error above the tolerance."""
-    _, model, sae, downstream, contexts = _load_first(profile)
+    _, model, _, sae, downstream, contexts = _load_first(profile)
     hook, read_hook = check_hooks(model, sae, downstream)
     directions = sae.W_dec[:6].detach().float()
     found = last_token.discrepancy(model, hook, (read_hook,), contexts[:16], directions)
@@ -138,8 +145,10 @@ def check_engine(profile: Profile) -> dict[str, float]:
 
 def _rank_features(profile: Profile) -> Result:
     """Every eligible feature of the first SAE ranked, with cards of the cleanest and messiest."""
-    settings, model, sae, downstream, contexts = _load_first(profile)
-    ranked = ranking.screen_features(model, sae, contexts, downstream=downstream, settings=settings)
+    settings, model, primary_saes, sae, downstream, contexts = _load_first(profile)
+    given = {"downstream": downstream, "settings": settings}
+    given["other_seeds"] = _load_other_seeds(primary_saes, next(iter(primary_saes)), model)
+    ranked = ranking.screen_features(model, sae, contexts, **given)
     latents = [int(ranked.table.index[i]) for i in (0, -1)]
     files = {}
     for latent in latents:
