@@ -213,6 +213,7 @@ def stages(force):
     time.sleep(1)  # DVC compares checksums
     return subprocess.run(["sleep", "30"]).returncode
 pipeline._run_stages = stages
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits none
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 begun = time.monotonic()
 try:
