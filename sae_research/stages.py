@@ -59,13 +59,15 @@ def write() -> None:
 
 def make_stages() -> dict[str, dict]:
     """Every stage by name."""
-    blocks = [f"sae_research/studies/{study}/settings.py" for study in config.study_names()]
+    # with what a study's settings inherit
+    classes = [c for block in config.block_classes().values() for c in block.__mro__]
+    files = [f"{c.__module__.replace('.', '/')}.py" for c in classes if c is not object]
     return {
         "world": _world(),
         "settings": {
             "desc": "the settings in force; each stage depends on its own block of them",
             "cmd": "python -m sae_research settings --profile ${profile}",
-            "deps": ["sae_research/config.py", *blocks],
+            "deps": list(dict.fromkeys(files)),
             "params": ["profiles.${profile}"],
             "outs": [_kept(_SETTINGS)],
         },

@@ -89,6 +89,12 @@ def test_every_notebook_has_a_stage_and_every_stage_a_notebook():
     assert set(STAGES) - {"world", "settings"} == set(notebooks.names())
 
 
+def test_settings_depend_on_what_they_inherit():
+    deps = STAGES["settings"]["deps"]
+    assert {f"sae_research/studies/{s}/settings.py" for s in config.study_names()} < set(deps)
+    assert {"sae_research/config.py", "sae_research/screening/settings.py"} < set(deps)
+
+
 @pytest.mark.parametrize("name", notebooks.names())
 def test_a_notebook_stage_has_the_common_form(name):
     stage = STAGES[name]
