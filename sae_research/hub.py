@@ -70,15 +70,14 @@ def download(
     try:
         # asked first: the library takes a page for an answer
         found = HfApi().model_info(repository, revision=revision, timeout=_PATIENCE)
-        listed = [file.rfilename for file in found.siblings or ()]
-        present = any(fnmatch(name, pattern) for name in listed for pattern in patterns)
+        listed = None if found.siblings is None else [file.rfilename for file in found.siblings]
     except Exception as error:
         try:
             folder = snapshot_download(repository, **wanted, local_files_only=True)
         except (OSError, ValueError):
             raise explain(repository, error, _FOREIGN) from error
     else:
-        if not present:
+        if listed is not None and not any(fnmatch(n, p) for n in listed for p in patterns):
             raise ResearchError(
                 f"{repository} on the hub has no file {' or '.join(patterns)}; check what its page "
                 "lists, and choose another name or another SAE."
